@@ -1,0 +1,41 @@
+"""camrt: explanations of vision models at production speed.
+
+Heavy packages are imported when they are used: `load` needs a backend (onnxruntime), `export_model` torch, `export_onnx` onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .export.api import export_model, export_onnx
+    from .runtime.errors import CamrtError
+    from .runtime.explainer import Explainer, load
+    from .runtime.explanation import Explanation
+    from .runtime.manifest import Preprocess
+
+__version__ = "0.1.0"
+__all__ = ["CamrtError", "Explainer", "Explanation", "Preprocess", "export_model", "export_onnx", "load"]
+
+_HOME = {
+    "CamrtError": "runtime.errors",
+    "Explainer": "runtime.explainer",
+    "Explanation": "runtime.explanation",
+    "Preprocess": "runtime.manifest",
+    "export_model": "export.api",
+    "export_onnx": "export.api",
+    "load": "runtime.explainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Bundle -> maps. Never imports torch or onnx."""

@@ -1,0 +1,47 @@
+"""Every refusal of camrt: one line that says what, where and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+class CamrtError(Exception):
+    """Base of all errors that a caller can act on."""
+
+
+class ExportError(CamrtError):
+    """The model cannot be turned into a bundle."""
+
+
+class UnsupportedOperator(ExportError):
+    """An operator between a tap and the logits has no gradient rule."""
+
+
+class UnknownLayer(CamrtError):
+    """A layer name that the model or the bundle does not have."""
+
+
+class BundleError(CamrtError):
+    """A bundle is missing, damaged, or of another format."""
+
+
+class InputError(CamrtError):
+    """Images, targets or parameters do not fit."""
+
+
+class UnknownMethod(CamrtError):
+    """A method, backend or option name that does not exist."""
+
+
+class BackendUnavailable(CamrtError):
+    """The package or device that a backend needs is not there."""
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """What to try instead of `name`: close matches, else some of the known names."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return ": did you mean " + " or ".join(repr(c) for c in close) + "?"
+    some = ", ".join(repr(k) for k in list(known)[:5])
+    return f": it has {some}" + (", ..." if len(known) > 5 else "")

@@ -1,0 +1,101 @@
+"""The NumPy kernels against PyTorch and against their own statements."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from camrt import kernels
+from camrt.export.reference import winsor_weights
+
+SIZES = [
+    ((1, 1), (5, 7)),
+    ((7, 7), (224, 224)),
+    ((14, 9), (33, 32)),
+    ((32, 32), (31, 33)),
+    ((8, 8), (8, 8)),
+    ((9, 5), (3, 2)),
+]
+
+
+@pytest.mark.parametrize(("grid", "size"), SIZES)
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_upsample_is_torch_interpolate(grid: tuple[int, int], size: tuple[int, int], mode: str) -> None:
+    maps = np.random.default_rng(0).standard_normal((2, *grid)).astype(np.float32)
+    options = {"align_corners": False} if mode == "bilinear" else {}
+    want = F.interpolate(torch.from_numpy(maps).double()[:, None], size=size, mode=mode, **options)[:, 0].numpy()
+    got = kernels.upsample(maps, size, mode)
+    assert got.shape == want.shape and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_upsample_refuses_an_empty_size_and_an_unknown_interpolation() -> None:
+    maps = np.zeros((1, 4, 4), np.float32)
+    with pytest.raises(ValueError, match="cannot resize from 4 to 0"):
+        kernels.upsample(maps, (0, 4))
+    with pytest.raises(ValueError, match="use 'bilinear' or 'nearest'"):
+        kernels.upsample(maps, (8, 8), "bicubic")
+
+
+@pytest.mark.parametrize("percentile", [0, 1, 10, 37.5, 50, 90, 99, 100])
+@pytest.mark.parametrize("length", [1, 2, 3, 53, 111])
+def test_winsorize_is_the_reference(percentile: float, length: int) -> None:
+    rng = np.random.default_rng(length)
+    rows = rng.standard_normal((20, length)).astype(np.float32)
+    rows[rng.random(rows.shape) < 0.2] = 0
+    rows[0] = 0
+    rows[1] = 0.25
+    rows[2] = -1
+    got = kernels.winsorize(rows, percentile)
+    want = torch.stack([winsor_weights(row.double(), percentile) for row in torch.from_numpy(rows)]).numpy()
+    assert got.shape == rows.shape and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_winsorize_keeps_its_promises() -> None:
+    row = np.array([[-1.0, 0.0, 1.0, 2.0, 3.0, 100.0]])
+    got = kernels.winsorize(row, 50)
+    assert (got[row <= 0] == 0).all()
+    np.testing.assert_allclose(got[0, 2:], [0.1, 0.7, 1.0, 1.0], atol=1e-6)  # the median of 1, 2, 3, 100 is 2.5
+    np.testing.assert_array_equal(kernels.winsorize(row, 0)[0], [0, 0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(kernels.winsorize(np.full((1, 4), 3.0), 90), np.ones((1, 4)))
+
+
+@pytest.mark.parametrize("percentile", [-1, 100.5])
+def test_winsorize_refuses_a_percentile_out_of_range(percentile: float) -> None:
+    with pytest.raises(ValueError, match=r"outside 0\.\.100"):
+        kernels.winsorize(np.ones((1, 3)), percentile)
+
+
+def test_winsorize_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        kernels.winsorize(np.array([[1.0, np.nan]]), 50)
+
+
+def test_minmax_maps_a_constant_to_zeros() -> None:
+    maps = np.stack([np.full((3, 4), 2.5), np.arange(12.0).reshape(3, 4)]).astype(np.float32)
+    got = kernels.minmax(maps)
+    assert (got[0] == 0).all() and got[1].min() == 0 and got[1].max() == 1
+
+
+def test_fuse_layers_is_the_sum_of_resized_layers() -> None:
+    """By linearity the kernel sums before it resizes; the definition resizes first."""
+    rng = np.random.default_rng(0)
+    grids = [(12, 10), (6, 5), (6, 5), (3, 3), (1, 1)]
+    maps = rng.standard_normal((2, sum(h * w for h, w in grids))).astype(np.float32)
+    weights = rng.random((2, len(grids))).astype(np.float32)
+    normalized = kernels.normalize_layers(maps, grids)
+    want, start = np.zeros((2, 40, 37)), 0
+    for i, (h, w) in enumerate(grids):
+        layer = torch.from_numpy(maps[:, start : start + h * w].reshape(2, h, w)).double().relu()
+        low, high = layer.amin((1, 2), keepdim=True), layer.amax((1, 2), keepdim=True)
+        layer = torch.where(high > low, (layer - low) / (high - low).clamp(min=1e-30), 0)
+        for size in ((12, 10), (40, 37)):
+            layer = F.interpolate(layer[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        want += weights[:, i, None, None] * layer.numpy()
+        start += h * w
+    got = kernels.fuse_layers(normalized, grids, weights, (40, 37))
+    assert got.shape == (2, 40, 37) and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
