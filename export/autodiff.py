@@ -1,0 +1,102 @@
+"""Reverse-mode differentiation on an ONNX graph: appends the nodes that compute cotangents of chosen values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from ..runtime.errors import UnsupportedOperator
+from .tape import Tape
+
+Rule = Callable[[Tape, ir.Node, ir.Value], tuple["ir.Value | None", ...]]
+RULES: dict[str, Rule] = {}
+
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+def vjp(*op_types: str) -> Callable[[Rule], Rule]:
+    """Registers a rule: (tape, node, cotangent of the node's first output) -> one cotangent or None per input.
+
+    A rule for a node with several outputs receives a tuple with None for the outputs that nothing needs.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for op_type in op_types:
+            if op_type in RULES:
+                raise ValueError(f"a gradient rule for {op_type} is registered already")
+            RULES[op_type] = rule
+        return rule
+
+    return register
+
+
+def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value) -> set[ir.Value]:
+    """Floating-point values that depend on one of `sources` and that `target` depends on."""
+    reached = set(sources)
+    for node in graph:
+        if any(x in reached for x in node.inputs):
+            reached.update(y for y in node.outputs if y.dtype in _FLOATS)
+    wanted = {target}
+    for node in reversed(graph):
+        if any(y in wanted for y in node.outputs):
+            wanted.update(x for x in node.inputs if x is not None)
+    return reached & wanted
+
+
+def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: ir.Value) -> list[ir.Value]:
+    """Cotangents of `sources`, given the cotangent `seed` of `target`: d(seed . target) / d source.
+
+    Only nodes between the sources and the target are differentiated. UnsupportedOperator names a node without a rule,
+    or a source that the target does not depend on. Cotangents carry the seed's batch.
+    """
+    graph = tape.graph
+    path = on_path(graph, sources, target)
+    for source in sources:
+        if source not in path:
+            raise UnsupportedOperator(f"the logits do not depend on {_label(source)!r}: choose another layer")
+    tape.needed = path
+    forward = list(graph)
+    cotangents: dict[ir.Value, ir.Value] = {target: seed}
+    for node in reversed(forward):
+        if not any(y in cotangents for y in node.outputs) or not any(x in path for x in node.inputs):
+            continue
+        rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if rule is None:
+            raise UnsupportedOperator(
+                f"no gradient rule for {node.op_type} (node {node.name!r}, between "
+                f"{_nearest_source(node, sources)!r} and the logits): tap a later layer, or add a rule in export/vjp/"
+            )
+        given = [cotangents.get(y) for y in node.outputs]
+        contributions = rule(tape, node, given[0] if len(given) == 1 else tuple(given))  # type: ignore[arg-type]
+        for x, contribution in zip(node.inputs, contributions, strict=False):
+            if x is None or x not in path:
+                continue
+            if contribution is None:
+                raise UnsupportedOperator(
+                    f"{node.op_type} (node {node.name!r}) has no gradient for its input {x.name!r}: tap a later layer"
+                )
+            cotangents[x] = tape.Add(cotangents[x], contribution) if x in cotangents else contribution
+    return [cotangents[source] for source in sources]
+
+
+def _nearest_source(node: ir.Node, sources: Sequence[ir.Value]) -> str | None:
+    """Name of a source upstream of `node`, the last one in graph order."""
+    wanted, pending, found = set(sources), [x for x in node.inputs if x is not None], []
+    seen = set(pending)
+    while pending:
+        value = pending.pop()
+        if value in wanted:
+            found.append(value)
+            continue
+        producer = value.producer()
+        for x in producer.inputs if producer else ():
+            if x is not None and x not in seen:
+                seen.add(x)
+                pending.append(x)
+    return _label(found[0]) if found else None
+
+
+def _label(value: ir.Value) -> str | None:
+    """The layer that a tapped value is known by to the user, else its name in the graph."""
+    return value.meta.get("layer", value.name)

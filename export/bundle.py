@@ -1,0 +1,137 @@
+"""Writes a bundle: a folder with manifest.json, one ONNX file a program and one weights file that they share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..runtime.errors import BundleError
+from ..runtime.manifest import MANIFEST, WEIGHTS, Manifest, Program
+from .programs import Built
+
+_INLINE_BYTES = 1024  # smaller constants stay inside the program
+_ALIGNMENT = 4096  # a memory-mapped tensor starts on a page
+
+
+class WeightsFile:
+    """Appends each distinct tensor once; equal bytes share one place."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("wb")
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._digest = hashlib.sha256()
+        self._known: dict[int, tuple[object, bytes]] = {}
+
+    def add(self, tensor: Any) -> tuple[int, int]:
+        """(offset, length) of the tensor's bytes."""
+        known = self._known.get(id(tensor))
+        key = known[1] if known else None
+        if key is None:
+            data = memoryview(tensor.numpy().reshape(-1).view("uint8"))
+            key = hashlib.sha256(data).digest()
+            self._known[id(tensor)] = (tensor, key)
+            if key not in self._places:
+                self._write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+                self._places[key] = (self._file.tell(), len(data))
+                self._write(data)
+        return self._places[key]
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def close(self) -> dict[str, Any]:
+        size = self._file.tell()
+        self._file.close()
+        return {"file": self._path.name, "sha256": self._digest.hexdigest(), "bytes": size}
+
+
+def write_bundle(
+    path: str | Path,
+    manifest: Manifest,
+    programs: Sequence[Built],
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Writes everything beside `path`, then renames: a bundle is there whole or not at all.
+
+    `manifest` comes without its programs and weights. BundleError if `path` exists (and may not be overwritten, or is not
+    a bundle) or cannot be written.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror}): choose another path") from None
+    try:
+        progress("writing the weights")
+        weights = WeightsFile(work / WEIGHTS)
+        written = []
+        for built in programs:
+            _externalise(built.model, weights)
+            data = ir.to_proto(built.model).SerializeToString()
+            (work / built.file).write_bytes(data)
+            written.append(
+                Program(
+                    kind=built.kind,
+                    file=built.file,
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    taps=built.taps,
+                    inputs={str(v.name): _shape(v) for v in built.model.graph.inputs},
+                    outputs={str(v.name): _shape(v) for v in built.model.graph.outputs},
+                )
+            )
+        complete = replace(manifest, programs=tuple(written), weights=weights.close())
+        (work / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+        os.chmod(work, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(work, path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror}): free space or choose another path") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """BundleError if `path` exists and may not be overwritten, or is not a bundle."""
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise BundleError(f"{path}: exists already: choose another path, or overwrite=True (--force)")
+        if not (path / MANIFEST).is_file():
+            raise BundleError(f"{path}: exists and is not a bundle: choose another path")
+
+
+def _externalise(model: ir.Model, weights: WeightsFile) -> None:
+    """Replaces every sizeable initializer by a reference into the weights file."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes < _INLINE_BYTES:
+            continue
+        offset, length = weights.add(tensor)
+        value.const_value = ir.ExternalTensor(
+            location=WEIGHTS,
+            offset=offset,
+            length=length,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            name=str(name),  # type: ignore[arg-type]
+        )
+
+
+def _shape(value: ir.Value) -> list[Any]:
+    assert value.shape is not None
+    return [d if isinstance(d, int) else str(d.value) for d in value.shape]

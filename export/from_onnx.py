@@ -1,0 +1,102 @@
+"""Any ONNX classifier -> tapped graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import Tap
+from .autodiff import on_path
+from .graph import (
+    TappedGraph,
+    batch_norm_after,
+    channels_first,
+    check_logits,
+    check_static,
+    fix_sizes,
+    grid_of,
+    modernise,
+    strip_final_activation,
+)
+from .taps import choose
+
+_POOLING = {"AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "Pad", "Dropout"}
+
+
+def read_graph(
+    path: str | Path,
+    input_shape: Sequence[int] | None = None,
+    layers: str | Sequence[str] = "default",
+    output: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> TappedGraph:
+    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes.
+
+    ExportError if the file is not ONNX, has several outputs and none was chosen, or does not fit; UnknownLayer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file")
+    progress(f"reading {path.name}")
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ExportError(f"{path}: not readable as ONNX ({str(error).splitlines()[0]})") from error
+    _keep_output(model, output)
+    names = _layer_names(model.graph)
+    model = modernise(model)
+    channels_first(model)
+    fix_sizes(model, input_shape)
+    check_static(model.graph)
+    logits, final_activation = strip_final_activation(model.graph.outputs[0])
+    check_logits(logits)
+    model.graph.outputs.clear()
+
+    reachable = on_path(model.graph, list(model.graph.inputs), logits)
+    spatial = {}
+    for node in model.graph:
+        y = node.outputs[0]
+        if y in reachable and grid_of(y) is not None:
+            spatial[names.get(str(y.name), str(y.name))] = y
+    convolutions = [n for n, y in spatial.items() if _producer(y) == "Conv"]
+    grids = [n for n, y in spatial.items() if grid_of(y)[1] != (1, 1) and _producer(y) not in _POOLING]  # type: ignore[index]
+    aliases = {str(y.name): n for n, y in spatial.items()}
+    wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
+    roles = choose(wanted, convolutions, grids[-1] if grids else None, spatial)
+    taps = []
+    for name, roles_of_tap in roles.items():
+        y = spatial[name]
+        norm = "after" if batch_norm_after(y) else "none"
+        taps.append((Tap(name, roles_of_tap, *grid_of(y), norm), str(y.name)))  # type: ignore[misc]
+    return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+
+
+def _producer(value: ir.Value) -> str:
+    node = value.producer()
+    return node.op_type if node is not None else ""
+
+
+def _keep_output(model: ir.Model, output: str | None) -> None:
+    outputs = model.graph.outputs
+    names = [str(v.name) for v in outputs]
+    if output is None and len(outputs) != 1:
+        raise ExportError(
+            f"the model has {len(outputs)} outputs ({', '.join(names)}): choose the logits with output=, --output"
+        )
+    if output is not None and output not in names:
+        raise ExportError(f"the model has no output {output!r}: it has {', '.join(names)}")
+    kept = outputs[names.index(output)] if output is not None else outputs[0]
+    outputs.clear()
+    outputs.append(kept)
+
+
+def _layer_names(graph: ir.Graph) -> dict[str, str]:
+    """Tensor name -> the name of the node that computes it, where that is set and unique."""
+    count: dict[str, int] = {}
+    for node in graph:
+        if node.name:
+            count[node.name] = count.get(node.name, 0) + 1
+    return {str(n.outputs[0].name): n.name for n in graph if n.name and count[n.name] == 1}

@@ -1,0 +1,211 @@
+"""PyTorch module or exported program -> tapped ONNX graph."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import Tap
+from .graph import (
+    OPSET,
+    TappedGraph,
+    batch_norm_after,
+    check_logits,
+    check_static,
+    fix_sizes,
+    grid_of,
+    modernise,
+    named_values,
+    strip_final_activation,
+)
+from .taps import choose
+
+_CONVOLUTIONS = (nn.Conv2d,)
+_POOLING = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.Dropout,
+)
+
+
+class _Recorder(nn.Module):
+    """Runs a model and returns (output, *outputs of the named submodules), each as it was when its module returned it."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        super().__init__()
+        self.model = model
+        self.names = list(names)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in self.names}
+        with hooked(self.model, self.names, lambda name, output: seen[name].append(output.clone())):
+            output = self.model(image)
+        return (output, *(seen[name][0] for name in self.names))
+
+
+@contextlib.contextmanager
+def hooked(model: nn.Module, names: Sequence[str], seen: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Calls seen(name, output) whenever a named submodule returns."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen(name, output)
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_hook(hook(name))
+            stack.callback(handle.remove)
+        yield
+
+
+def spatial_modules(model: nn.Module, image: torch.Tensor) -> tuple[dict[str, str], list[str], str | None]:
+    """One forward pass: (every submodule with one (B, C, h, w) output -> "" or why it cannot be tapped,
+    the convolutions, the last block).
+
+    The last block is the innermost module with children whose output is the last with a grid larger than 1 x 1; pooling
+    does not count.
+    """
+    outputs: dict[str, list[torch.Tensor]] = {}
+    finished: list[str] = []
+
+    def record(name: str, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() == 4:
+            outputs.setdefault(name, []).append(output)
+            finished.append(name)
+
+    names = [n for n, _ in model.named_modules() if n]
+    with torch.no_grad(), hooked(model, names, record):
+        model(image)
+    known = {
+        n: "" if len(outputs[n]) == 1 else f"it runs {len(outputs[n])} times in one forward pass"
+        for n in dict.fromkeys(finished)
+    }
+    modules = dict(model.named_modules())
+    convolutions = [n for n in known if isinstance(modules[n], _CONVOLUTIONS)]
+    grids = [n for n in finished if outputs[n][0].shape[2:].numel() > 1 and not known[n]]
+    blocks = [n for n in grids if any(True for _ in modules[n].children())]
+    if not blocks:
+        blocks = [n for n in grids if not isinstance(modules[n], _POOLING)]
+    last = None
+    if blocks:
+        final = outputs[blocks[-1]][0]
+        last = next(n for n in blocks if outputs[n][0] is final)
+    return known, convolutions, last
+
+
+def trace_module(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    layers: str | Sequence[str] = "default",
+    progress: Callable[[str], None] = lambda _: None,
+) -> TappedGraph:
+    """Exports a module, in eval mode and float32, with hooks on the tapped layers.
+
+    ExportError if its output is not (batch, classes) or a tapped module runs more than once; UnknownLayer.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        image = torch.zeros(2, *input_shape, device=device)
+        try:
+            known, convolutions, last = spatial_modules(model, image)
+        except RuntimeError as error:
+            raise ExportError(
+                f"the model does not run on an image of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"
+            ) from error
+        roles = choose(layers, convolutions, last, known)
+        for name in roles:
+            if known[name]:
+                raise ExportError(f"layer {name!r} cannot be tapped: {known[name]}; name the layers to explain")
+        progress(f"tracing the model with {len(roles)} taps")
+        exported = _to_onnx(_Recorder(model, list(roles)), image)
+    finally:
+        model.train(was_training)
+    return tap_outputs(exported, roles, progress)
+
+
+def _to_onnx(recorder: _Recorder, image: torch.Tensor) -> ir.Model:
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                recorder.eval(),
+                (image,),
+                dynamo=True,
+                input_names=["image"],
+                dynamic_shapes=[{0: torch.export.Dim("batch")}],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            raise ExportError(
+                f"PyTorch could not export the model: {str(cause).strip().splitlines()[0]}; see camrt's README, 'models'"
+            ) from error
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporter's progress lines and deprecation notices from a user who can do nothing about them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def tap_outputs(model: ir.Model, roles: dict[str, tuple[str, ...]], progress: Callable[[str], None]) -> TappedGraph:
+    """A graph whose outputs are the logits and then the taps, in the order of `roles`."""
+    progress("preparing the graph")
+    for i, output in enumerate(model.graph.outputs):
+        output.name = f"camrt_output_{i}"
+    model = modernise(model)
+    fix_sizes(model, None)
+    check_static(model.graph)
+    outputs = [_behind_identity(v) for v in model.graph.outputs]
+    model.graph.outputs.clear()
+    logits, final_activation = strip_final_activation(outputs[0])
+    check_logits(logits)
+    taps = []
+    for (name, roles_of_tap), value in zip(roles.items(), outputs[1:], strict=True):
+        grid = grid_of(value)
+        if grid is None:
+            raise ExportError(
+                f"layer {name!r} has output {value.shape}, no grid (batch, channels, height, width): tap another layer"
+            )
+        taps.append((Tap(name, roles_of_tap, *grid, "after" if batch_norm_after(value) else "none"), str(value.name)))
+    assert logits.name in named_values(model.graph)
+    return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+
+
+def _behind_identity(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    while node is not None and node.op_type == "Identity":
+        value = node.inputs[0]  # type: ignore[assignment]
+        node = value.producer()
+    return value
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the names and bytes of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

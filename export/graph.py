@@ -1,0 +1,326 @@
+"""The forward graph that all programs start from: one image in, logits out, static sizes, the tapped tensors named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript import optimizer
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import Tap
+from .tape import attribute, constant_of, dims
+
+OPSET = 18  # the oldest opset whose forms the gradient rules read; older models are converted to it
+
+
+@dataclass(frozen=True)
+class TappedGraph:
+    """A prepared model. Values are referred to by name, so that the graph can be cloned for each program.
+
+    `model` has input `image` (batch, C, H, W) float32; `logits` (batch, classes); `taps` pairs each tap with its value.
+    """
+
+    model: ir.Model
+    logits: str
+    taps: tuple[tuple[Tap, str], ...]
+    final_activation: str | None
+
+    def select(self, role: str) -> TappedGraph:
+        return replace(self, taps=tuple(t for t in self.taps if role in t[0].roles))
+
+
+def named_values(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Every value of a graph by its name."""
+    values = {v.name: v for v in graph.inputs} | dict(graph.initializers)
+    for node in graph:
+        values.update({y.name: y for y in node.outputs})
+    return values  # type: ignore[return-value]
+
+
+def modernise(model: ir.Model) -> ir.Model:
+    """The same model in opset 18 or later, without local functions, Constant nodes or initializers among the inputs."""
+    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    if version < OPSET:
+        proto = ir.to_proto(model)
+        if proto.ir_version < 4:
+            proto.ir_version = 4
+        try:
+            model = ir.from_proto(onnx.version_converter.convert_version(proto, OPSET))
+        except Exception as error:
+            raise ExportError(
+                f"opset {version} could not be converted to {OPSET}: {str(error).splitlines()[0]}; export the model with opset {OPSET}"
+            ) from error
+    _run(
+        model,
+        passes.ClearMetadataAndDocStringPass(),
+        passes.InlinePass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.RemoveInitializersFromInputsPass(),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.NameFixPass(),
+    )
+    return model
+
+
+def _run(model: ir.Model, *steps: object) -> None:
+    for step in steps:
+        step(model)  # type: ignore[operator]
+
+
+def single_image_input(model: ir.Model) -> ir.Value:
+    """The model's image input. ExportError if there is not exactly one float32 input of rank 4."""
+    inputs = model.graph.inputs
+    if len(inputs) != 1:
+        names = ", ".join(str(v.name) for v in inputs) or "none"
+        raise ExportError(f"the model has {len(inputs)} inputs ({names}): camrt explains models with one image input")
+    image = inputs[0]
+    if image.dtype != ir.DataType.FLOAT:
+        raise ExportError(
+            f"input {image.name!r} is {image.dtype}: camrt takes float32 images; export the model in float32"
+        )
+    if image.shape is None or len(image.shape) != 4:
+        raise ExportError(
+            f"input {image.name!r} has shape {image.shape}: camrt takes images (batch, channels, height, width)"
+        )
+    return image
+
+
+def fix_sizes(model: ir.Model, input_shape: Sequence[int] | None) -> None:
+    """Gives the image static sizes and a symbolic batch, and infers every other shape.
+
+    ExportError where a spatial size stays symbolic.
+    """
+    image = single_image_input(model)
+    assert image.shape is not None
+    sizes = list(dims(image)[1:]) if input_shape is None else [int(n) for n in input_shape]
+    for have, want in zip(dims(image)[1:], sizes, strict=False):
+        if have is not None and have != want:
+            raise ExportError(f"input_shape={tuple(sizes)} does not fit the model's input {image.shape}")
+    if len(sizes) != 3 or None in sizes:
+        raise ExportError(
+            f"input {image.name!r} has dynamic sizes {image.shape}: pass input_shape=(channels, height, width), "
+            "on the command line --input-shape 3 224 224"
+        )
+    image.shape = ir.Shape(["batch", *sizes])
+    _free_batch(model.graph)
+    _forget_shapes(model.graph)
+    optimizer.fold_constants(model)
+    _run(
+        model,
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ShapeInferencePass(),
+    )
+    while _complete_reshapes(model.graph):
+        _run(model, passes.ShapeInferencePass())
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Drops recorded shapes, which may state the batch the model was traced with."""
+    for node in graph:
+        for y in node.outputs:
+            y.shape = None
+
+
+def _free_batch(graph: ir.Graph) -> None:
+    """Reshapes whose constant target pins a leading 1 keep whatever batch comes instead."""
+    for node in list(graph):
+        target = constant_of(node.inputs[1]) if node.op_type == "Reshape" else None
+        if target is None or target.ndim != 1 or len(target) < 2 or target[0] != 1:
+            continue
+        name = f"{node.outputs[0].name}_shape"
+        freed = np.array([0 if -1 in target[1:] else -1, *target[1:]], np.int64)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(freed.shape),
+            type=ir.TensorType(ir.DataType.INT64),
+            const_value=ir.tensor(freed, name=name),
+        )
+        graph.register_initializer(value)
+        node.replace_input_with(1, value)
+
+
+def _complete_reshapes(graph: ir.Graph) -> bool:
+    """Settles one size of a Reshape's output that inference left open, from the number of elements. True if it found one.
+
+    A size that is found names every other occurrence of its symbol.
+    """
+    found: dict[object, int | str] = {}
+    for node in graph:
+        if node.op_type == "Reshape":
+            found.update(_open_size(node.inputs[0], node.outputs[0]))
+        for y in node.outputs:
+            if y.shape is not None and any(isinstance(d, ir.SymbolicDim) and d.value in found for d in y.shape):
+                sizes = [found.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d for d in y.shape]
+                y.shape = ir.Shape(sizes)
+    return bool(found)
+
+
+def _open_size(x: ir.Value | None, y: ir.Value) -> dict[object, int | str]:
+    """The symbol that is y's only open size besides the batch, and what it must be."""
+    if x is None or x.shape is None or y.shape is None or not len(x.shape) or not _is_batch(x.shape[0]):
+        return {}
+    before = dims(x)[1:]
+    open_sizes = [d for d in y.shape if isinstance(d, ir.SymbolicDim) and not _is_batch(d)]
+    if None in before or len(open_sizes) != 1 or open_sizes[0].value is None:
+        return {}
+    elements = math.prod(before)  # type: ignore[arg-type]
+    known = math.prod(d for d in y.shape if isinstance(d, int))
+    if any(_is_batch(d) for d in y.shape):
+        return {open_sizes[0].value: elements // known} if known and elements % known == 0 else {}
+    return {open_sizes[0].value: "batch"} if known == elements else {}
+
+
+def strip_final_activation(output: ir.Value) -> tuple[ir.Value, str | None]:
+    """The logits behind a final Softmax or Sigmoid (through reshapes), and that operator's name; else the value itself."""
+    value = output
+    while True:
+        node = value.producer()
+        if node is None or node.op_type not in ("Softmax", "Sigmoid", "Identity", "Flatten", "Reshape", "Squeeze"):
+            return output, None
+        value = node.inputs[0]  # type: ignore[assignment]
+        if node.op_type in ("Softmax", "Sigmoid"):
+            if len(value.shape or ()) != 2:
+                return output, None
+            return value, node.op_type
+
+
+def check_logits(logits: ir.Value) -> int:
+    """Number of classes. ExportError unless the value is (batch, classes) in floating point."""
+    shape = dims(logits) if logits.shape is not None else ()
+    if len(shape) != 2 or shape[1] is None:
+        raise ExportError(
+            f"output {logits.name!r} has shape {logits.shape}: camrt explains classifiers, whose output is (batch, classes)"
+        )
+    return shape[1]
+
+
+def channels_first(model: ir.Model) -> None:
+    """Makes a channels-last image input (batch, H, W, C) an NCHW one, by a Transpose behind it."""
+    image = single_image_input(model)
+    sizes = dims(image)
+    if sizes[3] not in (1, 3, 4) or sizes[1] in (1, 3, 4):
+        return
+    assert image.shape is not None
+    n, h, w, c = image.shape
+    first = ir.Value(name=f"{image.name}_nchw", shape=ir.Shape([n, c, h, w]), type=image.type)
+    transpose = ir.node("Transpose", [first], {"perm": [0, 2, 3, 1]})
+    last = transpose.outputs[0]
+    last.name, last.type = f"{image.name}_nhwc", image.type
+    image.replace_all_uses_with(last)
+    model.graph.inputs[0] = first
+    model.graph.insert_before(model.graph[0], transpose)
+
+
+def check_static(graph: ir.Graph) -> None:
+    """ExportError naming the first value whose sizes besides the batch could not be inferred."""
+    for node in graph:
+        for y in node.outputs:
+            if y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None):
+                continue
+            if y.name and (y.shape is None or None in dims(y)[1:]):
+                raise ExportError(
+                    f"the sizes of {y.name!r} ({node.op_type}, node {node.name!r}) are not static ({y.shape}): "
+                    "export the model with fixed height and width"
+                )
+
+
+def keeps_batch_apart(values: set[ir.Value]) -> bool:
+    """True if every value has the image batch, alone, as its first axis."""
+    return all(y.shape is not None and len(y.shape) > 0 and _is_batch(y.shape[0]) for y in values)
+
+
+def _is_batch(size: object) -> bool:
+    return str(size.value) == "batch" if isinstance(size, ir.SymbolicDim) else size == 1
+
+
+def grid_of(value: ir.Value) -> tuple[int, tuple[int, int]] | None:
+    """(channels, (height, width)) of a value (batch, C, h, w); None for any other rank."""
+    if value.shape is None or len(value.shape) != 4 or None in dims(value)[1:]:
+        return None
+    _, channels, h, w = dims(value)
+    return channels, (h, w)  # type: ignore[return-value]
+
+
+def batch_norm_after(value: ir.Value) -> ir.Node | None:
+    """The BatchNormalization that is the only consumer of a convolution's output, with constant statistics."""
+    consumers = value.consumers()
+    if len(consumers) != 1 or consumers[0].op_type != "BatchNormalization" or value.is_graph_output():
+        return None
+    node = consumers[0]
+    if node.inputs[0] is not value or any(constant_of(x) is None for x in node.inputs[1:5]):
+        return None
+    return node
+
+
+def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
+    """Folds every BatchNormalization into the Conv before it, in place.
+
+    Returns for each folded convolution's output A its successor y and the channel vectors of y = scale A + shift, float64,
+    from which everything linear in A and its gradient is recovered without a division.
+    """
+    graph = model.graph
+    folded = {}
+    for conv in list(graph):
+        norm = batch_norm_after(conv.outputs[0]) if conv.op_type == "Conv" else None
+        if norm is None:
+            continue
+        gamma, beta, mean, variance = (constant_of(x).astype(np.float64) for x in norm.inputs[1:5])  # type: ignore[union-attr]
+        scale = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
+        shift = beta - scale * mean
+        bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
+        weight, y = conv.inputs[1], norm.outputs[0]
+        assert weight is not None
+        column = _initializer(graph, f"{y.name}_scale", scale.reshape(-1, *[1] * (len(weight.shape or ()) - 1)))
+        total = _initializer(graph, f"{y.name}_bias", shift if bias is None else shift + scale * bias)
+        scaled = ir.node("Mul", [weight, column])
+        scaled.outputs[0].name = f"{y.name}_weight"
+        scaled.outputs[0].shape, scaled.outputs[0].type = weight.shape, weight.type
+        fused = ir.node("Conv", [conv.inputs[0], scaled.outputs[0], total], dict(conv.attributes), outputs=None)
+        folded[conv.outputs[0].name] = (y.name, scale, shift)
+        name, shape, kind = y.name, y.shape, y.type
+        graph.insert_after(norm, [scaled, fused])
+        y.replace_all_uses_with(fused.outputs[0], replace_graph_outputs=True)
+        graph.remove([norm, conv], safe=False)
+        fused.outputs[0].name, fused.outputs[0].shape, fused.outputs[0].type = name, shape, kind
+    return folded
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    data = array.astype(np.float32)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(data.shape),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.tensor(data, name=name),
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def finish(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
+    """Makes `outputs` the graph's outputs and drops what none of them needs."""
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
+    _run(model, passes.TopologicalSortPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+    return model
+
+
+def parameters(model: ir.Model) -> int:
+    """Number of floating-point parameters."""
+    return sum(
+        math.prod(dims(v))
+        for v in model.graph.initializers.values()
+        if v.dtype == ir.DataType.FLOAT  # type: ignore[arg-type]
+    )

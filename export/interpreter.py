@@ -1,0 +1,499 @@
+"""Runs an ONNX graph with PyTorch, in any precision and with autograd: an oracle that shares nothing with the autodiff.
+
+Semantics are the ONNX specification's (onnx.ai/onnx/operators). Reads graphs in opset 18 or later form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+
+from ..runtime.errors import ExportError
+
+Operator = Callable[..., Any]
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(*op_types: str) -> Callable[[Operator], Operator]:
+    """Registers (attributes, *inputs) -> output or tuple of outputs."""
+
+    def register(function: Operator) -> Operator:
+        for op_type in op_types:
+            if op_type in OPERATORS:
+                raise ValueError(f"{op_type} is registered already")
+            OPERATORS[op_type] = function
+        return function
+
+    return register
+
+
+class Interpreter:
+    """A graph whose floating-point constants are held in `dtype`."""
+
+    def __init__(self, model: ir.Model | str | Path, dtype: torch.dtype = torch.float64):
+        self.model = ir.load(model) if isinstance(model, str | Path) else model
+        self.dtype = dtype
+        self._constants = {
+            str(name): self._tensor(value.const_value.numpy())  # type: ignore[union-attr]
+            for name, value in self.model.graph.initializers.items()
+        }
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.array(array))
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def run(self, feeds: dict[str, torch.Tensor], fetches: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Values by name. ExportError for an operator that is not known here."""
+        values: dict[str, Any] = dict(self._constants) | feeds
+        for node in self.model.graph:
+            function = OPERATORS.get(node.op_type)
+            if function is None:
+                raise ExportError(f"verification does not know the operator {node.op_type} (node {node.name!r})")
+            attributes = {name: a.value for name, a in node.attributes.items()}
+            inputs = [None if x is None else values[str(x.name)] for x in node.inputs]
+            if node.op_type in ("Constant", "ConstantOfShape"):
+                outputs = self._constant(node.op_type, attributes, inputs)
+            elif node.op_type == "Cast":
+                outputs = _cast(attributes, inputs[0], self.dtype)
+            elif node.op_type == "Split":
+                outputs = _split(attributes, *inputs, count=len(node.outputs))
+            else:
+                outputs = function(attributes, *inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            values.update({str(y.name): v for y, v in zip(node.outputs, outputs, strict=False)})
+        return {name: values[name] for name in fetches}
+
+    def _constant(self, op_type: str, attributes: dict[str, Any], inputs: list[Any]) -> torch.Tensor:
+        value = attributes.get("value")
+        array = value.numpy() if value is not None else np.zeros(1, np.float32)
+        if op_type == "Constant":
+            for key, kind in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32)):
+                if key in attributes:
+                    array = np.array(attributes[key], kind)
+            return self._tensor(array)
+        return self._tensor(array).reshape(()).expand(tuple(inputs[0].tolist())).clone()
+
+
+def _cast(attributes: dict[str, Any], x: torch.Tensor, working: torch.dtype) -> torch.Tensor:
+    """Casts between floating types keep the working precision."""
+    kind = ir.DataType(attributes["to"]).numpy()
+    if np.issubdtype(kind, np.floating):
+        return x.to(working)
+    return x.to(torch.from_numpy(np.zeros(0, kind)).dtype)
+
+
+def _split(attributes: dict[str, Any], x: torch.Tensor, sizes: torch.Tensor | None = None, *, count: int) -> Any:
+    axis = attributes.get("axis", 0)
+    if sizes is not None:
+        return tuple(torch.split(x, sizes.tolist(), axis))
+    length = -(-x.shape[axis] // count)
+    return tuple(torch.split(x, length, axis))
+
+
+for _name in ("Constant", "ConstantOfShape", "Cast", "Split"):
+    OPERATORS[_name] = lambda *_: None  # handled by Interpreter.run, which knows the precision and the node's outputs
+
+for _name, _function in {
+    "Relu": torch.relu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "HardSwish": F.hardswish,
+    "Softsign": F.softsign,
+    "Mish": F.mish,
+    "Erf": torch.erf,
+    "Exp": torch.exp,
+    "Log": torch.log,
+    "Sqrt": torch.sqrt,
+    "Reciprocal": torch.reciprocal,
+    "Neg": torch.neg,
+    "Abs": torch.abs,
+    "Sign": torch.sign,
+    "Softplus": F.softplus,
+    "Floor": torch.floor,
+    "Ceil": torch.ceil,
+    "Not": torch.logical_not,
+    "Identity": lambda x: x,
+    "Add": torch.add,
+    "Sub": torch.sub,
+    "Mul": torch.mul,
+    "Equal": torch.eq,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "And": torch.logical_and,
+    "Or": torch.logical_or,
+    "MatMul": torch.matmul,
+    "Pow": lambda x, p: torch.pow(x, p),
+    "Max": lambda *xs: _fold(torch.maximum, xs),
+    "Min": lambda *xs: _fold(torch.minimum, xs),
+    "Sum": lambda *xs: _fold(torch.add, xs),
+    "Mean": lambda *xs: _fold(torch.add, xs) / len(xs),
+}.items():
+    OPERATORS[_name] = lambda attributes, *xs, _function=_function: _function(*xs)
+
+
+def _fold(function: Callable[..., torch.Tensor], xs: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = xs[0]
+    for x in xs[1:]:
+        total = function(total, x)
+    return total
+
+
+@operator("Dropout")
+def dropout(attributes, x, *_):
+    return x
+
+
+@operator("Div")
+def div(attributes, a, b):
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+@operator("LeakyRelu")
+def leaky_relu(attributes, x):
+    return F.leaky_relu(x, attributes.get("alpha", 0.01))
+
+
+@operator("ThresholdedRelu")
+def thresholded_relu(attributes, x):
+    return F.threshold(x, attributes.get("alpha", 1.0), 0.0)
+
+
+@operator("PRelu")
+def prelu(attributes, x, slope):
+    return torch.where(x > 0, x, x * slope)
+
+
+@operator("Elu")
+def elu(attributes, x):
+    return F.elu(x, attributes.get("alpha", 1.0))
+
+
+@operator("Celu")
+def celu(attributes, x):
+    return F.celu(x, attributes.get("alpha", 1.0))
+
+
+@operator("Selu")
+def selu(attributes, x):
+    alpha = attributes.get("alpha", 1.67326319217681884765625)
+    gamma = attributes.get("gamma", 1.05070102214813232421875)
+    return gamma * torch.where(x > 0, x, alpha * (torch.exp(x) - 1))
+
+
+@operator("HardSigmoid")
+def hard_sigmoid(attributes, x):
+    return F.hardtanh(attributes.get("alpha", 0.2) * x + attributes.get("beta", 0.5), 0.0, 1.0)
+
+
+@operator("Swish")
+def swish(attributes, x):
+    return x * torch.sigmoid(attributes.get("alpha", 1.0) * x)
+
+
+@operator("Gelu")
+def gelu(attributes, x):
+    return F.gelu(x, approximate=attributes.get("approximate", "none"))
+
+
+@operator("Clip")
+def clip(attributes, x, low=None, high=None):
+    """By hardtanh, whose gradient is that of ReLU6: zero on the bounds."""
+    if not x.is_floating_point():
+        return x.clamp(low, high)
+    return F.hardtanh(x, -math.inf if low is None else low.item(), math.inf if high is None else high.item())
+
+
+@operator("Where")
+def where(attributes, condition, a, b):
+    return torch.where(condition, a, b)
+
+
+@operator("Softmax")
+def softmax(attributes, x):
+    return torch.softmax(x, attributes.get("axis", -1))
+
+
+@operator("LogSoftmax")
+def log_softmax(attributes, x):
+    return torch.log_softmax(x, attributes.get("axis", -1))
+
+
+# ---- reductions
+
+
+def _reduction(function: Callable[..., torch.Tensor]) -> Operator:
+    def run(attributes, x, axes=None):
+        chosen = attributes.get("axes") if axes is None else axes.tolist()
+        if not chosen:
+            if attributes.get("noop_with_empty_axes", 0):
+                return x
+            chosen = range(x.dim())
+        return function(x, tuple(a % x.dim() for a in chosen), bool(attributes.get("keepdims", 1)))
+
+    return run
+
+
+OPERATORS["ReduceSum"] = _reduction(lambda x, a, k: x.sum(a, keepdim=k))
+OPERATORS["ReduceMean"] = _reduction(lambda x, a, k: x.mean(a, keepdim=k))
+OPERATORS["ReduceMax"] = _reduction(lambda x, a, k: x.amax(a, keepdim=k))
+OPERATORS["ReduceMin"] = _reduction(lambda x, a, k: x.amin(a, keepdim=k))
+OPERATORS["ReduceL2"] = _reduction(lambda x, a, k: (x * x).sum(a, keepdim=k).sqrt())
+OPERATORS["ReduceSumSquare"] = _reduction(lambda x, a, k: (x * x).sum(a, keepdim=k))
+OPERATORS["ReduceProd"] = _reduction(lambda x, a, k: _fold(torch.mul, [x.prod(a[0], keepdim=k)]))
+
+
+@operator("ArgMax")
+def arg_max(attributes, x):
+    return x.argmax(attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+# ---- shapes
+
+
+@operator("Shape")
+def shape(attributes, x):
+    return torch.tensor(list(x.shape)[attributes.get("start", 0) : attributes.get("end")])
+
+
+@operator("Reshape")
+def reshape(attributes, x, target):
+    sizes = [x.shape[i] if n == 0 and not attributes.get("allowzero", 0) else n for i, n in enumerate(target.tolist())]
+    return x.reshape(sizes)
+
+
+@operator("Flatten")
+def flatten(attributes, x):
+    axis = attributes.get("axis", 1)
+    return x.reshape(math.prod(x.shape[:axis]), -1)
+
+
+@operator("Squeeze")
+def squeeze(attributes, x, axes=None):
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+
+
+@operator("Unsqueeze")
+def unsqueeze(attributes, x, axes):
+    rank = x.dim() + axes.numel()
+    for axis in sorted(a % rank for a in axes.tolist()):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@operator("Transpose")
+def transpose(attributes, x):
+    return x.permute(tuple(attributes.get("perm", range(x.dim())[::-1])))
+
+
+@operator("Concat")
+def concat(attributes, *xs):
+    return torch.cat(xs, attributes["axis"])
+
+
+@operator("Slice")
+def slice_(attributes, x, starts, ends, axes=None, steps=None):
+    axes = list(range(len(starts))) if axes is None else axes.tolist()
+    steps = [1] * len(starts) if steps is None else steps.tolist()
+    for start, end, axis, step in zip(starts.tolist(), ends.tolist(), axes, steps, strict=True):
+        stop = None if step < 0 and end < -x.shape[axis] else end
+        index = torch.arange(x.shape[axis])[slice(start, stop)] if step > 0 else None
+        positions = range(*slice(start, stop, step).indices(x.shape[axis])) if index is None else index[::step]
+        x = x.index_select(axis, torch.as_tensor(list(positions), dtype=torch.int64))
+    return x
+
+
+@operator("Gather")
+def gather(attributes, x, indices):
+    axis = attributes.get("axis", 0) % x.dim()
+    wrapped = torch.where(indices < 0, indices + x.shape[axis], indices)
+    picked = x.index_select(axis, wrapped.reshape(-1))
+    return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
+
+
+@operator("Pad")
+def pad(attributes, x, pads, value=None, axes=None):
+    rank = x.dim()
+    axes = list(range(rank)) if axes is None else [a % rank for a in axes.tolist()]
+    amounts = pads.tolist()
+    if attributes.get("mode", "constant") != "constant":
+        raise ExportError(f"verification does not know Pad with mode {attributes['mode']!r}")
+    flat = [0] * 2 * rank
+    for i, axis in enumerate(axes):
+        flat[2 * (rank - 1 - axis)], flat[2 * (rank - 1 - axis) + 1] = amounts[i], amounts[i + len(axes)]
+    return F.pad(x, flat, value=0.0 if value is None else value.item())
+
+
+@operator("Expand")
+def expand(attributes, x, target):
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(target.tolist())))
+
+
+@operator("Range")
+def range_(attributes, start, limit, delta):
+    return torch.arange(start.item(), limit.item(), delta.item())
+
+
+@operator("DepthToSpace")
+def depth_to_space(attributes, x):
+    b = attributes["blocksize"]
+    n, c, h, w = x.shape
+    if attributes.get("mode", "DCR") == "CRD":
+        return F.pixel_shuffle(x, b)
+    return x.reshape(n, b, b, c // b**2, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // b**2, h * b, w * b)
+
+
+@operator("SpaceToDepth")
+def space_to_depth(attributes, x):
+    b = attributes["blocksize"]
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b**2, h // b, w // b)
+
+
+# ---- linear
+
+
+@operator("Gemm")
+def gemm(attributes, a, b, c=None):
+    a = a.T if attributes.get("transA", 0) else a
+    b = b.T if attributes.get("transB", 0) else b
+    y = attributes.get("alpha", 1.0) * (a @ b)
+    return y if c is None else y + attributes.get("beta", 1.0) * c
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _paddings(attributes, size, kernel, strides, dilations) -> list[tuple[int, int]]:
+    """(before, after) per axis; the specification's auto_pad."""
+    rank = len(kernel)
+    mode = attributes.get("auto_pad", "NOTSET")
+    if mode in ("NOTSET", "VALID"):
+        pads = attributes.get("pads", [0] * 2 * rank) if mode == "NOTSET" else [0] * 2 * rank
+        return list(zip(pads[:rank], pads[rank:], strict=True))
+    result = []
+    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        small, large = total // 2, total - total // 2
+        result.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    return result
+
+
+def _torch_pad(x, paddings, value=0.0):
+    return F.pad(x, [p for pair in reversed(paddings) for p in pair], value=value)
+
+
+@operator("Conv")
+def conv(attributes, x, weight, bias=None):
+    rank = x.dim() - 2
+    strides, dilations = (attributes.get(k, [1] * rank) for k in ("strides", "dilations"))
+    padded = _torch_pad(x, _paddings(attributes, x.shape[2:], weight.shape[2:], strides, dilations))
+    return _CONV[rank](padded, weight, bias, tuple(strides), 0, tuple(dilations), attributes.get("group", 1))
+
+
+@operator("ConvTranspose")
+def conv_transpose(attributes, x, weight, bias=None):
+    rank = x.dim() - 2
+    strides, dilations = (tuple(attributes.get(k, [1] * rank)) for k in ("strides", "dilations"))
+    extra = tuple(attributes.get("output_padding", [0] * rank))
+    if attributes.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in attributes:
+        raise ExportError("verification does not know ConvTranspose with auto_pad or output_shape")
+    pads = attributes.get("pads", [0] * 2 * rank)
+    full = _CONV_TRANSPOSE[rank](x, weight, bias, strides, 0, 0, attributes.get("group", 1), dilations)
+    full = F.pad(full, [p for e in reversed(extra) for p in (0, e)])
+    if bias is not None and any(extra):
+        raise ExportError("verification does not know ConvTranspose with bias and output_padding")
+    for i in range(rank):
+        full = full.narrow(2 + i, pads[i], full.shape[2 + i] - pads[i] - pads[rank + i])
+    return full
+
+
+def _windows(attributes, x, fill):
+    """x padded for pooling, so that windows start at 0 and the last, under ceil_mode, is whole; and the geometry."""
+    kernel = attributes["kernel_shape"]
+    rank = len(kernel)
+    strides, dilations = (attributes.get(k, [1] * rank) for k in ("strides", "dilations"))
+    paddings = _paddings(attributes, x.shape[2:], kernel, strides, dilations)
+    hang = []
+    for i in range(rank):
+        before, after = paddings[i]
+        span = x.shape[2 + i] + before + after - (dilations[i] * (kernel[i] - 1) + 1)
+        count = (-(-span // strides[i]) if attributes.get("ceil_mode", 0) else span // strides[i]) + 1
+        if attributes.get("ceil_mode", 0) and (count - 1) * strides[i] >= x.shape[2 + i] + before:
+            count -= 1  # the last window must start inside the input or the padding before it
+        hang.append(max((count - 1) * strides[i] - span, 0))
+    padded = _torch_pad(x, [(b, a + h) for (b, a), h in zip(paddings, hang, strict=True)], fill)
+    return padded, kernel, strides, dilations, paddings, hang
+
+
+@operator("MaxPool")
+def max_pool(attributes, x):
+    padded, kernel, strides, dilations, _, _ = _windows(attributes, x, -math.inf)
+    return _MAX_POOL[len(kernel)](padded, tuple(kernel), tuple(strides), 0, tuple(dilations))
+
+
+@operator("AveragePool")
+def average_pool(attributes, x):
+    padded, kernel, strides, dilations, paddings, hang = _windows(attributes, x, 0.0)
+    if any(d != 1 for d in dilations):
+        raise ExportError("verification does not know AveragePool with dilations")
+    counted = torch.ones_like(x[:1, :1])
+    counted = _torch_pad(counted, paddings, 1.0 if attributes.get("count_include_pad", 0) else 0.0)
+    counted = _torch_pad(counted, [(0, h) for h in hang])
+    pool = _AVERAGE_POOL[len(kernel)]
+    return pool(padded, tuple(kernel), tuple(strides)) / pool(counted, tuple(kernel), tuple(strides))
+
+
+@operator("GlobalAveragePool")
+def global_average_pool(attributes, x):
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+@operator("GlobalMaxPool")
+def global_max_pool(attributes, x):
+    flat = x.flatten(2)
+    return flat.gather(2, flat.argmax(2, keepdim=True)).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+
+
+# ---- normalisation
+
+
+@operator("BatchNormalization")
+def batch_normalization(attributes, x, scale, bias, mean, variance):
+    return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, attributes.get("epsilon", 1e-5))
+
+
+@operator("LayerNormalization")
+def layer_normalization(attributes, x, scale, bias=None):
+    axis = attributes.get("axis", -1) % x.dim()
+    return F.layer_norm(x, x.shape[axis:], scale, bias, attributes.get("epsilon", 1e-5))
+
+
+@operator("InstanceNormalization")
+def instance_normalization(attributes, x, scale, bias):
+    return F.instance_norm(x, weight=scale, bias=bias, eps=attributes.get("epsilon", 1e-5))
+
+
+@operator("LpNormalization")
+def lp_normalization(attributes, x):
+    axis, p = attributes.get("axis", -1), attributes.get("p", 2)
+    return x / x.norm(p, axis, keepdim=True)
+
+
+@operator("LRN")
+def lrn(attributes, x):
+    size, alpha = attributes["size"], attributes.get("alpha", 1e-4)
+    square = F.pad(x * x, (0, 0, 0, 0, (size - 1) // 2, size // 2))
+    total = square.unfold(1, size, 1).sum(-1)
+    return x / (attributes.get("bias", 1.0) + alpha / size * total) ** attributes.get("beta", 0.75)

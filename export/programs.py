@@ -1,0 +1,155 @@
+"""The programs of a bundle, each built from its own copy of the tapped forward graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from . import vjp  # noqa: F401  registers the gradient rules
+from .autodiff import gradients as cotangents
+from .autodiff import on_path
+from .graph import TappedGraph, finish, fold_batch_norm, keeps_batch_apart, named_values
+from .tape import Tape, dims, static_dims
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program before it is written."""
+
+    kind: str
+    file: str
+    taps: tuple[str, ...]
+    model: ir.Model
+
+
+def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[Built]:
+    """classify, and for all taps (and for the last block alone, whose backward pass is short) the gradient programs."""
+    last = graph.select("last")
+    scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
+    built = []
+
+    def add(kind: str, suffix: str, scope: TappedGraph, build: Callable[[TappedGraph], ir.Model]) -> None:
+        progress(f"building {kind}{suffix}")
+        built.append(Built(kind, f"{kind}{suffix}.onnx", tuple(t.name for t, _ in scope.taps), build(scope)))
+
+    add("classify", "", TappedGraph(graph.model, graph.logits, (), graph.final_activation), classify)
+    for suffix, scope in scopes:
+        add("activations", suffix, scope, activations)
+        add("gradients", suffix, scope, gradients)
+        add("layer_maps", suffix, scope, layer_maps)
+    return built
+
+
+def seeds_share_image(graph: TappedGraph) -> bool:
+    """True if one image serves many seeds: every tensor between the taps and the logits keeps the batch, alone, in front."""
+    values = named_values(graph.model.graph)
+    path = on_path(graph.model.graph, [values[name] for _, name in graph.taps], values[graph.logits])
+    return keeps_batch_apart(path)
+
+
+def classify(graph: TappedGraph) -> ir.Model:
+    """image (B, C, H, W) -> logits (B, classes)."""
+    return _program(graph, lambda tape, logits, values, recovered: [])
+
+
+def activations(graph: TappedGraph) -> ir.Model:
+    """image -> logits, and per tap its activation (B, K, h, w)."""
+    return _program(
+        graph,
+        lambda tape, logits, values, recovered: [
+            _output(tape, v, f"activation:{tap.name}", ["batch", *static_dims(v)])
+            for (tap, _), v in zip(graph.taps, values, strict=True)
+        ],
+    )
+
+
+def gradients(graph: TappedGraph) -> ir.Model:
+    """image, seed -> logits, and per tap its activation (B, K, h, w) and gradient (S, K, h, w) of seed . logits.
+
+    seed (S, classes), S = B or, for several targets of one image, B = 1. A row of zeros stands for the top class.
+    """
+
+    def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
+        seed = _seed(tape, logits)
+        outputs = []
+        for (tap, _), v, g in zip(graph.taps, values, cotangents(tape, values, logits, seed), strict=True):
+            outputs.append(_output(tape, v, f"activation:{tap.name}", ["batch", *static_dims(v)]))
+            outputs.append(_output(tape, g, f"gradient:{tap.name}", ["seeds", *static_dims(v)]))
+        return outputs
+
+    return _program(graph, build)
+
+
+def layer_maps(graph: TappedGraph) -> ir.Model:
+    """image, seed -> logits, alphas (S, sum K) and maps (S, sum h w), taps side by side in their order.
+
+    alpha_k = mean over the grid of the gradient; map = sum_k alpha_k A_k, not rectified. Batch norm is folded into the
+    convolutions; where a tap was the convolution's own output A, with y = s A + b: alpha_A = s alpha_y and
+    map = sum_k alpha_y,k (y_k - b_k).
+    """
+
+    def build(
+        tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: list[tuple[np.ndarray, np.ndarray] | None]
+    ) -> list[ir.Value]:
+        seed = _seed(tape, logits)
+        alphas, maps = [], []
+        for v, g, affine in zip(values, cotangents(tape, values, logits, seed), recovered, strict=True):
+            channels, h, w = static_dims(v)
+            alpha = tape.ReduceMean(g, [2, 3], keepdims=0) if h * w > 1 else tape.Reshape(g, [-1, channels])
+            flat = tape.Reshape(v, [-1, channels, h * w])
+            summed = tape.Reshape(tape.MatMul(tape.Unsqueeze(alpha, [1]), flat), [-1, h * w])
+            if affine is not None:
+                scale, shift = affine
+                summed = tape.Sub(summed, tape.MatMul(alpha, tape.floats(shift[:, None])))
+                alpha = tape.Mul(alpha, tape.floats(scale))
+            alphas.append(alpha)
+            maps.append(summed)
+        widths = [sum(t.channels for t, _ in graph.taps), sum(math.prod(t.grid) for t, _ in graph.taps)]
+        return [
+            _output(tape, tape.Concat(*parts, axis=1), name, ["seeds", width])
+            for parts, name, width in zip((alphas, maps), ("alphas", "maps"), widths, strict=True)
+        ]
+
+    return _program(graph, build, fold=True)
+
+
+def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: bool = False) -> ir.Model:
+    model = graph.model.clone()
+    names = [name for _, name in graph.taps]
+    recovered: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(names)
+    if fold:
+        folded = fold_batch_norm(model)
+        for i, name in enumerate(names):
+            if name in folded:
+                names[i], *affine = folded[name]
+                recovered[i] = tuple(affine)  # type: ignore[assignment]
+    values = named_values(model.graph)
+    tape = Tape(model.graph)
+    logits = values[graph.logits]
+    model.graph.inputs[0].name = "image"
+    for (tap, _), name in zip(graph.taps, names, strict=True):
+        values[name].meta["layer"] = tap.name
+    outputs = build(tape, logits, [values[n] for n in names], recovered)
+    return finish(model, [_output(tape, logits, "logits", ["batch", dims(logits)[1]]), *outputs])
+
+
+def _output(tape: Tape, value: ir.Value, name: str, shape: Sequence[str | int | None]) -> ir.Value:
+    """`value` under an output's name, type and shape."""
+    output = tape.Identity(value)
+    output.name, output.shape, output.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    return output
+
+
+def _seed(tape: Tape, logits: ir.Value) -> ir.Value:
+    """The program's `seed` input; rows of zeros become the one-hot row of the image's top class (the first, in a tie)."""
+    classes = dims(logits)[1]
+    assert classes is not None
+    seed = ir.Value(name="seed", shape=ir.Shape(["seeds", classes]), type=ir.TensorType(ir.DataType.FLOAT))
+    tape.graph.inputs.append(seed)
+    given = tape.Greater(tape.ReduceMax(tape.Abs(seed), [1], keepdims=1), tape.floats(0))
+    top = tape.Equal(tape.value(list(range(classes))), tape.ArgMax(logits, axis=1, keepdims=1))
+    return tape.Where(given, seed, tape.Cast(top, to=ir.DataType.FLOAT))

@@ -1,0 +1,123 @@
+"""Emit ONNX nodes by calling them: `op.Relu(x)` appends a Relu to the graph and returns its output."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+Operand = "ir.Value | np.ndarray | int | float | list[int] | tuple[int, ...] | None"
+
+
+def dims(value: ir.Value) -> tuple[int | None, ...]:
+    """Static sizes of a value; None where a size is symbolic (the batch)."""
+    if value.shape is None:
+        raise ValueError(f"value {value.name!r} has no inferred shape")
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def static_dims(value: ir.Value) -> tuple[int, ...]:
+    """Sizes after the batch axis, all of which are static. ValueError if one is not."""
+    sizes = dims(value)[1:]
+    if None in sizes:
+        raise ValueError(f"value {value.name!r} has a symbolic size besides its batch: {value.shape}")
+    return tuple(d for d in sizes if d is not None)
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """Python value of a node's attribute, or `default` where it is absent."""
+    attr = node.attributes.get(name)
+    return default if attr is None else attr.value
+
+
+def constant_of(value: ir.Value | None) -> np.ndarray | None:
+    """The array behind an initializer; None for an absent or computed value."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+class Tape:
+    """Appends nodes to one graph; arrays and numbers become initializers, equal ones a single initializer.
+
+    `needed` holds the values whose cotangent somebody asked for: rules consult it before emitting a reduction.
+    """
+
+    def __init__(self, graph: ir.Graph, dtype: np.dtype | type = np.float32, needed: set[ir.Value] | None = None):
+        self.graph = graph
+        self.dtype = np.dtype(dtype)
+        self.needed = needed
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        if not op_type[:1].isupper():
+            raise AttributeError(op_type)
+
+        def emit(*inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+            node = ir.node(op_type, [self.value(x) for x in inputs], attributes, num_outputs=outputs)
+            self.graph.append(node)
+            return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+        return emit
+
+    def value(self, operand: Any) -> ir.Value | None:
+        """Floats become scalars of the tape's dtype; ints and int sequences become int64."""
+        if operand is None or isinstance(operand, ir.Value):
+            return operand
+        if isinstance(operand, np.ndarray):
+            return self.constant(operand)
+        if isinstance(operand, float):
+            return self.constant(np.array(operand, self.dtype))
+        return self.constant(np.array(operand, np.int64))
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar one-dimensional
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            while name in self.graph.initializers:
+                name += "_"
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+                const_value=ir.tensor(array, name=name),
+            )
+            self.graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+    def floats(self, values: Any) -> ir.Value:
+        """A constant in the tape's floating type."""
+        return self.constant(np.asarray(values, self.dtype))
+
+    def wants(self, value: ir.Value | None) -> bool:
+        return value is not None and (self.needed is None or value in self.needed)
+
+    def mask(self, condition: ir.Value, g: ir.Value) -> ir.Value:
+        """g where condition holds, else 0."""
+        return self.Mul(g, self.Cast(condition, to=ir.DataType.from_numpy(self.dtype)))
+
+    def unbroadcast(self, g: ir.Value, operand: ir.Value | None, result: ir.Value) -> ir.Value | None:
+        """Sums g (shaped as `result`) over the axes along which `operand` was broadcast.
+
+        None where nothing needs it, or where the operand has no batch of its own to keep.
+        """
+        if operand is None or not self.wants(operand):
+            return None
+        have, want = dims(result), dims(operand)
+        if len(want) != len(have) or want[:1] != have[:1]:
+            return None
+        axes = [i for i in range(1, len(have)) if want[i] == 1 and have[i] != 1]
+        return self.ReduceSum(g, axes, keepdims=1) if axes else g
+
+    def expand_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
+        """Broadcasts g to the sizes of `value`, keeping g's own batch."""
+        return self.Expand(g, [1, *static_dims(value)])
+
+    def reshape_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
+        """g in the sizes of `value`, keeping g's own batch."""
+        return self.Reshape(g, [-1, *static_dims(value)])

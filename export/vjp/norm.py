@@ -1,0 +1,86 @@
+"""Rules for normalisation layers, with the statistics that inference uses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..autodiff import vjp
+from ..tape import attribute, constant_of, dims, static_dims
+
+
+@vjp("BatchNormalization")
+def batch_normalization(op, node, g):
+    """dx = g scale / sqrt(var + eps), with the running variance."""
+    g = g[0] if isinstance(g, tuple) else g
+    scale, variance = constant_of(node.inputs[1]), constant_of(node.inputs[4])
+    if scale is None or variance is None or attribute(node, "training_mode", 0):
+        return (None,)
+    factor = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + attribute(node, "epsilon", 1e-5))
+    rank = len(dims(node.inputs[0]))
+    return (op.Mul(g, op.floats(factor.reshape(-1, *[1] * (rank - 2)))), None, None, None, None)
+
+
+def normalized_vjp(op, x, g, axes, epsilon):
+    """Cotangent of x for y = (x - mean) / sqrt(var + eps) over `axes`: r (g - mean g - y mean(g y)), r = 1 / sqrt(var + eps)."""
+    centred = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
+    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
+    r = op.Reciprocal(op.Sqrt(op.Add(variance, op.floats(epsilon))))
+    y = op.Mul(centred, r)
+    mean_g = op.ReduceMean(g, axes, keepdims=1)
+    mean_gy = op.ReduceMean(op.Mul(g, y), axes, keepdims=1)
+    return op.Mul(r, op.Sub(op.Sub(g, mean_g), op.Mul(y, mean_gy)))
+
+
+@vjp("LayerNormalization")
+def layer_normalization(op, node, g):
+    """y = scale xhat + bias over the axes from `axis` on."""
+    g = g[0] if isinstance(g, tuple) else g
+    x, scale = node.inputs[:2]
+    rank = len(dims(x))
+    axes = list(range(attribute(node, "axis", -1) % rank, rank))
+    return (normalized_vjp(op, x, op.Mul(g, scale), axes, attribute(node, "epsilon", 1e-5)), None, None)
+
+
+@vjp("InstanceNormalization")
+def instance_normalization(op, node, g):
+    """y = scale xhat + bias per image and channel."""
+    x, scale = node.inputs[:2]
+    rank = len(dims(x))
+    scaled = op.Mul(g, op.Reshape(scale, [-1, *[1] * (rank - 2)]))
+    return (normalized_vjp(op, x, scaled, list(range(2, rank)), attribute(node, "epsilon", 1e-5)), None, None)
+
+
+@vjp("LpNormalization")
+def lp_normalization(op, node, g):
+    """p = 2: dx = (g - y sum(g y)) / ||x||."""
+    if attribute(node, "p", 2) != 2:
+        return (None,)
+    x, y, axis = node.inputs[0], node.outputs[0], attribute(node, "axis", -1)
+    norm = op.ReduceL2(x, [axis], keepdims=1)
+    return (op.Div(op.Sub(g, op.Mul(y, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1))), norm),)
+
+
+@vjp("LRN")
+def local_response_normalization(op, node, g):
+    """y = x d^-beta, d = bias + alpha/n sum_window x^2: dx = g d^-beta - 2 alpha beta / n x sum_window(g y / d).
+
+    The window sum runs over channels; its transpose mirrors the window (they differ for an even size).
+    """
+    x, y = node.inputs[0], node.outputs[0]
+    size = attribute(node, "size")
+    alpha, beta, bias = (attribute(node, k, d) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    channels, *grid = static_dims(x)
+    before = (size - 1) // 2
+    offset = np.arange(channels)[None, :] - np.arange(channels)[:, None]
+    window = ((offset >= -before) & (offset <= size - 1 - before)).astype(op.dtype)
+
+    def windowed(value, matrix):
+        flat = op.Reshape(value, [-1, channels, math.prod(grid)])
+        return op.Reshape(op.MatMul(op.floats(matrix), flat), [-1, channels, *grid])
+
+    d = op.Add(op.Mul(windowed(op.Mul(x, x), window), op.floats(alpha / size)), op.floats(bias))
+    direct = op.Mul(g, op.Pow(d, op.floats(-beta)))
+    across = windowed(op.Div(op.Mul(g, y), d), window.T)
+    return (op.Sub(direct, op.Mul(op.Mul(x, across), op.floats(2 * alpha * beta / size))),)

@@ -1,0 +1,125 @@
+"""Rules for pooling windows."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from ..autodiff import vjp
+from ..tape import attribute, static_dims
+from .conv import crop_or_pad, data_gradient, interleave, ones_kernel, window_of
+from .shape import pad_zeros
+
+
+def window_counts(window, size, out, include_pad, declared_after):
+    """Elements that each average pooling window divides by, (*out) float64.
+
+    ONNX and PyTorch count the declared padding if `include_pad`, and never what ceil_mode hangs over beyond it.
+    """
+    per_axis = []
+    for i, n in enumerate(size):
+        starts = np.arange(out[i])[:, None] * window.strides[i] - window.before[i]
+        positions = starts + np.arange(window.kernel[i])[None, :] * window.dilations[i]
+        low, high = (-window.before[i], n + declared_after[i]) if include_pad else (0, n)
+        per_axis.append(((positions >= low) & (positions < high)).sum(axis=1).astype(np.float64))
+    counts = per_axis[0]
+    for c in per_axis[1:]:
+        counts = counts[..., None] * c
+    return counts
+
+
+@vjp("AveragePool")
+def average_pool(op, node, g):
+    """dx = g / count, spread over each window."""
+    x = node.inputs[0]
+    window = window_of(node, attribute(node, "kernel_shape"))
+    channels, *size = static_dims(x)
+    out = static_dims(node.outputs[0])[1:]
+    if attribute(node, "auto_pad", "NOTSET") == "NOTSET":
+        declared_after = list(attribute(node, "pads", [0] * 2 * len(size)))[len(size) :]
+    else:
+        declared_after = [max(a, 0) for a in window.after]
+    counts = window_counts(window, size, out, attribute(node, "count_include_pad", 0), declared_after)
+    shared = op.Mul(g, op.floats(1 / counts[None, None]))
+    if window.kernel == window.strides and not any(window.before) and max(window.after) <= 0:
+        return (_repeated(op, shared, channels, window, size, out),)
+    kernel = ones_kernel(op, channels, window.kernel)
+    return (data_gradient(op, shared, kernel, channels, window, size, out),)
+
+
+def _repeated(op, value, channels, window, size, out):
+    """Each element fills its own window; windows tile the input."""
+    split = [d for o in out for d in (o, 1)]
+    filled = [d for o, k in zip(out, window.kernel, strict=True) for d in (o, k)]
+    value = op.Expand(op.Reshape(value, [-1, channels, *split]), [1, channels, *filled])
+    have = [o * k for o, k in zip(out, window.kernel, strict=True)]
+    value = op.Reshape(value, [-1, channels, *have])
+    return crop_or_pad(op, value, have, [0] * len(size), [n - h for n, h in zip(size, have, strict=True)])
+
+
+@vjp("MaxPool")
+def max_pool(op, node, g):
+    """dx = g at the first maximum of each window in row-major order, as PyTorch does."""
+    if isinstance(g, tuple):
+        if any(part is not None for part in g[1:]):
+            return (None,)
+        g = g[0]
+    x, y = node.inputs[0], node.outputs[0]
+    window = window_of(node, attribute(node, "kernel_shape"))
+    channels, *size = static_dims(x)
+    out = static_dims(y)[1:]
+    rank, strides = len(size), window.strides
+    padded = _pad_lowest(op, x, window, size)
+    spans = [s * (o - 1) + 1 for s, o in zip(strides, out, strict=True)]
+    axes = list(range(2, 2 + rank))
+
+    pieces, free = {}, None
+    offsets = list(itertools.product(*(range(0, e, d) for e, d in zip(window.extent, window.dilations, strict=True))))
+    for position, offset in enumerate(offsets):
+        ends = [o + n for o, n in zip(offset, spans, strict=True)]
+        candidate = op.Slice(padded, list(offset), ends, axes, list(strides))
+        hit = op.Equal(candidate, y)
+        first = hit if free is None else op.And(hit, free)
+        if position < len(offsets) - 1:
+            free = op.Not(hit) if free is None else op.And(free, op.Not(hit))
+        pieces[offset] = op.mask(first, g)
+    return (_overlay(op, pieces, channels, window, size, out),)
+
+
+def _pad_lowest(op, x, window, size):
+    """x with the window's padding filled by the lowest value, so that it never is a maximum; unused columns stay."""
+    before, after = list(window.before), [max(a, 0) for a in window.after]
+    if not any(before + after):
+        return x
+    lowest = op.floats(np.finfo(op.dtype).min)
+    return op.Pad(x, [0, 0, *before, 0, 0, *after], lowest)
+
+
+def _overlay(op, pieces, channels, window, size, out):
+    """Sums pieces (S, C, *out), each at its window offset, into (S, C, *size).
+
+    Offset = stride m + r on each axis: pieces of equal r are shifted by m and added, then the phases r interleaved.
+    """
+    rank, strides = len(size), window.strides
+    taps = [(e - 1) // s for e, s in zip(window.extent, strides, strict=True)]
+    phases = {}
+    for offset, piece in pieces.items():
+        m = [o // s for o, s in zip(offset, strides, strict=True)]
+        r = tuple(o % s for o, s in zip(offset, strides, strict=True))
+        shifted = pad_zeros(op, piece, 2 + rank, {2 + i: (m[i], taps[i] - m[i]) for i in range(rank)})
+        phases[r] = op.Add(phases[r], shifted) if r in phases else shifted
+    count = [o + t for o, t in zip(out, taps, strict=True)]
+    if all(s == 1 for s in strides):
+        dx = phases[(0,) * rank]
+    else:
+        empty = None
+        ordered = []
+        for r in itertools.product(*(range(s) for s in strides)):
+            if r not in phases:
+                empty = op.Mul(next(iter(phases.values())), op.floats(0)) if empty is None else empty
+            ordered.append(op.Unsqueeze(phases.get(r, empty), [2]))
+        dx = interleave(op, op.Concat(*ordered, axis=2), channels, count, strides)
+    have = [n * s for n, s in zip(count, strides, strict=True)]
+    after = [n + b - h for n, b, h in zip(size, window.before, have, strict=True)]
+    return crop_or_pad(op, dx, have, [-b for b in window.before], after)

@@ -1,0 +1,100 @@
+"""Rules for reductions and softmax."""
+
+from __future__ import annotations
+
+import math
+
+from ..autodiff import vjp
+from ..tape import attribute, constant_of, dims, static_dims
+
+
+def reduced_axes(node):
+    """Axes that a reduction (opset 18 form: axes are an input) removes, non-negative, sorted."""
+    x = node.inputs[0]
+    rank = len(dims(x))
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    if axes is None:
+        axes = attribute(node, "axes")
+    if axes is None or len(axes) == 0:
+        return [] if attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
+    return sorted(int(a) % rank for a in axes)
+
+
+def keep_dims(op, node, value):
+    """`value`, shaped as the reduction's output, with the reduced axes back as ones."""
+    axes = reduced_axes(node)
+    if attribute(node, "keepdims", 1) or not axes:
+        return value
+    sizes = [1 if i in axes else d for i, d in enumerate(dims(node.inputs[0]))][1:]
+    return op.Reshape(value, [-1, *sizes])
+
+
+def reduced_count(node):
+    x = dims(node.inputs[0])
+    return math.prod(x[a] for a in reduced_axes(node))
+
+
+@vjp("ReduceSum")
+def reduce_sum(op, node, g):
+    """dx = g, repeated."""
+    return (op.expand_like(keep_dims(op, node, g), node.inputs[0]), None)
+
+
+@vjp("ReduceMean")
+def reduce_mean(op, node, g):
+    """dx = g / n, repeated."""
+    scaled = op.Mul(keep_dims(op, node, g), op.floats(1 / reduced_count(node)))
+    return (op.expand_like(scaled, node.inputs[0]), None)
+
+
+@vjp("ReduceL2")
+def reduce_l2(op, node, g):
+    """dx = g x / y."""
+    return (op.Mul(node.inputs[0], op.Div(keep_dims(op, node, g), keep_dims(op, node, node.outputs[0]))), None)
+
+
+@vjp("ReduceSumSquare")
+def reduce_sum_square(op, node, g):
+    """dx = 2 g x."""
+    return (op.Mul(node.inputs[0], op.Mul(keep_dims(op, node, g), op.floats(2))), None)
+
+
+@vjp("ReduceMax", "ReduceMin")
+def reduce_extremum(op, node, g):
+    """dx = g where x is the extremum, shared equally by equal elements, as PyTorch's amax and amin do."""
+    x = node.inputs[0]
+    hit = op.Cast(op.Equal(x, keep_dims(op, node, node.outputs[0])), to=x.dtype)
+    count = op.ReduceSum(hit, reduced_axes(node), keepdims=1)
+    return (op.Mul(hit, op.Div(keep_dims(op, node, g), count)), None)
+
+
+@vjp("Softmax")
+def softmax(op, node, g):
+    """dx = y (g - sum g y)."""
+    y, axis = node.outputs[0], attribute(node, "axis", -1)
+    return (op.Mul(y, op.Sub(g, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1))),)
+
+
+@vjp("LogSoftmax")
+def log_softmax(op, node, g):
+    """dx = g - exp(y) sum g."""
+    y, axis = node.outputs[0], attribute(node, "axis", -1)
+    return (op.Sub(g, op.Mul(op.Exp(y), op.ReduceSum(g, [axis], keepdims=1))),)
+
+
+@vjp("GlobalAveragePool")
+def global_average_pool(op, node, g):
+    """dx = g / (h w), repeated."""
+    x = node.inputs[0]
+    return (op.expand_like(op.Mul(g, op.floats(1 / math.prod(static_dims(x)[1:]))), x),)
+
+
+@vjp("GlobalMaxPool")
+def global_max_pool(op, node, g):
+    """dx = g at the first maximum of each channel in row-major order, as PyTorch's max pooling does."""
+    x = node.inputs[0]
+    channels, *grid = static_dims(x)
+    flat = op.Reshape(x, [0, channels, -1])
+    first = op.ArgMax(flat, axis=2, keepdims=1)
+    positions = op.value(list(range(math.prod(grid))))
+    return (op.reshape_like(op.mask(op.Equal(positions, first), op.Reshape(g, [-1, channels, 1])), x),)

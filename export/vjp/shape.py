@@ -1,0 +1,156 @@
+"""Rules for operators that move elements without changing them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..autodiff import vjp
+from ..tape import attribute, constant_of, dims, static_dims
+
+
+@vjp("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def reshape(op, node, g):
+    """dx = g in the sizes of x."""
+    return (op.reshape_like(g, node.inputs[0]), None)
+
+
+@vjp("Transpose")
+def transpose(op, node, g):
+    """dx = g under the inverse permutation."""
+    rank = len(dims(node.inputs[0]))
+    perm = attribute(node, "perm", list(range(rank))[::-1])
+    return (op.Transpose(g, perm=[int(i) for i in np.argsort(perm)]),)
+
+
+@vjp("Concat")
+def concat(op, node, g):
+    """dx_i = the slice of g that x_i filled."""
+    axis = attribute(node, "axis") % len(dims(node.outputs[0]))
+    if axis == 0:
+        return tuple(None for _ in node.inputs)
+    parts, start = [], 0
+    for x in node.inputs:
+        end = start + dims(x)[axis]
+        parts.append(op.Slice(g, [start], [end], [axis]) if op.wants(x) else None)
+        start = end
+    return tuple(parts)
+
+
+@vjp("Split")
+def split(op, node, g):
+    """dx = the cotangents of the parts, joined; zeros for parts that nothing needs."""
+    parts = g if isinstance(g, tuple) else (g,)
+    axis = attribute(node, "axis", 0) % len(dims(node.inputs[0]))
+    if axis == 0:
+        return (None, None)
+    known = next(p for p in parts if p is not None)
+    filled = [_zeros(op, known, y, axis) if p is None else p for p, y in zip(parts, node.outputs, strict=True)]
+    return (op.Concat(*filled, axis=axis), None)
+
+
+def _zeros(op, batched, like, axis):
+    """Zeros in the sizes of `like` with the batch of `batched`, whose sizes differ at most along `axis`."""
+    one = op.Slice(batched, [0], [1], [axis])
+    return op.Expand(op.Mul(one, op.floats(0)), [1, *static_dims(like)])
+
+
+def pad_zeros(op, value, rank, padding):
+    """Pads with zeros; `padding` maps an axis to (before, after)."""
+    before, after = [0] * rank, [0] * rank
+    for axis, (b, a) in padding.items():
+        before[axis], after[axis] = b, a
+    return op.Pad(value, [*before, *after], op.floats(0)) if any(before + after) else value
+
+
+@vjp("Slice")
+def slice_(op, node, g):
+    """dx = g put back where it was taken from, zeros elsewhere."""
+    x = node.inputs[0]
+    starts, ends = constant_of(node.inputs[1]), constant_of(node.inputs[2])
+    extra = [constant_of(node.inputs[i]) if len(node.inputs) > i else None for i in (3, 4)]
+    if starts is None or ends is None:
+        return (None,)
+    axes = extra[0] if extra[0] is not None else np.arange(len(starts))
+    steps = extra[1] if extra[1] is not None else np.ones(len(starts), np.int64)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        axis = int(axis) % len(dims(x))
+        if axis == 0:
+            if (int(start), int(step)) == (0, 1) and int(end) >= 2**31 - 1:
+                continue
+            return (None,)
+        positions = list(range(*slice(int(start), _end(int(end), int(step)), int(step)).indices(dims(x)[axis])))
+        g = put_back(op, g, len(dims(x)), axis, positions, dims(x)[axis])
+    return (g, None, None, None, None)
+
+
+def _end(end, step):
+    return None if step < 0 and end < -(2**31) + 2 else end
+
+
+def put_back(op, g, rank, axis, positions, size):
+    """Adds g's slices along `axis` at `positions` of a zero tensor of `size`; a contiguous run is a Pad."""
+    first, count = positions[0], len(positions)
+    if positions == list(range(first, first + count)):
+        return pad_zeros(op, g, rank, {axis: (first, size - first - count)})
+    placement = np.zeros((count, size))
+    np.add.at(placement, (np.arange(count), positions), 1)
+    last = [i for i in range(rank) if i != axis] + [axis]
+    moved = op.MatMul(op.Transpose(g, perm=last), op.floats(placement))
+    return op.Transpose(moved, perm=[int(i) for i in np.argsort(last)])
+
+
+@vjp("Gather")
+def gather(op, node, g):
+    """dx = the sum of g over the positions that took the same slice; indices are constant."""
+    x, indices = node.inputs[0], constant_of(node.inputs[1])
+    rank = len(dims(x))
+    axis = attribute(node, "axis", 0) % rank
+    if indices is None or axis == 0 or indices.ndim > 1:
+        return (None, None)
+    size = dims(x)[axis]
+    positions = [int(i) % size for i in np.atleast_1d(indices)]
+    if indices.ndim == 0:
+        g = op.Unsqueeze(g, [axis])
+    return (put_back(op, g, rank, axis, positions, size), None)
+
+
+@vjp("Pad")
+def pad(op, node, g):
+    """dx = g without its border, for constant padding."""
+    x, pads = node.inputs[0], constant_of(node.inputs[1])
+    if pads is None or attribute(node, "mode", "constant") != "constant":
+        return (None,)
+    rank = len(dims(x))
+    axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
+    axes = [int(a) % rank for a in axes] if axes is not None else list(range(rank))
+    for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        before, after, size = int(before), int(after), dims(x)[axis]
+        if not before and not after:
+            continue
+        if axis == 0:
+            return (None,)
+        g = op.Slice(g, [max(before, 0)], [max(before, 0) + size + min(before, 0) + min(after, 0)], [axis])
+        g = pad_zeros(op, g, rank, {axis: (max(-before, 0), max(-after, 0))})
+    return (g, None, None, None)
+
+
+@vjp("Expand")
+def expand(op, node, g):
+    """dx = g summed over the axes that were repeated."""
+    return (op.unbroadcast(g, node.inputs[0], node.outputs[0]), None)
+
+
+@vjp("DepthToSpace")
+def depth_to_space(op, node, g):
+    """dx = the blocks of g, back in the channels."""
+    b = attribute(node, "blocksize")
+    channels, h, w = static_dims(node.outputs[0])
+    blocks = op.Reshape(g, [-1, channels, h // b, b, w // b, b])
+    order = [0, 3, 5, 1, 2, 4] if attribute(node, "mode", "DCR") == "DCR" else [0, 1, 3, 5, 2, 4]
+    return (op.reshape_like(op.Transpose(blocks, perm=order), node.inputs[0]),)
+
+
+@vjp("SpaceToDepth")
+def space_to_depth(op, node, g):
+    """dx = DepthToSpace of g, depth first."""
+    return (op.DepthToSpace(g, blocksize=attribute(node, "blocksize"), mode="DCR"),)

@@ -1,0 +1,352 @@
+"""Every gradient rule, in float64, against autograd: one oracle over one table.
+
+A row is one ONNX node. The node's forward pass in PyTorch (the interpreter) is first shown to be the operator by ONNX's own
+reference evaluator; then the gradient graph that the rule emits, run by that evaluator, must equal PyTorch's autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from camrt.export import vjp  # noqa: F401
+from camrt.export.autodiff import RULES, gradients
+from camrt.export.interpreter import Interpreter
+from camrt.export.tape import Tape
+from camrt.runtime.errors import UnsupportedOperator
+
+X = (3, 4, 9, 7)  # a batch of 3, odd spatial sizes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One node: its first input is the variable x; the other inputs are constants, or a second variable if `both`."""
+
+    op_type: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = X
+    inputs: tuple[Any, ...] = ()  # shapes become random float constants, arrays stay
+    outputs: int = 1
+    values: str = "normal"  # normal | positive | ties
+    both: bool = False
+    reverse: bool = False  # x is the last input
+    defined_by: str = "onnx"  # or "onnxruntime", in float32, where ONNX's evaluator does not cover the row
+
+    def __str__(self) -> str:
+        parts = [f"{k}={v}" for k, v in self.attributes.items()]
+        return " ".join(
+            [self.op_type, *parts, self.values if self.values != "normal" else "", *(["both"] if self.both else [])]
+        ).strip()
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def conv(shape=X, weight=(6, 4, 3, 3), bias=True, **attributes: Any) -> Case:
+    return Case("Conv", attributes, shape, (weight, (weight[0],)) if bias else (weight,))
+
+
+POINTWISE = [
+    "Relu",
+    "Sigmoid",
+    "Tanh",
+    "HardSwish",
+    "Softplus",
+    "Softsign",
+    "Mish",
+    "Erf",
+    "Exp",
+    "Neg",
+    "Abs",
+    "Identity",
+]
+
+CASES = [
+    *(Case(op) for op in POINTWISE),
+    Case("Relu", values="ties"),
+    Case("Dropout"),
+    Case("Cast", {"to": 11}),
+    *(Case(op, values="positive") for op in ("Log", "Sqrt", "Reciprocal")),
+    Case("LeakyRelu", {"alpha": 0.3}),
+    Case("ThresholdedRelu", {"alpha": 0.3}),
+    Case("PRelu", inputs=((4, 1, 1),)),
+    Case("Elu", {"alpha": 1.5}),
+    Case("Celu", {"alpha": 1.5}),
+    Case("Selu"),
+    Case("HardSigmoid", {"alpha": 0.3, "beta": 0.4}),
+    Case("HardSigmoid"),
+    Case("Swish", {"alpha": 1.3}),
+    Case("Gelu", defined_by="onnxruntime"),
+    Case("Gelu", {"approximate": "tanh"}),
+    Case("Clip", inputs=(np.float64(-0.5), np.float64(0.7))),
+    Case("Clip", inputs=(None, np.float64(0.7))),
+    Case("Clip", inputs=(np.float64(0.0), np.float64(2.0)), values="ties"),
+    Case("Pow", inputs=(np.float64(2),)),
+    Case("Pow", inputs=(np.float64(-0.75),), values="positive"),
+    *(Case(op, inputs=((4, 1, 1),)) for op in ("Add", "Sub", "Mul", "Div")),
+    *(Case(op, inputs=((4, 1, 1),), reverse=True) for op in ("Add", "Sub", "Mul", "Div")),
+    *(Case(op, inputs=((3, 4, 1, 1),), both=True) for op in ("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum")),
+    *(Case(op, inputs=((3, 1, 9, 7),), both=True) for op in ("Add", "Mul", "Div")),
+    Case("Max", inputs=((1,),), values="ties"),
+    Case("Where", inputs=((4, 1, 1),), both=False, attributes={}),
+    Case("ReduceMean", {"keepdims": 1}, inputs=(ints(2, 3),)),
+    Case("ReduceMean", {"keepdims": 0}, inputs=(ints(-1, -2),)),
+    Case("ReduceMean", {"keepdims": 0}, inputs=(ints(1),)),
+    Case("ReduceSum", {"keepdims": 0}, inputs=(ints(2),)),
+    Case("ReduceSum", {"noop_with_empty_axes": 1}, inputs=(ints(),)),
+    Case("ReduceL2", {"keepdims": 1}, inputs=(ints(1),)),
+    Case("ReduceSumSquare", {"keepdims": 0}, inputs=(ints(1, 3),)),
+    Case("ReduceMax", {"keepdims": 0}, inputs=(ints(2, 3),)),
+    Case("ReduceMax", {"keepdims": 1}, inputs=(ints(1),), values="ties"),
+    Case("ReduceMin", {"keepdims": 1}, inputs=(ints(3),)),
+    Case("Softmax", {"axis": 1}),
+    Case("Softmax", {"axis": -1}),
+    Case("LogSoftmax", {"axis": 1}),
+    Case("GlobalAveragePool"),
+    Case("GlobalMaxPool"),
+    Case("GlobalMaxPool", values="ties"),
+    Case("Gemm", {"transB": 1, "alpha": 0.7, "beta": 1.2}, (3, 5), ((6, 5), (6,))),
+    Case("Gemm", {}, (3, 5), ((5, 6),)),
+    Case("MatMul", {}, (3, 5), ((5, 6),)),
+    Case("MatMul", {}, (3, 4, 9, 7), ((7, 5),)),
+    Case("MatMul", {}, (3, 4, 9, 7), ((3, 4, 7, 5),), both=True),
+    Case("MatMul", {}, (3, 4, 9, 7), ((3, 1, 7, 5),), both=True),
+    Case("MatMul", {}, (3, 4, 9, 7), ((4, 5, 9),), reverse=True),
+    Case("BatchNormalization", {"epsilon": 1e-3}, X, ((4,), (4,), (4,), np.array([0.5, 1, 2, 3]))),
+    Case("LayerNormalization", {"epsilon": 1e-3}, X, ((7,), (7,))),
+    Case("LayerNormalization", {"axis": 2}, X, ((9, 7), (9, 7))),
+    Case("LayerNormalization", {"axis": -1}, X, ((7,),)),
+    Case("InstanceNormalization", {"epsilon": 1e-3}, X, ((4,), (4,))),
+    Case("LpNormalization", {"axis": 1, "p": 2}),
+    Case("LRN", {"size": 3, "alpha": 0.5, "beta": 0.75, "bias": 1.5}, (7, 7, 3, 2)),
+    Case("LRN", {"size": 4, "alpha": 0.5}, (7, 7, 3, 2)),
+    Case("Reshape", inputs=(ints(0, 2, -1),)),
+    Case("Reshape", inputs=(ints(-1, 4 * 63),)),
+    Case("Flatten", {"axis": 1}),
+    Case("Squeeze", shape=(3, 4, 1, 1), inputs=(ints(2, 3),)),
+    Case("Unsqueeze", inputs=(ints(-1, 2),)),
+    Case("Transpose", {"perm": [0, 2, 3, 1]}),
+    Case("Transpose", {"perm": [0, 3, 1, 2]}),
+    Case("Concat", {"axis": 1}, inputs=((3, 2, 9, 7),), both=True),
+    Case("Concat", {"axis": -1}, inputs=((3, 4, 9, 1),), reverse=True),
+    Case("Split", {"axis": 1}, inputs=(ints(1, 3),), outputs=2),
+    Case("Split", {"axis": -1, "num_outputs": 3}, outputs=3),
+    Case("Slice", inputs=(ints(1, -5), ints(3, 2**31), ints(1, -1))),
+    Case("Slice", inputs=(ints(0), ints(9), ints(2), ints(2))),
+    Case("Slice", inputs=(ints(-1), ints(-(2**31)), ints(2), ints(-1))),
+    Case("Slice", inputs=(ints(0, 1), ints(2**31, 8), ints(0, 2))),
+    Case("Gather", {"axis": 1}, inputs=(np.array(2),)),
+    Case("Gather", {"axis": 2}, inputs=(ints(8, 0, 0, 3),)),
+    Case("Gather", {"axis": -1}, inputs=(ints(2, 3, 4),)),
+    Case("Pad", inputs=(ints(0, 0, 1, 2, 0, 0, 0, 3),)),
+    Case("Pad", inputs=(ints(0, 0, -1, 2, 0, 1, 1, -2), np.float64(0.5)), defined_by="onnxruntime"),
+    Case("Expand", shape=(3, 4, 1, 7), inputs=(ints(1, 4, 9, 7),)),
+    Case("DepthToSpace", {"blocksize": 2}, (2, 8, 3, 5)),
+    Case("DepthToSpace", {"blocksize": 2, "mode": "CRD"}, (2, 8, 3, 5)),
+    Case("SpaceToDepth", {"blocksize": 2}, (2, 3, 4, 6)),
+    # convolutions: stride, dilation, groups, asymmetric, auto_pad and over-wide padding, odd sizes, unused last columns
+    conv(),
+    conv(pads=[1, 1, 1, 1]),
+    conv(pads=[0, 1, 2, 0], bias=False),
+    conv(pads=[3, 4, 3, 2]),
+    conv(pads=[2, 2, 2, 2], dilations=[2, 1]),
+    conv(strides=[2, 2], pads=[1, 1, 1, 1]),
+    conv(strides=[2, 2]),
+    conv(shape=(3, 4, 10, 8), strides=[2, 2], pads=[0, 0, 1, 1]),
+    conv(shape=(3, 4, 10, 8), strides=[2, 2], pads=[1, 2, 0, 1]),
+    conv(strides=[2, 3], pads=[1, 0, 2, 1]),
+    conv(strides=[1, 2], pads=[1, 1, 1, 1]),
+    conv(strides=[2, 2], pads=[3, 3, 3, 3]),
+    conv(strides=[2, 2], dilations=[2, 2], pads=[2, 2, 2, 2]),
+    conv(strides=[3, 2], dilations=[1, 2], pads=[0, 1, 1, 2]),
+    conv(weight=(6, 4, 1, 1)),
+    conv(weight=(6, 4, 1, 1), strides=[2, 2]),
+    conv(weight=(6, 4, 1, 1), strides=[3, 3], shape=(2, 4, 10, 8)),
+    conv(weight=(6, 4, 2, 2), strides=[2, 2]),
+    conv(weight=(6, 4, 2, 2), strides=[3, 3]),
+    conv(weight=(6, 4, 4, 4), strides=[4, 4], shape=(2, 4, 13, 11)),
+    conv(weight=(6, 4, 1, 7), pads=[0, 3, 0, 3]),
+    conv(weight=(6, 4, 11, 5), strides=[4, 4], pads=[2, 2, 2, 2], shape=(2, 4, 19, 15)),
+    conv(weight=(6, 2, 3, 3), group=2, pads=[1, 1, 1, 1]),
+    conv(weight=(6, 2, 3, 3), group=2, strides=[2, 2], pads=[1, 1, 1, 1]),
+    conv(weight=(4, 1, 3, 3), group=4, pads=[1, 1, 1, 1]),
+    conv(weight=(8, 1, 3, 3), group=4, pads=[1, 1, 1, 1]),
+    conv(weight=(4, 1, 5, 5), group=4, strides=[2, 2], pads=[2, 2, 2, 2]),
+    conv(weight=(8, 1, 3, 3), group=4, strides=[2, 2], pads=[1, 1, 1, 1]),
+    *(
+        conv(auto_pad=mode, strides=[s, s], shape=(3, 4, 9, 8))
+        for mode in ("SAME_UPPER", "SAME_LOWER", "VALID")
+        for s in (1, 2)
+    ),
+    Case("Conv", {"strides": [2], "pads": [1, 1]}, (3, 4, 9), ((6, 4, 3),)),
+    Case("Conv", {"pads": [1, 1]}, (3, 4, 9), ((6, 4, 3),)),
+    Case("ConvTranspose", {"strides": [2, 2], "pads": [1, 0, 0, 1]}, X, ((4, 5, 3, 3), (5,))),
+    Case("ConvTranspose", {"group": 2, "dilations": [2, 1]}, X, ((4, 3, 3, 2),), defined_by="onnxruntime"),
+    Case("ConvTranspose", {"strides": [2, 2], "output_padding": [1, 0]}, X, ((4, 5, 3, 3),)),
+    # pooling: overlap, ceil_mode, counted padding, dilation, ties
+    *(
+        Case("MaxPool", attributes, values=values)
+        for attributes in (
+            {"kernel_shape": [2, 2], "strides": [2, 2]},
+            {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]},
+            {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
+            {"kernel_shape": [2, 3], "strides": [2, 2], "pads": [0, 1, 1, 0], "ceil_mode": 1},
+            {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
+            {"kernel_shape": [3, 2], "strides": [1, 3]},
+            {"kernel_shape": [2, 2], "strides": [3, 3]},
+            {"kernel_shape": [2, 3], "dilations": [2, 2], "strides": [2, 1]},
+            {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_UPPER"},
+            {"kernel_shape": [2, 2], "auto_pad": "SAME_LOWER"},
+        )
+        for values in ("normal", "ties")
+    ),
+    *(
+        Case("AveragePool", {**attributes, "count_include_pad": include})
+        for attributes in (
+            {"kernel_shape": [2, 2], "strides": [2, 2]},
+            {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1, 1, 1, 1]},
+            {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 0, 0, 1]},
+            {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1, "pads": [1, 0, 1, 0]},
+            {"kernel_shape": [5, 5], "strides": [3, 3]},
+        )
+        for include in (0, 1)
+    ),
+    Case("AveragePool", {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}),
+    Case("MaxPool", {"kernel_shape": [3], "strides": [2], "pads": [1, 1]}, (3, 4, 9)),
+]
+
+
+def sample(case: Case, rng: np.random.Generator) -> np.ndarray:
+    if case.values == "ties":
+        return rng.integers(-2, 3, case.shape).astype(np.float64)
+    x = rng.standard_normal(case.shape)
+    return np.abs(x) + 0.2 if case.values == "positive" else x
+
+
+def build(case: Case, rng: np.random.Generator) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """A one-node model in float64 with a symbolic batch, and its feeds."""
+    feeds = {"x": sample(case, rng)}
+    names, constants = ["x"], []
+    for i, given in enumerate(case.inputs):
+        if given is None:
+            names.append("")
+            continue
+        array = np.asarray(given) if not isinstance(given, tuple) else rng.standard_normal(given)
+        if case.op_type in ("Div", "Where") and isinstance(given, tuple):
+            array = np.abs(array) + 0.5
+        names.append(f"c{i}")
+        if case.both:
+            feeds[f"c{i}"] = array
+        else:
+            constants.append(onnx.numpy_helper.from_array(array, f"c{i}"))
+    if case.reverse:
+        names.reverse()
+        if case.op_type == "Div":
+            feeds["x"] = np.abs(feeds["x"]) + 0.5
+    if case.op_type == "Where":
+        constants.append(onnx.numpy_helper.from_array(rng.random(X[1:]) < 0.5, "condition"))
+        names.insert(0, "condition")
+    outputs = [f"y{i}" for i in range(case.outputs)]
+    node = onnx.helper.make_node(case.op_type, names, outputs, name="node", **case.attributes)
+    double = onnx.TensorProto.DOUBLE
+    graph = onnx.helper.make_graph(
+        [node],
+        "case",
+        [onnx.helper.make_tensor_value_info(n, double, ["batch", *a.shape[1:]]) for n, a in feeds.items()],
+        [onnx.helper.make_tensor_value_info(n, double, None) for n in outputs],
+        constants,
+    )
+    opset = 24 if case.op_type == "Swish" else 20 if case.op_type == "Gelu" else 18
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    return ir.from_proto(model), feeds
+
+
+def defined_outputs(case: Case, model: ir.Model, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What the specification says the node computes. Attributes are float32 in ONNX, hence 1e-6 in float64."""
+    proto = ir.to_proto(model)
+    if case.defined_by == "onnx":
+        return list(ReferenceEvaluator(proto).run(names, feeds))
+    single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+    for value in [*proto.graph.input, *proto.graph.output]:
+        value.type.tensor_type.elem_type = single
+    for i, tensor in enumerate(proto.graph.initializer):
+        if tensor.data_type == double:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            proto.graph.initializer[i].CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    single_feeds = {n: a.astype(np.float32) for n, a in feeds.items()}
+    return [y.astype(np.float64) for y in session.run(names, single_feeds)]
+
+
+def close(got: np.ndarray, want: np.ndarray, what: str, rtol: float = 1e-9) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype, (what, got.shape, want.shape, got.dtype, want.dtype)
+    assert np.isfinite(want).all() and want.size, what
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol / 10, err_msg=what)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rule_agrees_with_float64_autograd(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    model, feeds = build(case, rng)
+    tensors = {n: torch.from_numpy(a).requires_grad_() for n, a in feeds.items()}
+    names = [str(y.name) for y in model.graph.outputs]
+    forward = Interpreter(model).run(tensors, names)
+    for name, want in zip(names, defined_outputs(case, model, names, feeds), strict=True):
+        close(forward[name].detach().numpy(), want, f"forward {name}", rtol=1e-6 if case.defined_by == "onnx" else 1e-4)
+
+    # The last output alone is differentiated, so that a node's unneeded outputs are covered too.
+    cotangent = rng.standard_normal(forward[names[-1]].shape)
+    expected = torch.autograd.grad(forward[names[-1]], list(tensors.values()), torch.from_numpy(cotangent))
+
+    target = model.graph.outputs[-1]
+    seed = ir.Value(name="seed", shape=target.shape, type=target.type)
+    model.graph.inputs.append(seed)
+    variables = [v for v in model.graph.inputs if v.name in feeds]
+    tape = Tape(model.graph, np.float64)
+    results = gradients(tape, variables, target, seed)
+    for i, value in enumerate(results):
+        output = tape.Identity(value)
+        output.name, output.type = f"d{i}", target.type
+        model.graph.outputs.append(output)
+    fetches = [f"d{i}" for i in range(len(results))]
+    if case.defined_by == "onnx":
+        got = ReferenceEvaluator(ir.to_proto(model)).run(fetches, feeds | {"seed": cotangent})
+    else:
+        ran = Interpreter(model).run(
+            {n: torch.from_numpy(a) for n, a in (feeds | {"seed": cotangent}).items()}, fetches
+        )
+        got = [ran[n].numpy() for n in fetches]
+    for name, value, want in zip(feeds, got, expected, strict=True):
+        close(np.asarray(value), want.numpy(), f"gradient of {name}")
+
+
+def test_every_rule_has_a_row() -> None:
+    assert set(RULES) == {case.op_type for case in CASES}
+
+
+def test_a_second_rule_for_an_operator_is_refused() -> None:
+    from camrt.export.autodiff import vjp as register
+
+    with pytest.raises(ValueError, match="registered already"):
+        register("Relu")(lambda op, node, g: (g,))
+
+
+def test_an_operator_without_a_rule_is_named() -> None:
+    model, _ = build(Case("Relu"), np.random.default_rng(0))
+    node = model.graph[0]
+    node.op_type = "Atan"
+    target = model.graph.outputs[0]
+    with pytest.raises(
+        UnsupportedOperator, match=r"no gradient rule for Atan \(node 'node', between 'x' and the logits\)"
+    ):
+        gradients(Tape(model.graph, np.float64), [model.graph.inputs[0]], target, target)
