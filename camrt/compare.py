@@ -1,0 +1,32 @@
+"""Comparisons that fail on shape, dtype, NaN and emptiness before they look at values."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def comparable(got: np.ndarray, want: np.ndarray) -> None:
+    """ValueError unless both hold numbers of one shape and dtype, the reference being finite."""
+    if got.shape != want.shape:
+        raise ValueError(f"shape {got.shape} instead of {want.shape}")
+    if got.dtype != want.dtype:
+        raise ValueError(f"dtype {got.dtype} instead of {want.dtype}")
+    if not want.size:
+        raise ValueError("nothing to compare")
+    if not np.isfinite(want).all():
+        raise ValueError("the reference holds NaN or infinity")
+    if not np.isfinite(got).all():
+        raise ValueError("NaN or infinity")
+
+
+def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||; where the reference is zero, ||got||. ValueError as `comparable`."""
+    comparable(got, want)
+    norm = float(np.linalg.norm(want))
+    return float(np.linalg.norm(got - want)) / (norm if norm > 0 else 1.0)
+
+
+def largest_difference(got: np.ndarray, want: np.ndarray) -> float:
+    """max |got - want|. ValueError as `comparable`."""
+    comparable(got, want)
+    return float(np.abs(got - want).max())

@@ -1,0 +1,290 @@
+"""Checks a bundle against PyTorch in float64, tap by tap and method by method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .compare import largest_difference, relative_l2
+from .kernels import minmax
+from .runtime.backends import create
+from .runtime.bundle import Bundle, read_bundle
+from .runtime.errors import CamrtError, ExportError
+from .runtime.explainer import Explainer
+
+if TYPE_CHECKING:
+    from .export.reference import Recorded
+
+ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
+MAP_LIMIT = 1e-3  # largest difference after min-max
+PERCENTILES = (0, 50, 90, 100)
+FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: its distance from the float64 reference, PyTorch float32's own, and what is allowed.
+
+    A rectifier whose input is within rounding of 0 may fall to either side, and one that does moves early gradients by
+    1e-3. Which ones fall is chance, so PyTorch float32's own distance is the largest of several runs, whose images differ
+    in their last bits.
+    """
+
+    program: str
+    subject: str
+    distance: float
+    torch_float32: float
+    limit: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and self.distance <= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """oracle: what was compared with. rows: one per program and tap or method."""
+
+    oracle: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(r.passed for r in self.rows)
+
+
+class Oracle:
+    """The reference in float64 and float32: (image, seed, layers) -> what was recorded."""
+
+    def __init__(self, name: str, record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Recorded]):
+        self.name = name
+        self.record = record
+
+
+def module_oracle(model: Any, name: str) -> Oracle:
+    """A PyTorch module, by hooks and autograd."""
+    import torch
+
+    from .export.reference import in_float64, record
+
+    single, double = model.eval(), in_float64(model)
+
+    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
+        kind = torch.float64 if precise else torch.float32
+        return record(
+            double if precise else single, torch.from_numpy(image).to(kind), torch.from_numpy(seed).to(kind), layers
+        )
+
+    return Oracle(name, run)
+
+
+def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Oracle:
+    """An ONNX graph run by PyTorch operators under autograd; taps: layer -> value."""
+    import torch
+
+    from .export.interpreter import Interpreter
+    from .export.reference import Recorded
+
+    interpreters = {kind: Interpreter(graph, kind) for kind in (torch.float64, torch.float32)}
+
+    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
+        kind = torch.float64 if precise else torch.float32
+        entry = str(interpreters[kind].model.graph.inputs[0].name)
+        x = torch.from_numpy(image).to(kind).requires_grad_()
+        names = [taps[layer] for layer in layers]
+        values = interpreters[kind].run({entry: x}, [logits, *names])
+        tensors = [values[n] for n in names]
+        grads = torch.autograd.grad(values[logits], tensors, torch.from_numpy(seed).to(kind))
+        return Recorded(
+            values[logits].detach(),
+            dict(zip(layers, (t.detach() for t in tensors), strict=True)),
+            dict(zip(layers, grads, strict=True)),
+        )
+
+    return Oracle(name, run)
+
+
+def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
+    """The model that the bundle was made from, or, where it is not at hand, the bundle's own forward graph.
+
+    CamrtError if the source's weights are not those of the bundle.
+    """
+    manifest = bundle.manifest
+    spec = source or manifest.source.get("spec")
+    if manifest.source["kind"] == "torch" and spec:
+        from .export.from_torch import weights_digest
+        from .export.sources import open_source
+
+        model = open_source(spec).model
+        if weights_digest(model) != manifest.source["weights_sha256"]:
+            raise CamrtError(f"{spec} has other weights than the bundle: name the model that was exported")
+        return module_oracle(model, f"{spec} in PyTorch")
+    if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
+        from .export.from_onnx import read_graph
+
+        graph = read_graph(spec, manifest.input_shape, [t.name for t in manifest.taps], manifest.source["output"])
+        taps = {tap.name: value for tap, value in graph.taps}
+        return graph_oracle(graph.model, graph.logits, taps, f"{spec}, its operators run by PyTorch")
+    if source:
+        raise ExportError(f"{source}: no such file")
+    return _own_graph(bundle)
+
+
+def _own_graph(bundle: Bundle) -> Oracle:
+    import onnx_ir as ir
+
+    program = max((p for p in bundle.manifest.programs if p.kind == "activations"), key=lambda p: len(p.taps))
+    model = ir.load(bundle.path / program.file)
+    behind = {str(n.outputs[0].name): str(n.inputs[0].name) for n in model.graph if n.op_type == "Identity"}  # type: ignore[union-attr]
+    taps = {name: behind[f"activation:{name}"] for name in program.taps}
+    return graph_oracle(model, "logits", taps, "the bundle's own forward graph, its operators run by PyTorch")
+
+
+def verify(
+    path: str | Path,
+    source: str | None = None,
+    images: np.ndarray | None = None,
+    backend: str = "auto",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Compares every program of a bundle with the reference in float64.
+
+    source: as for `camrt export`; by default what the bundle records. images: float32 (B, C, H, W); by default two smooth
+    random ones. Limits, the larger of two each: activations 1e-5 relative L2 or PyTorch float32's own distance; gradients
+    1e-5 or twice that distance; maps, after min-max, 1e-3 or twice that distance.
+    """
+    bundle = read_bundle(path)
+    oracle = open_oracle(bundle, source)
+    return verify_bundle(bundle, oracle, images, backend, progress)
+
+
+def verify_bundle(
+    bundle: Bundle,
+    oracle: Oracle,
+    images: np.ndarray | None = None,
+    backend: str = "auto",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """As `verify`, with the oracle at hand."""
+    engine = create(backend)
+    explainer = Explainer(bundle, engine)
+    manifest = bundle.manifest
+    batch = smooth_images(manifest.input_shape) if images is None else images
+    layers = [t.name for t in manifest.taps]
+    if manifest.batch == 1:
+        batch = batch[:1]
+    seed = _seeds(oracle, batch, manifest.num_classes, layers)
+    progress(f"reference in float64: {oracle.name}")
+    double = oracle.record(batch, seed, layers, True)
+    singles = [oracle.record(image, seed, layers, False) for image in last_bits(batch, FLOAT32_RUNS)]
+    rows: list[Row] = []
+    for program in manifest.programs:
+        progress(f"checking {program.file}")
+        feeds = {"image": batch} | ({"seed": seed} if "seed" in program.inputs else {})
+        out = engine.open(bundle.path / program.file).run(feeds)
+        rows += _program_rows(program.file, out, program.taps, double, singles)
+    rows += _method_rows(explainer, batch, seed, double, singles, progress)
+    return Report(oracle.name, tuple(rows))
+
+
+def smooth_images(shape: Sequence[int], count: int = 2, seed: int = 0) -> np.ndarray:
+    """Random network inputs with structure at several scales, float32 (count, *shape)."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    images = np.zeros((count, *shape), np.float32)
+    for plane in images.reshape(-1, *shape[1:]):
+        for cells in (3, 7, 17, 41):
+            coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
+            plane += np.asarray(coarse.resize((shape[2], shape[1]), Image.Resampling.BICUBIC)) / 2
+    return images
+
+
+def last_bits(batch: np.ndarray, count: int, units: float = 4) -> Iterator[np.ndarray]:
+    """The batch, and count - 1 copies whose numbers differ from it by a few units in the last place."""
+    yield batch
+    rng = np.random.default_rng(0)
+    for _ in range(count - 1):
+        yield (batch * (1 + units * 2.0**-24 * rng.standard_normal(batch.shape))).astype(np.float32)
+
+
+def _seeds(oracle: Oracle, batch: np.ndarray, classes: int, layers: Sequence[str]) -> np.ndarray:
+    """The first image's top class, and for the others a contrast of their top class with its runner-up."""
+    logits = oracle.record(batch, np.zeros((len(batch), classes), np.float32), layers[-1:], True).logits.numpy()
+    seed = np.zeros((len(batch), classes), np.float32)
+    for i, row in enumerate(logits):
+        order = row.argsort()
+        seed[i, order[-1]] = 1
+        if i and classes > 1:
+            seed[i, order[-2]] = -1
+    return seed
+
+
+def _row(
+    program: str,
+    subject: str,
+    got: np.ndarray,
+    want: np.ndarray,
+    own: Sequence[np.ndarray],
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    floor: float,
+    allowance: float = 2.0,
+) -> Row:
+    """Compares in float64; a comparison that cannot be made is a row that fails."""
+    try:
+        if got.dtype != np.float32:
+            raise ValueError(f"dtype {got.dtype} instead of float32")
+        distance = measure(got.astype(np.float64), want)
+        torch_float32 = max(measure(o.astype(np.float64), want) for o in own)
+    except ValueError as error:
+        return Row(program, subject, float("nan"), float("nan"), floor, str(error))
+    return Row(program, subject, distance, torch_float32, max(floor, allowance * torch_float32))
+
+
+def _program_rows(
+    file: str, out: dict[str, np.ndarray], taps: Sequence[str], double: Recorded, singles: Sequence[Recorded]
+) -> Iterator[Row]:
+    def row(subject: str, name: str, pick: Callable[[Recorded], Any], allowance: float) -> Row:
+        want, own = pick(double).numpy(), [pick(r).numpy() for r in singles]
+        return _row(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT, allowance)
+
+    yield row("logits", "logits", lambda r: r.logits, 1.0)
+    for tap in taps:
+        if f"activation:{tap}" in out:
+            yield row(f"activation {tap}", f"activation:{tap}", lambda r, t=tap: r.activations[t], 1.0)
+        if f"gradient:{tap}" in out:
+            yield row(f"gradient {tap}", f"gradient:{tap}", lambda r, t=tap: r.gradients[t], 2.0)
+
+
+def _method_rows(
+    explainer: Explainer,
+    batch: np.ndarray,
+    seed: np.ndarray,
+    double: Recorded,
+    singles: Sequence[Recorded],
+    progress: Callable[[str], None],
+) -> Iterator[Row]:
+    from .export.reference import grad_cam, select, winsor_cam
+
+    size = batch.shape[2:]
+    roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
+
+    def row(subject: str, got: np.ndarray, compute: Callable[[Recorded], Any]) -> Row:
+        want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
+        return _row("layer_maps", subject, minmax(got), want, own, largest_difference, MAP_LIMIT)
+
+    if roles["conv"]:
+        progress("checking winsor_cam")
+        first = explainer.explain(batch, "winsor_cam", seed, percentile=PERCENTILES[0])
+        for p in PERCENTILES:
+            got = first.retune(percentile=p).maps
+            yield row(f"winsor_cam p{p}", got, lambda r, p=p: winsor_cam(select(r, roles["conv"]), size, p)[0])
+    if roles["last"]:
+        progress("checking grad_cam")
+        got = explainer.explain(batch, "grad_cam", seed).maps
+        yield row("grad_cam", got, lambda r: grad_cam(select(r, roles["last"]), size))

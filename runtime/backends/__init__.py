@@ -1,0 +1,43 @@
+"""Engines that execute programs. A backend is one module here, found by its name and imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import BackendUnavailable, UnknownMethod
+
+BACKENDS = {"onnxruntime": "ort"}
+
+
+class Executable(Protocol):
+    """A loaded program. `run` may be called from several threads."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+
+class Backend(Protocol):
+    """Opens program files."""
+
+    name: str
+
+    def open(self, path: Path) -> Executable: ...
+
+
+def create(name: str = "auto") -> Backend:
+    """The backend of that name; "auto" is the first that can be used here. BackendUnavailable, UnknownMethod."""
+    if name == "auto":
+        problems = []
+        for candidate in BACKENDS:
+            try:
+                return create(candidate)
+            except BackendUnavailable as error:
+                problems.append(str(error))
+        raise BackendUnavailable("; ".join(problems))
+    if name not in BACKENDS:
+        raise UnknownMethod(f"no backend {name!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+    return importlib.import_module(f".{BACKENDS[name]}", __name__).create()

@@ -1,0 +1,59 @@
+"""Reads a bundle and refuses a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BundleError, CamrtError
+from .manifest import MANIFEST, Manifest, Program, parse
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file was checked against its recorded hash."""
+
+    path: Path
+    manifest: Manifest
+
+    def program(self, kind: str, layers: Sequence[str] = ()) -> Program:
+        """The smallest program of a kind that covers the layers. CamrtError if there is none."""
+        fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
+        if not fitting:
+            raise CamrtError(
+                f"{self.path}: has no program {kind!r} for {', '.join(layers) or 'this'}: export the bundle again"
+            )
+        return min(fitting, key=lambda p: len(p.taps))
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Opens a bundle folder. BundleError if it is missing, of another format, or any file is not as it was written."""
+    path = Path(path)
+    if not path.exists():
+        raise BundleError(f"{path}: no such bundle: make one with 'camrt export'")
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"{path}: not a bundle, it has no {MANIFEST}: make one with 'camrt export'")
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path / MANIFEST}: cannot be read ({error}): export the bundle again") from None
+    manifest = parse(text, str(path / MANIFEST))
+    for file, digest in [
+        (manifest.weights["file"], manifest.weights["sha256"]),
+        *((p.file, p.sha256) for p in manifest.programs),
+    ]:
+        if _sha256(path / file) != digest:
+            raise BundleError(
+                f"{path / file}: damaged, its contents are not what was exported: export the bundle again"
+            )
+    return Bundle(path, manifest)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}): export the bundle again") from None

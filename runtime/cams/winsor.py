@@ -1,0 +1,82 @@
+"""Winsor-CAM: Grad-CAM maps of every convolution, weighed by winsorized layer importance. arXiv 2507.10846."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...kernels import fuse_layers, normalize_layers, winsorize
+from ..errors import InputError, UnknownMethod
+from .registry import LayerMaps, Result, cam
+
+LAYER_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda a: a.mean(axis=-1),
+    "max": lambda a: a.max(axis=-1),
+    "min": lambda a: a.min(axis=-1),
+    "absmean": lambda a: np.abs(a).mean(axis=-1),
+    "absmax": lambda a: np.abs(a).max(axis=-1),
+    "l2": lambda a: np.sqrt((a * a).sum(axis=-1)),
+}
+
+
+@cam("winsor_cam", needs="layer_maps", layers="conv")
+def winsor_cam(
+    layers: LayerMaps,
+    percentile: float = 90,
+    gradient_aggregation: str = "mean",
+    layer_aggregation: str = "mean",
+    interpolation: str = "bilinear",
+    low: float = 0.1,
+    high: float = 1.0,
+) -> Result:
+    """sum_l w_l up(minmax(ReLU(sum_k alpha_lk A_lk))), not normalised.
+
+    w = winsorize(ReLU(aggregate_k alpha_lk), percentile) rescaled to [low, high]; maps are resized to the largest tap's
+    grid, then to the input. layer_aggregation: mean, max, min, absmean, absmax, l2; gradient_aggregation, how the alphas
+    were pooled: the same and sum. InputError for a value out of range.
+    """
+    del gradient_aggregation  # the layers come pooled by it
+    normalized = normalize_layers(layers.maps, layers.grids)
+    importances: dict[str, np.ndarray] = {}
+
+    def fuse(**options: Any) -> Result:
+        check_options(**options)
+        aggregation = options["layer_aggregation"]
+        if aggregation not in importances:
+            importances[aggregation] = importance(layers, aggregation)
+        weights = winsorize(importances[aggregation], options["percentile"], options["low"], options["high"])
+        maps = fuse_layers(normalized, layers.grids, weights, layers.size, options["interpolation"])
+
+        def retune(**changes: Any) -> Result:
+            unknown = [o for o in changes if o not in options]
+            if unknown:
+                raise InputError(
+                    f"winsor_cam cannot retune {unknown[0]!r}, only {', '.join(options)}: call explain again"
+                )
+            return fuse(**options | changes)
+
+        return Result(maps, weights, retune)
+
+    return fuse(
+        percentile=percentile, layer_aggregation=layer_aggregation, interpolation=interpolation, low=low, high=high
+    )
+
+
+def importance(layers: LayerMaps, layer_aggregation: str = "mean") -> np.ndarray:
+    """ReLU of the aggregated alphas, (S, L) float32."""
+    aggregate = LAYER_AGGREGATIONS[layer_aggregation]
+    return np.maximum(np.stack([aggregate(a) for a in layers.alpha_of_layers()], axis=1), 0)
+
+
+def check_options(percentile: float, layer_aggregation: str, interpolation: str, low: float, high: float) -> None:
+    """InputError or UnknownMethod names the option that does not fit."""
+    if not isinstance(percentile, int | float | np.number) or not 0 <= percentile <= 100:
+        raise InputError(f"percentile {percentile!r} is outside 0..100")
+    if layer_aggregation not in LAYER_AGGREGATIONS:
+        raise UnknownMethod(f"layer_aggregation {layer_aggregation!r}: use {', '.join(LAYER_AGGREGATIONS)}")
+    if interpolation not in ("bilinear", "nearest"):
+        raise UnknownMethod(f"interpolation {interpolation!r}: use bilinear or nearest")
+    if not 0 < low <= high:
+        raise InputError(f"rescale bounds low={low!r}, high={high!r}: they need 0 < low <= high")

@@ -1,0 +1,155 @@
+"""Loads a bundle and explains images."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backends import Backend, create
+from .bundle import Bundle, read_bundle
+from .cams import Method, method_named
+from .errors import InputError, UnknownLayer, UnknownMethod, near
+from .explanation import Explanation
+from .manifest import Manifest
+from .preprocess import as_batch
+from .runs import GRADIENT_AGGREGATIONS, Runs
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to explain: seeds (B, K, classes) float32, a row of zeros for the top class; `given` as the user shaped it."""
+
+    seeds: np.ndarray
+    classes: np.ndarray | None  # (B, K) int64; None for seed arrays; -1 where the top class was asked for
+    several: bool  # maps are (B, K, H, W) rather than (B, H, W)
+
+
+class Explainer:
+    """Explains images with the programs of one bundle. May be used from several threads."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16):
+        if max_batch < 1:
+            raise InputError(f"max_batch {max_batch}: use 1 or more")
+        self.bundle = bundle
+        self.manifest: Manifest = bundle.manifest
+        self._runs = Runs(bundle, backend, max_batch)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the bundle's taps."""
+        return tuple(t.name for t in self.manifest.taps)
+
+    def classify(self, images: Any) -> np.ndarray:
+        """Logits (B, classes) float32."""
+        batch, _ = as_batch(images, self.manifest)
+        return self._runs.logits(batch)
+
+    def explain(
+        self,
+        images: Any,
+        method: str = "winsor_cam",
+        target: Any = None,
+        layers: Sequence[str] | str | None = None,
+        **options: Any,
+    ) -> Explanation:
+        """Maps that show where the network saw its target.
+
+        images: float32 NCHW arrays, or uint8 HWC arrays, paths or Pillow images, preprocessed as the bundle says.
+        target: None (each image's top class), an int, one int per image, K ints per image (B, K), or a float seed array
+        (B, classes) or (B, K, classes), the cotangent of the logits. layers: names or a role ("conv", "last"); the
+        method's own by default. options: the method's, e.g. percentile=90.
+
+        InputError, UnknownMethod, UnknownLayer for arguments that do not fit; nothing is explained in part.
+        """
+        chosen = method_named(method)
+        chosen.check_options(options)
+        names = self._layers(chosen, layers)
+        batch, pictures = as_batch(images, self.manifest)
+        targets = self.targets(target, len(batch))
+        aggregation = str(options.get("gradient_aggregation", "mean"))
+        if aggregation not in GRADIENT_AGGREGATIONS:
+            raise UnknownMethod(f"gradient_aggregation {aggregation!r}: use {', '.join(GRADIENT_AGGREGATIONS)}")
+        logits, layer_maps = self._runs.layer_maps(batch, targets.seeds, names, aggregation)
+        result = chosen.function(layer_maps, **options)
+
+        count, several = targets.seeds.shape[:2], targets.several
+        lead = count if several else count[:1]
+        classes = targets.classes
+        if classes is not None:
+            classes = np.where(classes < 0, logits.argmax(axis=1)[:, None], classes).reshape(lead)
+        return Explanation(
+            method=method,
+            maps=result.maps.reshape(*lead, *result.maps.shape[1:]),
+            target=classes,
+            logits=logits,
+            layers=tuple(t.name for t in layer_maps.taps),
+            layer_weights=result.layer_weights.reshape(*lead, -1),
+            options=_defaults(chosen) | options,
+            pictures=pictures,
+            _retune=result.retune,
+        )
+
+    def targets(self, target: Any, images: int) -> Targets:
+        """Checks `target` as explain takes it. InputError for a class out of range or a shape that does not fit."""
+        classes = self.manifest.num_classes
+        if target is None:
+            return Targets(np.zeros((images, 1, classes), np.float32), np.full((images, 1), -1), False)
+        given = np.asarray(target)
+        if given.dtype.kind == "f":
+            seeds = given[:, None] if given.ndim == 2 else given
+            if seeds.ndim != 3 or len(seeds) != images or seeds.shape[2] != classes:
+                raise InputError(
+                    f"seed array of shape {given.shape}: pass ({images}, {classes}) or ({images}, targets, {classes})"
+                )
+            if not np.isfinite(seeds).all() or not np.abs(seeds).max(axis=2, initial=0).all():
+                raise InputError("seed array: every row needs finite entries, not all of them zero")
+            return Targets(seeds.astype(np.float32), None, given.ndim == 3)
+        if given.dtype.kind not in "iu":
+            raise InputError(f"target {target!r}: pass None, class numbers, or a float seed array")
+        if given.ndim == 0:
+            given = np.full(images, int(given))
+        if given.ndim not in (1, 2) or len(given) != images or given.size == 0:
+            raise InputError(
+                f"target of shape {given.shape}: pass one class, one per image ({images}), or ({images}, targets)"
+            )
+        wrong = given[(given < 0) | (given >= classes)]
+        if wrong.size:
+            raise InputError(f"class {wrong.flat[0]} is out of range: the network has classes 0..{classes - 1}")
+        grid = given.reshape(images, -1).astype(np.int64)
+        return Targets(np.eye(classes, dtype=np.float32)[grid], grid, given.ndim == 2)
+
+    def _layers(self, method: Method, layers: Sequence[str] | str | None) -> tuple[str, ...]:
+        wanted = method.layers if layers is None else layers
+        if isinstance(wanted, str) and wanted in ("conv", "last"):
+            names = tuple(t.name for t in self.manifest.taps if wanted in t.roles)
+            if not names:
+                raise UnknownLayer(
+                    f"{method.name} needs the layers {wanted!r}, which this bundle lacks: export it with --layers {wanted}, or "
+                    f"name layers, it has {', '.join(self.layers[:5])}"
+                )
+            return names
+        names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        for name in names:
+            if name not in self.layers:
+                raise UnknownLayer(
+                    f"the bundle has no layer {name!r}{near(name, self.layers)}; 'camrt info' lists them"
+                )
+        if not names:
+            raise UnknownLayer("no layers were named: leave layers out for the method's own")
+        return names
+
+
+def load(path: str | Path, backend: str = "auto", max_batch: int = 16) -> Explainer:
+    """Opens a bundle. BundleError if it is damaged; BackendUnavailable if nothing here can run it."""
+    bundle = read_bundle(path)
+    return Explainer(bundle, create(backend), max_batch)
+
+
+def _defaults(method: Method) -> dict[str, Any]:
+    parameters = list(inspect.signature(method.function).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}

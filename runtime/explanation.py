@@ -1,0 +1,63 @@
+"""What `explain` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..kernels import minmax
+from .cams.registry import Result
+from .errors import InputError
+from .overlay import overlay
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps of a batch of B images, or of K targets for each.
+
+    maps (B, H, W) or (B, K, H, W) float32, scaled as the method defines it; target (B,) or (B, K) int64, None for a seed
+    array; logits (B, classes) float32; layers: names; layer_weights (B, L) or (B, K, L) float32; options: the method's.
+    """
+
+    method: str
+    maps: np.ndarray
+    target: np.ndarray | None
+    logits: np.ndarray
+    layers: tuple[str, ...]
+    layer_weights: np.ndarray
+    options: dict[str, Any]
+    pictures: list[np.ndarray] = field(repr=False)
+    _retune: Callable[..., Result] | None = field(default=None, repr=False)
+
+    def retune(self, **options: Any) -> Explanation:
+        """The same explanation under other options of its method, without running the network.
+
+        InputError if the method cannot be retuned, or an option does not fit.
+        """
+        if self._retune is None:
+            raise InputError(f"{self.method} has nothing to retune: call explain again")
+        result = self._retune(**options)
+        return replace(
+            self,
+            maps=result.maps.reshape(self.maps.shape),
+            layer_weights=result.layer_weights.reshape(self.layer_weights.shape),
+            options=self.options | options,
+            _retune=result.retune,
+        )
+
+    def normalized(self) -> np.ndarray:
+        """Each map scaled to [0, 1], a constant one to zeros; the shape of `maps`."""
+        return minmax(self.maps)
+
+    def overlay(self, index: int | tuple[int, int], opacity: float = 0.5) -> np.ndarray:
+        """Image `index` (or image and target) under its map, uint8 (H, W, 3)."""
+        scaled = self.normalized()[index]
+        if scaled.ndim != 2:
+            raise InputError(f"overlay({index}): there are {scaled.shape[0]} maps of this image, pass (image, target)")
+        return overlay(self.pictures[index[0] if isinstance(index, tuple) else index], scaled, opacity)
+
+    def __len__(self) -> int:
+        return len(self.maps)
