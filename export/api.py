@@ -107,12 +107,13 @@ def _write(
     from .bundle import write_bundle
     from .graph import check_logits, named_values
     from .programs import build_programs, seeds_share_image
+    from .tape import static_dims
 
     values = named_values(graph.model.graph)
     count = check_logits(values[graph.logits])
     if classes is not None and len(classes) != count:
         raise ExportError(f"{len(classes)} class names for a network with {count} classes")
-    shape = _shape([int(n) for n in list(graph.model.graph.inputs[0].shape or [])[1:]])
+    shape = _shape(static_dims(graph.model.graph.inputs[0]))
     _check_preprocess(preprocess, shape)
     batch = values[graph.logits].shape
     assert batch is not None

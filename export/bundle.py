@@ -123,12 +123,7 @@ def _externalise(model: ir.Model, weights: WeightsFile) -> None:
             continue
         offset, length = weights.add(tensor)
         value.const_value = ir.ExternalTensor(
-            location=WEIGHTS,
-            offset=offset,
-            length=length,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            name=str(name),  # type: ignore[arg-type]
+            WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(name)
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.export.unflatten import InterpreterModule
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Tap
@@ -91,16 +92,23 @@ def spatial_modules(model: nn.Module, image: torch.Tensor) -> tuple[dict[str, st
         for n in dict.fromkeys(finished)
     }
     modules = dict(model.named_modules())
-    convolutions = [n for n in known if isinstance(modules[n], _CONVOLUTIONS)]
+    convolutions = [n for n in known if _is_a(modules[n], _CONVOLUTIONS)]
     grids = [n for n in finished if outputs[n][0].shape[2:].numel() > 1 and not known[n]]
     blocks = [n for n in grids if any(True for _ in modules[n].children())]
     if not blocks:
-        blocks = [n for n in grids if not isinstance(modules[n], _POOLING)]
+        blocks = [n for n in grids if not _is_a(modules[n], _POOLING)]
     last = None
     if blocks:
         final = outputs[blocks[-1]][0]
         last = next(n for n in blocks if outputs[n][0] is final)
     return known, convolutions, last
+
+
+def _is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of one of the types, or stands for one in an unflattened torch.export program."""
+    if isinstance(module, InterpreterModule):
+        return module.type_name() in {f"{t.__module__}.{t.__qualname__}" for t in types}
+    return isinstance(module, types)
 
 
 def trace_module(
@@ -138,22 +146,38 @@ def trace_module(
 def _to_onnx(recorder: _Recorder, image: torch.Tensor) -> ir.Model:
     with quiet():
         try:
-            program = torch.onnx.export(
-                recorder.eval(),
-                (image,),
-                dynamo=True,
-                input_names=["image"],
-                dynamic_shapes=[{0: torch.export.Dim("batch")}],
-                opset_version=OPSET,
-                verbose=False,
+            batch = torch.export.Dim("batch")
+            program = torch.export.export(recorder.eval(), (image,), dynamic_shapes=[{0: batch}], strict=False)
+            _pool_by_mean(program)
+            exported = torch.onnx.export(
+                program, dynamo=True, input_names=["image"], opset_version=OPSET, verbose=False
             )
-        except torch.onnx.errors.OnnxExporterError as error:
+        except Exception as error:  # the exporter raises errors of many kinds
             cause = error.__cause__ or error
             raise ExportError(
-                f"PyTorch could not export the model: {str(cause).strip().splitlines()[0]}; see camrt's README, 'models'"
+                f"PyTorch could not export the model ({(str(cause).strip() or type(cause).__name__).splitlines()[0]}): "
+                "export it to ONNX by other means and pass the .onnx file"
             ) from error
-    assert program is not None
-    return program.model
+    assert exported is not None
+    return exported.model
+
+
+def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
+    """Writes global average pooling as the mean that it is.
+
+    PyTorch's own decomposition adds an as_strided for channels-last tensors (ConvNeXt), which mixes the batch with the
+    channels in the ONNX graph.
+    """
+    aten = torch.ops.aten
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target == aten.adaptive_avg_pool2d.default and all(n == 1 for n in node.args[1]):
+            with graph.inserting_before(node):
+                mean = graph.call_function(aten.mean.dim, (node.args[0], [-2, -1], True))
+            mean.meta.update(node.meta)
+            node.replace_all_uses_with(mean)
+            graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 @contextlib.contextmanager

@@ -181,14 +181,14 @@ def _open_size(x: ir.Value | None, y: ir.Value) -> dict[object, int | str]:
 
 def strip_final_activation(output: ir.Value) -> tuple[ir.Value, str | None]:
     """The logits behind a final Softmax or Sigmoid (through reshapes), and that operator's name; else the value itself."""
-    value = output
+    value: ir.Value | None = output
     while True:
-        node = value.producer()
+        node = value.producer() if value is not None else None
         if node is None or node.op_type not in ("Softmax", "Sigmoid", "Identity", "Flatten", "Reshape", "Squeeze"):
             return output, None
-        value = node.inputs[0]  # type: ignore[assignment]
+        value = node.inputs[0]
         if node.op_type in ("Softmax", "Sigmoid"):
-            if len(value.shape or ()) != 2:
+            if value is None or value.shape is None or len(value.shape) != 2:
                 return output, None
             return value, node.op_type
 
@@ -315,12 +315,3 @@ def finish(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
     return model
-
-
-def parameters(model: ir.Model) -> int:
-    """Number of floating-point parameters."""
-    return sum(
-        math.prod(dims(v))
-        for v in model.graph.initializers.values()
-        if v.dtype == ir.DataType.FLOAT  # type: ignore[arg-type]
-    )

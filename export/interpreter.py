@@ -81,7 +81,7 @@ class Interpreter:
         return self._tensor(array).reshape(()).expand(tuple(inputs[0].tolist())).clone()
 
 
-def _cast(attributes: dict[str, Any], x: torch.Tensor, working: torch.dtype) -> torch.Tensor:
+def _cast(attributes: dict[str, Any], x: Any, working: torch.dtype) -> torch.Tensor:
     """Casts between floating types keep the working precision."""
     kind = ir.DataType(attributes["to"]).numpy()
     if np.issubdtype(kind, np.floating):
@@ -89,7 +89,7 @@ def _cast(attributes: dict[str, Any], x: torch.Tensor, working: torch.dtype) -> 
     return x.to(torch.from_numpy(np.zeros(0, kind)).dtype)
 
 
-def _split(attributes: dict[str, Any], x: torch.Tensor, sizes: torch.Tensor | None = None, *, count: int) -> Any:
+def _split(attributes: dict[str, Any], x: Any, sizes: Any = None, *, count: int) -> Any:
     axis = attributes.get("axis", 0)
     if sizes is not None:
         return tuple(torch.split(x, sizes.tolist(), axis))

@@ -43,8 +43,8 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
             return x.clone()
 
         @staticmethod
-        def backward(ctx, g):
-            return g
+        def backward(ctx, *grad_outputs):
+            return grad_outputs[0]
 
     def keep(name: str) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
@@ -114,12 +114,18 @@ def winsor_weights(importance: torch.Tensor, percentile: float, low: float = 0.1
     return weights
 
 
+def mean_of_alphas(alpha: torch.Tensor) -> torch.Tensor:
+    """Mean over channels (B, K) -> (B,); 0 where the channels cancel to rounding, as they do behind a layer norm."""
+    mean = alpha.mean(1)
+    return torch.where(mean.abs() > 1e-6 * alpha.abs().mean(1), mean, 0)
+
+
 def winsor_cam(
     recorded: Recorded, size: Sequence[int], percentile: float = 90, layer_aggregation: str = "mean"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Winsor-CAM over the recorded layers (arXiv 2507.10846): map (B, *size), weights (B, L), importances (B, L)."""
     alphas, maps = layer_cam_maps(recorded)
-    aggregate = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1)}[layer_aggregation]
+    aggregate = {"mean": mean_of_alphas, "max": lambda a: a.amax(1)}[layer_aggregation]
     importance = torch.stack([aggregate(a) for a in alphas], 1).relu()
     weights = torch.stack([winsor_weights(row, percentile) for row in importance])
     largest = max(m.shape[-2] for m in maps), max(m.shape[-1] for m in maps)

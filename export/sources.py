@@ -99,10 +99,10 @@ def _timm(spec: str, name: str) -> Source:
     except Exception as error:
         raise ExportError(f"timm could not make {name!r} ({_line(error)})") from error
     data = timm.data.resolve_data_config({}, model=model)
-    shape = tuple(int(n) for n in data["input_size"])
-    resize = int(shape[1] / data["crop_pct"])
-    preprocess = Preprocess(resize, tuple(data["mean"]), tuple(data["std"]), shape[1:], data["interpolation"])
-    return Source(spec, name, model, shape, None, preprocess)  # type: ignore[arg-type]
+    channels, height, width = (int(n) for n in data["input_size"])
+    resize = int(height / data["crop_pct"])
+    preprocess = Preprocess(resize, tuple(data["mean"]), tuple(data["std"]), (height, width), data["interpolation"])
+    return Source(spec, name, model, (channels, height, width), None, preprocess)
 
 
 def _callable(spec: str, module_name: str, attribute: str) -> Source:

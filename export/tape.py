@@ -27,6 +27,14 @@ def static_dims(value: ir.Value) -> tuple[int, ...]:
     return tuple(d for d in sizes if d is not None)
 
 
+def weight_dims(value: ir.Value) -> tuple[int, ...]:
+    """Sizes of a value that has no batch, such as a weight. ValueError if one is symbolic."""
+    sizes = dims(value)
+    if None in sizes:
+        raise ValueError(f"value {value.name!r} has a symbolic size: {value.shape}")
+    return tuple(d for d in sizes if d is not None)
+
+
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """Python value of a node's attribute, or `default` where it is absent."""
     attr = node.attributes.get(name)

@@ -144,10 +144,13 @@ class Explainer:
         return names
 
 
-def load(path: str | Path, backend: str = "auto", max_batch: int = 16) -> Explainer:
-    """Opens a bundle. BundleError if it is damaged; BackendUnavailable if nothing here can run it."""
+def load(path: str | Path, backend: str = "auto", max_batch: int = 16, threads: int | None = None) -> Explainer:
+    """Opens a bundle. max_batch: images or targets in one run; threads: CPU threads of a run, by default one per core.
+
+    BundleError if it is damaged; BackendUnavailable if nothing here can run it.
+    """
     bundle = read_bundle(path)
-    return Explainer(bundle, create(backend), max_batch)
+    return Explainer(bundle, create(backend, threads), max_batch)
 
 
 def _defaults(method: Method) -> dict[str, Any]:

@@ -115,10 +115,10 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
 def _resize(image: Image.Image, recipe: Preprocess) -> Image.Image:
     if isinstance(recipe.resize, int):
         short, long = sorted(image.size)
-        scaled = (recipe.resize, int(recipe.resize * long / short))
-        size = scaled if image.width <= image.height else scaled[::-1]
+        side, other = recipe.resize, int(recipe.resize * long / short)
+        size = (side, other) if image.width <= image.height else (other, side)
     else:
-        size = recipe.resize[::-1]
+        size = (recipe.resize[1], recipe.resize[0])
     return image if image.size == size else image.resize(size, _FILTERS[recipe.interpolation])
 
 

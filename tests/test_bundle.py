@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -237,7 +238,8 @@ class Sorted(nn.Module):
 )
 def test_export_refusals_are_one_line(tmp_path: Path, model, arguments: dict, message: str) -> None:
     with pytest.raises(camrt.CamrtError, match=message) as caught:
-        camrt.export_model(model(), tmp_path / "out.camrt", **{"input_shape": (3, 32, 32)} | arguments)
+        given: dict[str, Any] = {"input_shape": (3, 32, 32)} | arguments
+        camrt.export_model(model(), tmp_path / "out.camrt", **given)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 

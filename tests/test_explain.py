@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_several_targets_of_one_image_share_its_forward_pass(explainer: camrt.Ex
     result = explainer.explain(IMAGES[:2], target=[[0, 3, 4], [1, 1, 2]])
     assert [(f["image"].shape[0], f["seed"].shape[0]) for f in batches] == [(1, 3), (1, 3)]
     assert result.maps.shape == (2, 3, 32, 32) and result.layer_weights.shape == (2, 3, 3)
+    assert result.target is not None
     for k in range(3):
         one = explainer.explain(IMAGES[:2], target=result.target[:, k])
         assert_maps_close(result.maps[:, k], one.maps, 1e-5)
@@ -216,7 +218,8 @@ REFUSALS = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS, ids=[m[:40] for _, m in REFUSALS])
 def test_refusals_are_one_line(explainer: camrt.Explainer, arguments: dict, message: str) -> None:
     with pytest.raises(camrt.CamrtError, match=message) as caught:
-        explainer.explain(**{"images": IMAGES} | arguments)
+        given: dict[str, Any] = {"images": IMAGES} | arguments
+        explainer.explain(**given)
     assert "\n" not in str(caught.value)
 
 
@@ -251,3 +254,24 @@ def test_a_bundle_without_a_recipe_takes_arrays_only(tmp_path: Path) -> None:
         match="winsor_cam needs the layers 'conv', which this bundle lacks: export it with --layers conv",
     ):
         explainer.explain(IMAGES)
+
+
+def test_a_mean_that_cancels_is_no_importance() -> None:
+    """Behind a layer norm the alphas sum to zero over channels: what float32 leaves of their mean has no meaning."""
+    from camrt.runtime.cams.winsor import mean_of_alphas
+
+    alphas = np.random.default_rng(0).standard_normal((4, 96)).astype(np.float32)
+    centred = alphas - alphas.mean(axis=1, keepdims=True)
+    assert (centred.mean(axis=1) != 0).any() and (mean_of_alphas(centred) == 0).all()
+    np.testing.assert_array_equal(mean_of_alphas(alphas), alphas.mean(axis=1))
+
+
+def test_a_map_of_no_important_layer_is_zero_and_warned_of(explainer: camrt.Explainer) -> None:
+    result = explainer.explain(IMAGES, target=1, layer_aggregation="max")
+    seed = np.zeros((1, 5), np.float32)
+    seed[0, 1] = 1
+    layers = [name for name, w in zip(result.layers, result.layer_weights[0], strict=True) if w > 0]
+    assert layers
+    with pytest.warns(UserWarning, match="no layer has positive min importance"):
+        empty = explainer.explain(IMAGES[:1], target=seed, layers=layers, layer_aggregation="min")
+    assert (empty.maps == 0).all() and (empty.normalized() == 0).all() and (empty.layer_weights == 0).all()

@@ -104,7 +104,7 @@ def scores_of(path: Path, images: np.ndarray, transpose: bool = False) -> np.nda
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     feeds = [images[i : i + 1].transpose(0, 2, 3, 1) if transpose else images[i : i + 1] for i in range(len(images))]
-    return np.concatenate([session.run(None, {name: f})[0] for f in feeds])
+    return np.concatenate([np.asarray(session.run(None, {name: f})[0]) for f in feeds])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -275,7 +275,7 @@ def defined_outputs(case: Case, model: ir.Model, names: list[str], feeds: dict[s
     """What the specification says the node computes. Attributes are float32 in ONNX, hence 1e-6 in float64."""
     proto = ir.to_proto(model)
     if case.defined_by == "onnx":
-        return list(ReferenceEvaluator(proto).run(names, feeds))
+        return [np.asarray(y) for y in ReferenceEvaluator(proto).run(names, feeds)]  # pyright: ignore[reportArgumentType]
     single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
     for value in [*proto.graph.input, *proto.graph.output]:
         value.type.tensor_type.elem_type = single
@@ -285,7 +285,7 @@ def defined_outputs(case: Case, model: ir.Model, names: list[str], feeds: dict[s
             proto.graph.initializer[i].CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     single_feeds = {n: a.astype(np.float32) for n, a in feeds.items()}
-    return [y.astype(np.float64) for y in session.run(names, single_feeds)]
+    return [np.asarray(y).astype(np.float64) for y in session.run(names, single_feeds)]
 
 
 def close(got: np.ndarray, want: np.ndarray, what: str, rtol: float = 1e-9) -> None:

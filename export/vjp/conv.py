@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..autodiff import vjp
-from ..tape import Tape, attribute, dims, static_dims
+from ..tape import Tape, attribute, static_dims, weight_dims
 from .shape import pad_zeros
 
 
@@ -41,7 +41,9 @@ def window_of(node: ir.Node, kernel: Sequence[int]) -> Window:
     strides = tuple(attribute(node, "strides", [1] * rank))
     dilations = tuple(attribute(node, "dilations", [1] * rank))
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
-    size, out = static_dims(node.inputs[0])[1:], static_dims(node.outputs[0])[1:]
+    x = node.inputs[0]
+    assert x is not None
+    size, out = static_dims(x)[1:], static_dims(node.outputs[0])[1:]
     needed = [(o - 1) * s + e - n for o, s, e, n in zip(out, strides, extent, size, strict=True)]
     mode = attribute(node, "auto_pad", "NOTSET")
     if mode == "SAME_UPPER":
@@ -89,7 +91,7 @@ def _flipped(op: Tape, value: ir.Value, axes: Sequence[int], sizes: Sequence[int
 
 def _unit_stride(op, g, weight, group, window, out):
     """Conv of g with the flipped kernel, its input and output channels swapped within each group."""
-    filters, per_group, *kernel = (int(d) for d in dims(weight))
+    filters, per_group, *kernel = weight_dims(weight)
     flipped = _flipped(op, weight, range(2, 2 + len(kernel)), kernel)
     if group == 1:
         swapped = op.Transpose(flipped, perm=[1, 0, *range(2, 2 + len(kernel))])
@@ -115,7 +117,7 @@ def _sub_pixel(op, g, weight, group, window, size, out):
 
     With u = i + before = s q + r: dx[u] = sum_m W[s m + r] g[q - m]. Phases r >= kernel are zero and not computed.
     """
-    filters, per_group, *kernel = (int(d) for d in dims(weight))
+    filters, per_group, *kernel = weight_dims(weight)
     channels = group * per_group
     strides, before = window.strides, window.before
     phases = [min(k, s) for k, s in zip(kernel, strides, strict=True)]
@@ -190,7 +192,7 @@ def conv(op, node, g):
     x, weight = node.inputs[:2]
     if op.wants(weight):
         return (None, None)
-    window = window_of(node, [int(d) for d in dims(weight)[2:]])
+    window = window_of(node, list(weight_dims(weight)[2:]))
     size, out = static_dims(x)[1:], static_dims(node.outputs[0])[1:]
     return (data_gradient(op, g, weight, attribute(node, "group", 1), window, size, out), None, None)
 
@@ -201,7 +203,7 @@ def conv_transpose(op, node, g):
     x, weight = node.inputs[:2]
     if op.wants(weight):
         return (None, None)
-    kernel = [int(d) for d in dims(weight)[2:]]
+    kernel = list(weight_dims(weight)[2:])
     rank = len(kernel)
     strides = attribute(node, "strides", [1] * rank)
     dilations = attribute(node, "dilations", [1] * rank)

@@ -30,8 +30,9 @@ def keep_dims(op, node, value):
 
 
 def reduced_count(node):
-    x = dims(node.inputs[0])
-    return math.prod(x[a] for a in reduced_axes(node))
+    """How many elements each output reduces; the batch is not among them."""
+    sizes = (0, *static_dims(node.inputs[0]))
+    return math.prod(sizes[a] for a in reduced_axes(node))
 
 
 @vjp("ReduceSum")

@@ -30,7 +30,7 @@ def concat(op, node, g):
         return tuple(None for _ in node.inputs)
     parts, start = [], 0
     for x in node.inputs:
-        end = start + dims(x)[axis]
+        end = start + static_dims(x)[axis - 1]
         parts.append(op.Slice(g, [start], [end], [axis]) if op.wants(x) else None)
         start = end
     return tuple(parts)
@@ -78,7 +78,9 @@ def slice_(op, node, g):
             if (int(start), int(step)) == (0, 1) and int(end) >= 2**31 - 1:
                 continue
             return (None,)
-        positions = list(range(*slice(int(start), _end(int(end), int(step)), int(step)).indices(dims(x)[axis])))
+        positions = list(
+            range(*slice(int(start), _end(int(end), int(step)), int(step)).indices(static_dims(x)[axis - 1]))
+        )
         g = put_back(op, g, len(dims(x)), axis, positions, dims(x)[axis])
     return (g, None, None, None, None)
 
@@ -124,11 +126,12 @@ def pad(op, node, g):
     axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
     axes = [int(a) % rank for a in axes] if axes is not None else list(range(rank))
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
-        before, after, size = int(before), int(after), dims(x)[axis]
+        before, after = int(before), int(after)
         if not before and not after:
             continue
         if axis == 0:
             return (None,)
+        size = static_dims(x)[axis - 1]
         g = op.Slice(g, [max(before, 0)], [max(before, 0) + size + min(before, 0) + min(after, 0)], [axis])
         g = pad_zeros(op, g, rank, {axis: (max(-before, 0), max(-after, 0))})
     return (g, None, None, None)

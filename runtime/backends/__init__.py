@@ -28,16 +28,16 @@ class Backend(Protocol):
     def open(self, path: Path) -> Executable: ...
 
 
-def create(name: str = "auto") -> Backend:
+def create(name: str = "auto", threads: int | None = None) -> Backend:
     """The backend of that name; "auto" is the first that can be used here. BackendUnavailable, UnknownMethod."""
     if name == "auto":
         problems = []
         for candidate in BACKENDS:
             try:
-                return create(candidate)
+                return create(candidate, threads)
             except BackendUnavailable as error:
                 problems.append(str(error))
         raise BackendUnavailable("; ".join(problems))
     if name not in BACKENDS:
         raise UnknownMethod(f"no backend {name!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
-    return importlib.import_module(f".{BACKENDS[name]}", __name__).create()
+    return importlib.import_module(f".{BACKENDS[name]}", __name__).create(threads)

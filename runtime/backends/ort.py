@@ -26,16 +26,18 @@ class OrtExecutable:
 
 
 class OrtBackend:
-    """Sessions on the CPU provider, with as many threads as ONNX Runtime chooses unless told."""
+    """Sessions on the CPU provider, one thread per core unless told."""
 
     name = "onnxruntime"
 
-    def __init__(self, runtime):
+    def __init__(self, runtime, threads: int | None):
         self._runtime = runtime
+        self._threads = threads
 
     def open(self, path: Path) -> OrtExecutable:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or 0
         try:
             session = self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -43,10 +45,10 @@ class OrtBackend:
         return OrtExecutable(session)
 
 
-def create() -> OrtBackend:
+def create(threads: int | None = None) -> OrtBackend:
     """BackendUnavailable if onnxruntime is not installed."""
     try:
         import onnxruntime
     except ImportError:
         raise BackendUnavailable("onnxruntime is not installed: pip install 'camrt[cpu]'") from None
-    return OrtBackend(onnxruntime)
+    return OrtBackend(onnxruntime, threads)

@@ -22,7 +22,7 @@ def combine(per_layer: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     The conventions of pytorch-grad-cam 1.5, which people compare with.
     """
     resized = [np.maximum(upsample(_scaled(m), size), 0) for m in per_layer]
-    return _scaled(np.mean(resized, axis=0, dtype=np.float32))
+    return _scaled(np.stack(resized).mean(axis=0, dtype=np.float32))
 
 
 @cam("grad_cam", needs="layer_maps", layers="last")

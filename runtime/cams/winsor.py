@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,21 @@ from ...kernels import fuse_layers, normalize_layers, winsorize
 from ..errors import InputError, UnknownMethod
 from .registry import LayerMaps, Result, cam
 
+CANCELLED = 1e-6  # a mean below this part of the mean magnitude is rounding noise: float32 leaves about 1e-8
+
+
+def mean_of_alphas(alphas: np.ndarray) -> np.ndarray:
+    """The mean over channels, and exactly 0 where the channels cancel.
+
+    They do behind a layer norm (ConvNeXt): it makes gradients sum to zero over channels, so that the mean's sign, and with
+    it the layers that Winsor-CAM keeps, would be decided by rounding.
+    """
+    mean = alphas.mean(axis=-1)
+    return np.where(np.abs(mean) > CANCELLED * np.abs(alphas).mean(axis=-1), mean, 0)
+
+
 LAYER_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mean": lambda a: a.mean(axis=-1),
+    "mean": mean_of_alphas,
     "max": lambda a: a.max(axis=-1),
     "min": lambda a: a.min(axis=-1),
     "absmean": lambda a: np.abs(a).mean(axis=-1),
@@ -35,7 +49,7 @@ def winsor_cam(
 
     w = winsorize(ReLU(aggregate_k alpha_lk), percentile) rescaled to [low, high]; maps are resized to the largest tap's
     grid, then to the input. layer_aggregation: mean, max, min, absmean, absmax, l2; gradient_aggregation, how the alphas
-    were pooled: the same and sum. InputError for a value out of range.
+    were pooled: the same and sum. InputError for a value out of range. Warns where no layer is important: that map is zero.
     """
     del gradient_aggregation  # the layers come pooled by it
     normalized = normalize_layers(layers.maps, layers.grids)
@@ -46,6 +60,12 @@ def winsor_cam(
         aggregation = options["layer_aggregation"]
         if aggregation not in importances:
             importances[aggregation] = importance(layers, aggregation)
+            if not importances[aggregation].any(axis=1).all():
+                warnings.warn(
+                    f"winsor_cam: no layer has positive {aggregation} importance for some image, so its map is zero: "
+                    "try layer_aggregation='max'",
+                    stacklevel=3,
+                )
         weights = winsorize(importances[aggregation], options["percentile"], options["low"], options["high"])
         maps = fuse_layers(normalized, layers.grids, weights, layers.size, options["interpolation"])
 

@@ -1,0 +1,189 @@
+"""Explanation time over forward time, and over Winsor-CAM's public implementation, in one run on one machine.
+
+python benchmarks/speed.py [--model resnet50] [--size 224] [--threads 2] [--runs 30] [--peer FOLDER] [--out speed.json]
+
+Random weights with warmed-up batch norm: the arithmetic is the same. The bundle is verified against PyTorch in float64
+before anything is timed; the contenders take turns; a ratio is the median of the ratios of each turn. --peer is a checkout
+of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+import camrt
+from camrt.runtime.bundle import read_bundle
+from camrt.verify import module_oracle, smooth_images, verify_bundle
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support import import_torchvision, warmed_up
+
+
+def build(name: str, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return warmed_up(import_torchvision().models.get_model(name, weights=None), (3, size, size))
+
+
+def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def take_turns(contenders: dict[str, Callable[[], Any]], runs: int, warm_up: int = 3) -> dict[str, np.ndarray]:
+    """Seconds of each contender in each turn."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warm_up + runs):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - started)
+    return {name: np.array(t) for name, t in times.items()}
+
+
+def summary(times: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1e3
+    return {"median_ms": round(middle, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}  # type: ignore[dict-item]
+
+
+def peer(folder: Path, model: nn.Module, image: np.ndarray, target: int) -> Callable[[], Any]:
+    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90."""
+    spec = importlib.util.spec_from_file_location("winsorcam", folder / "winsorcam.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wrapped = module.WinsorcamClass(model)
+    wrapped.eval()
+    layers = [f"model.{n}" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    x = torch.from_numpy(image)
+
+    def run() -> Any:
+        stack, _, importance = wrapped.get_gradcams_and_importance(x, target, layers, "mean", "mean", True, "bilinear")
+        return wrapped.winsorize_stacked_gradcam(x, stack, importance, "bilinear", 90)
+
+    return run
+
+
+def export_memory(name: str, size: int) -> dict[str, float]:
+    """Peak memory of an export in a process of its own, and what PyTorch and the model take before it, in MB."""
+    code = (
+        "import resource, sys, tempfile, pathlib, camrt\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "import speed\n"
+        "torchvision = speed.import_torchvision()\n"
+        f"model = torchvision.models.get_model({name!r}, weights=None).eval()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        f"    camrt.export_model(model, pathlib.Path(folder) / 'x.camrt', (3, {size}, {size}))\n"
+        "weights = sum(t.nbytes for t in model.state_dict().values())\n"
+        "print(weights / 1e6, before / 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    weights, before, peak = map(float, done.stdout.split())
+    return {
+        "weights_mb": round(weights),
+        "before_mb": round(before),
+        "peak_mb": round(peak),
+        "limit_mb": round(4 * weights + 1000),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times explanations beside forward passes and a peer.")
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    size = arguments.size
+    memory = export_memory(arguments.model, size)
+    model = build(arguments.model, size)
+    image = smooth_images((3, size, size), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = camrt.export_model(model, Path(folder) / "model.camrt", (3, size, size), layers="conv")
+        report = verify_bundle(read_bundle(path), module_oracle(model, arguments.model))
+        if not report.passed:
+            raise SystemExit(f"not timed, because it is wrong: {[r for r in report.rows if not r.passed][:3]}")
+        classify = session(path / "classify.onnx", arguments.threads)
+        layer_maps = session(path / "layer_maps.onnx", arguments.threads)
+        explainer = camrt.load(path, threads=arguments.threads)
+        target = int(explainer.classify(image).argmax())
+        seed = np.eye(explainer.manifest.num_classes, dtype=np.float32)[[target]]
+        explained = explainer.explain(image, target=target, percentile=90)
+        contenders: dict[str, Callable[[], Any]] = {
+            "classify": lambda: classify.run(None, {"image": image}),
+            "layer_maps": lambda: layer_maps.run(None, {"image": image, "seed": seed}),
+            "explain": lambda: explainer.explain(image, target=target, percentile=90),
+            "retune": lambda: explained.retune(percentile=50),
+        }
+        if arguments.peer is not None:
+            contenders["peer"] = peer(arguments.peer, model, image, target)
+        times = take_turns(contenders, arguments.runs)
+
+    ratios = {
+        "layer_maps / classify": times["layer_maps"] / times["classify"],
+        "explain / classify": times["explain"] / times["classify"],
+    }
+    if "peer" in times:
+        ratios["peer / explain"] = times["peer"] / times["explain"]
+    result = {
+        "model": arguments.model,
+        "layers": len(explainer.layers),
+        "input": [1, 3, size, size],
+        "threads": arguments.threads,
+        "runs": arguments.runs,
+        "machine": {"cpu": _cpu(), "platform": platform.platform(), "python": platform.python_version()},
+        "versions": {p: importlib.metadata.version(p) for p in ("camrt", "torch", "onnxruntime", "numpy")},
+        "comparisons_passed": len(report.rows),
+        "times": {name: summary(t) for name, t in times.items()},
+        "ratios": {name: round(float(np.median(r)), 3) for name, r in ratios.items()},
+        "export_memory": memory,
+        "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+    }
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{arguments.model}, {result['layers']} convolutions, batch 1, {arguments.threads} threads, {result['machine']['cpu']}"
+    )
+    for name, numbers in result["times"].items():
+        low, high = numbers["quartiles_ms"]
+        print(f"{name:24}{numbers['median_ms']:10.2f} ms   quartiles {low:.2f} to {high:.2f}")
+    for name, ratio in result["ratios"].items():
+        print(f"{name:24}{ratio:10.2f} x")
+    print(
+        f"export: peak {memory['peak_mb']} MB, {memory['before_mb']} MB of it before it began; limit {memory['limit_mb']} MB"
+    )
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The embedded default: a small network and the pictures that it explains."""

@@ -1,0 +1,52 @@
+"""The wheel in an environment of its own, without torch and onnx."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from support import ROOT
+
+CHECK = """
+import importlib.util, sys
+import numpy as np
+for name in ("torch", "onnx", "onnx_ir", "onnxscript"):
+    assert importlib.util.find_spec(name) is None, name
+import camrt, camrt.demo.run
+assert camrt.__file__.startswith(sys.prefix), camrt.__file__
+result = camrt.load(camrt.demo.run.BUNDLE).explain("picture.png", percentile=50)
+assert result.maps.shape == (1, 128, 128) and np.isfinite(result.maps).all() and result.maps.max() > 0
+assert not {"torch", "onnx"} & set(sys.modules)
+try:
+    camrt.export_onnx("model.onnx", "model.camrt")
+except camrt.CamrtError as error:
+    print(error)
+"""
+
+
+def call(*command: str, cwd: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
+    call(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+    (wheel,) = tmp_path.glob("camrt-*.whl")
+    venv.create(tmp_path / "env", with_pip=True)
+    python = str(tmp_path / "env" / "bin" / "python")
+    constraints = str(ROOT / "constraints.txt")
+    call(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, f"{wheel}[cpu]", cwd=tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 150, 3), dtype=np.uint8)).save(
+        tmp_path / "picture.png"
+    )
+    assert "export needs onnx, onnxscript: pip install 'camrt[export]'" in call(python, "-c", CHECK, cwd=tmp_path)
+    camrt = str(tmp_path / "env" / "bin" / "camrt")
+    assert "demo.png" in call(camrt, "demo", cwd=tmp_path)
+    assert (tmp_path / "camrt-demo" / "demo.png").is_file()
