@@ -126,7 +126,6 @@ def main() -> None:
 
     preprocess = camrt.Preprocess(resize=(SIZE, SIZE), mean=(MEAN,) * 3, std=(STD,) * 3)
     model.eval()
-    torch.save(model.state_dict(), "shapes.pt")
     camrt.export_model(
         model, arguments.out, (3, SIZE, SIZE), name="shapes", classes=CLASSES, preprocess=preprocess, overwrite=True
     )

@@ -62,9 +62,10 @@ def hooked(model: nn.Module, names: Sequence[str], seen: Callable[[str, torch.Te
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: seen(name, output)
 
+    modules = dict(model.named_modules())
     with contextlib.ExitStack() as stack:
         for name in names:
-            handle = model.get_submodule(name).register_forward_hook(hook(name))
+            handle = modules[name].register_forward_hook(hook(name))
             stack.callback(handle.remove)
         yield
 

@@ -96,10 +96,15 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: list[tuple[np.ndarray, np.ndarray] | None]
     ) -> list[ir.Value]:
         seed = _seed(tape, logits)
+        pooled = [_pool_behind(v, values) for v in values]
+        sources = [v if p is None else p for v, p in zip(values, pooled, strict=True)]
         alphas, maps = [], []
-        for v, g, affine in zip(values, cotangents(tape, values, logits, seed), recovered, strict=True):
+        for v, p, g, affine in zip(values, pooled, cotangents(tape, sources, logits, seed), recovered, strict=True):
             channels, h, w = static_dims(v)
-            alpha = tape.ReduceMean(g, [2, 3], keepdims=0) if h * w > 1 else tape.Reshape(g, [-1, channels])
+            if p is not None:
+                part = math.prod(static_dims(p)[1:]) / (h * w)
+                g = tape.Mul(tape.Mul(g, tape.step(p)), tape.floats(part))
+            alpha = tape.Reshape(tape.GlobalAveragePool(g), [-1, channels])
             flat = tape.Reshape(v, [-1, channels, h * w])
             summed = tape.Reshape(tape.MatMul(tape.Unsqueeze(alpha, [1]), flat), [-1, h * w])
             if affine is not None:
@@ -115,6 +120,24 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         ]
 
     return _program(graph, build, fold=True)
+
+
+def _pool_behind(tap: ir.Value, taps: Sequence[ir.Value]) -> ir.Value | None:
+    """The max-pooled output p, if `tap` goes through a ReLU into a MaxPool and nowhere else, and is the first of the taps.
+
+    The sum over the grid of the tap's gradient is then sum g_p [p > 0], whichever elements the maxima were: the pooling
+    need not be differentiated.
+    """
+    value = tap
+    for op_type in ("Relu", "MaxPool"):
+        consumers = value.consumers()
+        if len(consumers) != 1 or consumers[0].op_type != op_type or value.is_graph_output():
+            return None
+        value = consumers[0].outputs[0]
+    graph = tap.graph
+    assert isinstance(graph, ir.Graph)
+    reached = on_path(graph, [v for v in taps if v is not tap], tap)
+    return None if any(v in reached for v in taps if v is not tap) else value
 
 
 def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: bool = False) -> ir.Model:

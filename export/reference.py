@@ -56,7 +56,8 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
     try:
         with torch.enable_grad():
             logits = model(image)

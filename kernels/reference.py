@@ -9,40 +9,38 @@ import numpy as np
 
 
 @functools.lru_cache(maxsize=256)
-def resize_matrix(size: int, target: int, interpolation: str = "bilinear") -> np.ndarray:
-    """The (target, size) float32 matrix that resizes one axis.
+def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `target` positions along an axis of `size`: two source positions and the weight of the second.
 
     bilinear: half-pixel centres, no antialiasing; nearest: floor(i size / target). Both as PyTorch's interpolate.
     ValueError for another interpolation or sizes below 1.
     """
     if size < 1 or target < 1:
         raise ValueError(f"cannot resize from {size} to {target}")
-    matrix = np.zeros((target, size))
-    rows = np.arange(target)
+    positions = np.arange(target)
     if interpolation == "nearest":
-        matrix[rows, rows * size // target] = 1
-    elif interpolation == "bilinear":
-        source = np.maximum((rows + 0.5) * size / target - 0.5, 0)
-        low = np.minimum(source.astype(np.int64), size - 1)
-        high = np.minimum(low + 1, size - 1)
-        np.add.at(matrix, (rows, low), 1 - (source - low))
-        np.add.at(matrix, (rows, high), source - low)
-    else:
+        low = positions * size // target
+        return low, low, np.zeros(target, np.float32)
+    if interpolation != "bilinear":
         raise ValueError(f"interpolation {interpolation!r}: use 'bilinear' or 'nearest'")
-    matrix = matrix.astype(np.float32)
-    matrix.setflags(write=False)
-    return matrix
+    source = np.maximum((positions + 0.5) * size / target - 0.5, 0)
+    low = np.minimum(source.astype(np.int64), size - 1)
+    return low, np.minimum(low + 1, size - 1), (source - low).astype(np.float32)
 
 
 def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "bilinear") -> np.ndarray:
-    """Resize by `resize_matrix` on both axes.
+    """Resize by `resize_taps` on both axes.
 
     maps (..., h, w) float32 -> (..., *size) float32. ValueError if size < (1, 1).
     """
-    h, w = maps.shape[-2:]
-    if (h, w) == tuple(size):
+    if maps.shape[-2:] == tuple(size):
         return maps
-    return resize_matrix(h, size[0], interpolation) @ maps @ resize_matrix(w, size[1], interpolation).T
+    low, high, weight = resize_taps(maps.shape[-2], size[0], interpolation)
+    first = maps[..., low, :]
+    rows = first + (maps[..., high, :] - first) * weight[:, None]
+    low, high, weight = resize_taps(maps.shape[-1], size[1], interpolation)
+    first = rows[..., low]
+    return first + (rows[..., high] - first) * weight
 
 
 def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1), epsilon: float = 0.0) -> np.ndarray:

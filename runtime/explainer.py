@@ -121,7 +121,9 @@ class Explainer:
         if wrong.size:
             raise InputError(f"class {wrong.flat[0]} is out of range: the network has classes 0..{classes - 1}")
         grid = given.reshape(images, -1).astype(np.int64)
-        return Targets(np.eye(classes, dtype=np.float32)[grid], grid, given.ndim == 2)
+        seeds = np.zeros((*grid.shape, classes), np.float32)
+        np.put_along_axis(seeds, grid[..., None], 1, axis=2)
+        return Targets(seeds, grid, given.ndim == 2)
 
     def _layers(self, method: Method, layers: Sequence[str] | str | None) -> tuple[str, ...]:
         wanted = method.layers if layers is None else layers

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.library import Library
 
 from camrt.verify import smooth_images
 
@@ -28,7 +29,7 @@ def import_torchvision():
     spec = importlib.util.find_spec("torchvision")
     assert spec is not None and spec.origin is not None
     text = (Path(spec.origin).parent / "_meta_registrations.py").read_text()
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = Library("torchvision", "FRAGMENT")
     for name in sorted(set(re.findall(r"torchvision::(\w+)", text))):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(...) -> Tensor")

@@ -275,3 +275,31 @@ def test_a_map_of_no_important_layer_is_zero_and_warned_of(explainer: camrt.Expl
     with pytest.warns(UserWarning, match="no layer has positive min importance"):
         empty = explainer.explain(IMAGES[:1], target=seed, layers=layers, layer_aggregation="min")
     assert (empty.maps == 0).all() and (empty.normalized() == 0).all() and (empty.layer_weights == 0).all()
+
+
+class FoldsBatch(torch.nn.Module):
+    """Treats the halves of an image as images of their own, as window attention does: the batch is not kept apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, 2, 1)
+        self.second = torch.nn.Conv2d(4, 6, 3, 1, 1)
+        self.fc = torch.nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x).relu()
+        halves = y.reshape(-1, 4, 2, 8, 16).transpose(1, 2).reshape(-1, 4, 8, 16)
+        z = self.second(halves).relu().mean((2, 3))
+        return self.fc(z.reshape(-1, 2, 6).mean(1))
+
+
+def test_several_targets_where_the_batch_is_folded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    explainer = camrt.load(camrt.export_model(FoldsBatch(), tmp_path / "folds.camrt", (3, 32, 32), layers=["conv"]))
+    assert not explainer.manifest.seeds_share_image
+    several = explainer.explain(IMAGES[:2], target=[[0, 1, 2], [2, 3, 4]], layer_aggregation="max")
+    assert several.target is not None
+    for k in range(3):
+        one = explainer.explain(IMAGES[:2], target=several.target[:, k], layer_aggregation="max")
+        assert_maps_close(several.maps[:, k], one.maps, 1e-5)
+    assert several.maps.max() > 0

