@@ -96,8 +96,12 @@ def write_bundle(
         (work / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
         os.chmod(work, 0o755)
         if path.exists():
-            shutil.rmtree(path)
-        os.rename(work, path)
+            replaced = Path(f"{work}.replaced")
+            os.rename(path, replaced)
+            os.rename(work, path)
+            shutil.rmtree(replaced)
+        else:
+            os.rename(work, path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror}): free space or choose another path") from None
     finally:

@@ -137,7 +137,12 @@ def _free_batch(graph: ir.Graph) -> None:
         if target is None or target.ndim != 1 or len(target) < 2 or target[0] != 1:
             continue
         name = f"{node.outputs[0].name}_shape"
-        freed = np.array([0 if -1 in target[1:] else -1, *target[1:]], np.int64)
+        copied = -1 in target[1:]  # only one size may be -1: the batch is then copied, which a 0 says
+        if copied and attribute(node, "allowzero", 0):
+            if 0 in target[1:]:
+                continue
+            del node.attributes["allowzero"]
+        freed = np.array([0 if copied else -1, *target[1:]], np.int64)
         value = ir.Value(
             name=name,
             shape=ir.Shape(freed.shape),

@@ -90,7 +90,7 @@ def test_export_info_verify_explain_a_callable(folder: Path, capsys: pytest.Capt
 
     assert main(["verify", "net.camrt"]) == 0  # the source is built again, with the same random weights
     table = capsys.readouterr().out
-    assert "reference: mymodels:build in PyTorch, in float64" in table and "winsor_cam p" in table
+    assert "reference: mymodels:build in PyTorch, in float64" in table and "winsor_cam max p" in table
     assert "comparisons passed" in table and "FAIL" not in table
 
     command = ["explain", "net.camrt", "photos", "other.png", "--out", "maps", "--percentile", "50", "--batch", "2"]
@@ -196,7 +196,7 @@ def test_export_timm(folder: Path) -> None:
     done = run(folder, "export", "timm:lcnet_035", "net.camrt", "--layers", "last")
     assert done.returncode == 0, done.stderr
     recipe = camrt.load(folder / "net.camrt").manifest.preprocess
-    assert recipe == camrt.Preprocess(256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), "bicubic")
+    assert recipe == camrt.Preprocess(256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), "bilinear")
     done = run(folder, "export", "timm:resnet5000", "other.camrt")
     assert done.returncode == 2 and "timm could not make 'resnet5000'" in done.stderr
 
