@@ -28,14 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"camrt: {message}", file=sys.stderr)
     try:
         return options.run(options)
+    except BrokenPipeError:
+        return 0
     except CamrtError as error:
         print(f"camrt: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"camrt: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("camrt: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="centre crop after resizing")
     export.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in 0..1")
     export.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in 0..1")
-    export.add_argument(
-        "--interpolation", default="bilinear", help="of the resize: bilinear, bicubic, nearest, lanczos"
-    )
+    export.add_argument("--interpolation", help="of the resize: bilinear (default), bicubic, nearest, lanczos")
     export.add_argument("--output", help="which output of an ONNX file holds the logits")
     export.add_argument("--name", help="the model's name in the manifest")
     export.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
-    layers: Any = options.layers[0] if options.layers[0] in ("conv", "last", "default") else options.layers
+    layers: Any = options.layers[0] if options.layers in (["conv"], ["last"], ["default"]) else options.layers
     common: dict[str, Any] = {
         "layers": layers,
         "name": options.name,
@@ -204,7 +205,7 @@ def _preprocess(
     """The recipe that the options give, completed by what the source knows; None if neither says anything."""
     from .runtime.manifest import Preprocess
 
-    given = [options.resize, options.crop, options.mean, options.std]
+    given = [options.resize, options.crop, options.mean, options.std, options.interpolation]
     if all(g is None for g in given):
         return known
     if (options.mean is None or options.std is None) and known is None:
@@ -225,7 +226,7 @@ def _preprocess(
         mean=tuple(options.mean or known.mean),  # type: ignore[union-attr]
         std=tuple(options.std or known.std),  # type: ignore[union-attr]
         crop=tuple(options.crop) if options.crop else (known.crop if known and options.resize is None else None),
-        interpolation=options.interpolation,
+        interpolation=options.interpolation or (known.interpolation if known else "bilinear"),
     )
 
 
@@ -288,9 +289,13 @@ def _explain(options: argparse.Namespace) -> int:
     target = None if options.target is None else [_class_index(explainer, t) for t in options.target]
     arguments: dict[str, Any] = {} if options.percentile is None else {"percentile": options.percentile}
     layers: Any = options.layers
-    if layers is not None and layers[0] in ("conv", "last"):
+    if layers in (["conv"], ["last"]):
         layers = layers[0]
     names = _output_names(files)
+    taken = {(options.out / f"{stem}{kind}").resolve() for stem in names.values() for kind in (".png", ".npy")}
+    for file in files:
+        if file.resolve() in taken:
+            raise InputError(f"{file}: its explanation would overwrite an image: choose another --out")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = (options.out / "explanations.jsonl").open("w", encoding="utf-8")
@@ -345,7 +350,7 @@ def _explained(
 
 def _class_index(explainer: Explainer, text: str) -> int:
     manifest = explainer.manifest
-    if text.lstrip("-").isdigit():
+    if text.lstrip("-").isdecimal():
         return int(text)
     names = manifest.classes or ()
     matches = [i for i, n in enumerate(names) if text.lower() in [part.strip().lower() for part in n.split(",")]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from .compare import largest_difference, relative_l2
 from .kernels import minmax
-from .runtime.backends import create
+from .runtime.backends import Backend, create
 from .runtime.bundle import Bundle, read_bundle
 from .runtime.errors import CamrtError, ExportError
 from .runtime.explainer import Explainer
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .export.reference import Recorded
 
 GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
+SOURCE_LIMIT = 1e-4  # relative L2 from another float32 program
 ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
 MAP_LIMIT = 1e-3  # largest difference after min-max
 PERCENTILES = (0, 50, 90, 100)
@@ -115,13 +116,14 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
 
 
 def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
-    """The model that the bundle was made from, or, where it is not at hand, the bundle's own forward graph.
+    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, and for
+    a PyTorch model that ends in a Softmax or Sigmoid, whose logits no module returns.
 
     CamrtError if the source's weights are not those of the bundle.
     """
     manifest = bundle.manifest
     spec = source or manifest.source.get("spec")
-    if manifest.source["kind"] == "torch" and spec:
+    if manifest.source["kind"] == "torch" and spec and manifest.final_activation is None:
         from .export.from_torch import weights_digest
         from .export.sources import open_source
 
@@ -193,6 +195,8 @@ def verify_bundle(
         feeds = {"image": batch} | ({"seed": seed} if "seed" in program.inputs else {})
         out = engine.open(bundle.path / program.file).run(feeds)
         rows += _program_rows(program.file, out, program.taps, double, singles)
+    rows += _use_rows(bundle, engine, batch, seed, double, singles)
+    rows += _source_rows(bundle, engine, batch)
     rows += _graph_rows(bundle, batch, seed, double, progress)
     rows += _method_rows(explainer, batch, seed, double, singles, progress)
     return Report(oracle.name, tuple(rows))
@@ -245,7 +249,7 @@ def _row(
         if got.dtype != np.float32:
             raise ValueError(f"dtype {got.dtype} instead of float32")
         distance = measure(got.astype(np.float64), want)
-        torch_float32 = max(measure(o.astype(np.float64), want) for o in own)
+        torch_float32 = max((measure(o.astype(np.float64), want) for o in own), default=0.0)
     except ValueError as error:
         return Row(program, subject, float("nan"), float("nan"), floor, str(error))
     return Row(program, subject, distance, torch_float32, max(floor, 2 * torch_float32))
@@ -265,6 +269,67 @@ def _program_rows(
             yield row(f"activation {tap}", f"activation:{tap}", lambda r, t=tap: r.activations[t], True)
         if f"gradient:{tap}" in out:
             yield row(f"gradient {tap}", f"gradient:{tap}", lambda r, t=tap: r.gradients[t], False)
+    if "maps" in out:
+        yield row("alphas", "alphas", lambda r: _side_by_side(r, taps)[0], False)
+        yield row("maps", "maps", lambda r: _side_by_side(r, taps)[1], False)
+
+
+def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
+    """Alphas (B, sum K) and maps (B, sum h w), as the layer_maps program lays them out."""
+    import torch
+
+    from .export.reference import layer_cam_maps, select
+
+    alphas, maps = layer_cam_maps(select(recorded, taps))
+    return torch.cat(alphas, 1), torch.cat([m.flatten(1) for m in maps], 1)
+
+
+def _use_rows(
+    bundle: Bundle, engine: Backend, batch: np.ndarray, seed: np.ndarray, double: Recorded, singles: Sequence[Recorded]
+) -> Iterator[Row]:
+    """The widest layer_maps program as users run it: one image alone, and one image with two targets.
+
+    The second target is twice the first, whose maps must be twice the first's.
+    """
+    program = max((p for p in bundle.manifest.programs if p.kind == "layer_maps"), key=lambda p: len(p.taps))
+    executable = engine.open(bundle.path / program.file)
+    want, own = ([_side_by_side(r, program.taps)[1][:1].numpy() for r in runs] for runs in ([double], singles))
+    got = executable.run({"image": batch[:1], "seed": seed[:1]})["maps"]
+    yield _row(program.file, "single image", got, want[0], own, relative_l2, ACTIVATION_LIMIT)
+    count = 1 if bundle.manifest.seeds_share_image else 2
+    feeds = {"image": np.repeat(batch[:1], count, axis=0), "seed": np.concatenate([seed[:1], 2 * seed[:1]])}
+    if bundle.manifest.batch == 1:
+        return
+    got = executable.run(feeds)["maps"]
+    for i, subject in enumerate(("several targets, first", "several targets, second")):
+        yield _row(program.file, subject, got[i : i + 1] / (i + 1), want[0], own, relative_l2, ACTIVATION_LIMIT)
+
+
+def _source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
+    """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
+    manifest = bundle.manifest
+    spec = manifest.source.get("spec")
+    if manifest.source["kind"] != "onnx" or not spec or not Path(spec).is_file():
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(spec), providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    channels_last = entry.shape[3] == batch.shape[1] and entry.shape[1] != batch.shape[1]
+    fed = batch.transpose(0, 2, 3, 1) if channels_last else batch
+    output = [manifest.source["output"] or session.get_outputs()[0].name]
+    want = np.concatenate([np.asarray(session.run(output, {entry.name: fed[i : i + 1]})[0]) for i in range(len(fed))])
+    logits = (
+        engine.open(bundle.path / bundle.program("classify").file).run({"image": batch})["logits"].astype(np.float64)
+    )
+    if manifest.final_activation == "Softmax":
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    else:
+        scores = 1 / (1 + np.exp(-logits)) if manifest.final_activation == "Sigmoid" else logits
+    got = scores.astype(np.float32)
+    want = want.reshape(got.shape).astype(np.float64)
+    yield _row("classify.onnx", "scores of the source file", got, want, [], relative_l2, SOURCE_LIMIT)
 
 
 def _graph_rows(

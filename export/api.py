@@ -167,6 +167,11 @@ def _check_preprocess(preprocess: Preprocess | None, shape: tuple[int, int, int]
             )
     if any(s == 0 for s in preprocess.std):
         raise InputError("preprocess std holds a zero")
+    resize = preprocess.resize if isinstance(preprocess.resize, tuple) else (preprocess.resize,) * 2
+    if any(not isinstance(n, int) or n < 1 for n in resize):
+        raise InputError(f"preprocess resize {preprocess.resize}: sizes are whole numbers from 1")
+    if preprocess.crop is not None and any(c > r for c, r in zip(preprocess.crop, resize, strict=True)):
+        raise InputError(f"preprocess crop {preprocess.crop} is larger than resize {preprocess.resize}")
     if preprocess.interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
         raise InputError(
             f"preprocess interpolation {preprocess.interpolation!r}: use nearest, bilinear, bicubic or lanczos"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError
+from ..runtime.errors import ExportError, first_line
 from ..runtime.manifest import Tap
 from .autodiff import on_path
 from .graph import (
@@ -16,6 +16,7 @@ from .graph import (
     channels_first,
     check_logits,
     check_static,
+    feature_maps,
     fix_sizes,
     grid_of,
     modernise,
@@ -44,7 +45,10 @@ def read_graph(
     try:
         model = ir.load(path)
     except Exception as error:
-        raise ExportError(f"{path}: not readable as ONNX ({str(error).splitlines()[0]})") from error
+        raise ExportError(f"{path}: not readable as ONNX ({first_line(error)})") from error
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and not Path(value.const_value.path).is_file():
+            raise ExportError(f"{path}: its weights lie in {value.const_value.location!r}, which is missing beside it")
     _keep_output(model, output)
     names = _layer_names(model.graph)
     model = modernise(model)
@@ -55,7 +59,7 @@ def read_graph(
     check_logits(logits)
     model.graph.outputs.clear()
 
-    reachable = on_path(model.graph, list(model.graph.inputs), logits)
+    reachable = on_path(model.graph, list(model.graph.inputs), logits) & feature_maps(model.graph)
     spatial = {}
     for node in model.graph:
         y = node.outputs[0]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export.unflatten import InterpreterModule
 
-from ..runtime.errors import ExportError
+from ..runtime.errors import ExportError, first_line
 from ..runtime.manifest import Tap
 from .graph import (
     OPSET,
@@ -22,6 +22,7 @@ from .graph import (
     batch_norm_after,
     check_logits,
     check_static,
+    feature_maps,
     fix_sizes,
     grid_of,
     modernise,
@@ -87,7 +88,11 @@ def spatial_modules(model: nn.Module, image: torch.Tensor) -> tuple[dict[str, st
 
     names = [n for n, _ in model.named_modules() if n]
     with torch.no_grad(), hooked(model, names, record):
-        model(image)
+        output = model(image)
+    if not isinstance(output, torch.Tensor):
+        raise ExportError(
+            f"the model returns a {type(output).__name__}: camrt explains classifiers, whose output is one (batch, classes) tensor"
+        )
     known = {
         n: "" if len(outputs[n]) == 1 else f"it runs {len(outputs[n])} times in one forward pass"
         for n in dict.fromkeys(finished)
@@ -122,16 +127,16 @@ def trace_module(
 
     ExportError if its output is not (batch, classes) or a tapped module runs more than once; UnknownLayer.
     """
-    was_training = model.training
+    was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         image = torch.zeros(2, *input_shape, device=device)
         try:
             known, convolutions, last = spatial_modules(model, image)
-        except RuntimeError as error:
+        except Exception as error:  # models check their input in many ways
             raise ExportError(
-                f"the model does not run on an image of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"
+                f"the model does not run on an image of shape {tuple(input_shape)}: {first_line(error)}"
             ) from error
         roles = choose(layers, convolutions, last, known)
         for name in roles:
@@ -140,7 +145,8 @@ def trace_module(
         progress(f"tracing the model with {len(roles)} taps")
         exported = _to_onnx(_Recorder(model, list(roles)), image)
     finally:
-        model.train(was_training)
+        for module in was_training:
+            module.training = True
     return tap_outputs(exported, roles, progress)
 
 
@@ -156,7 +162,7 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor) -> ir.Model:
         except Exception as error:  # the exporter raises errors of many kinds
             cause = error.__cause__ or error
             raise ExportError(
-                f"PyTorch could not export the model ({(str(cause).strip() or type(cause).__name__).splitlines()[0]}): "
+                f"PyTorch could not export the model ({first_line(cause)}): "
                 "export it to ONNX by other means and pass the .onnx file"
             ) from error
     assert exported is not None
@@ -208,11 +214,13 @@ def tap_outputs(model: ir.Model, roles: dict[str, tuple[str, ...]], progress: Ca
     logits, final_activation = strip_final_activation(outputs[0])
     check_logits(logits)
     taps = []
+    maps = feature_maps(model.graph)
     for (name, roles_of_tap), value in zip(roles.items(), outputs[1:], strict=True):
         grid = grid_of(value)
-        if grid is None:
+        if grid is None or value not in maps:
             raise ExportError(
-                f"layer {name!r} has output {value.shape}, no grid (batch, channels, height, width): tap another layer"
+                f"layer {name!r} has output {value.shape}, which is not known to be (batch, channels, height, width): "
+                "name other layers"
             )
         taps.append((Tap(name, roles_of_tap, *grid, "after" if batch_norm_after(value) else "none"), str(value.name)))
     assert logits.name in named_values(model.graph)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
-from ..runtime.errors import ExportError
+from ..runtime.errors import ExportError, first_line
 from ..runtime.manifest import Tap
 from .tape import attribute, constant_of, dims
 
@@ -54,7 +54,7 @@ def modernise(model: ir.Model) -> ir.Model:
             model = ir.from_proto(onnx.version_converter.convert_version(proto, OPSET))
         except Exception as error:
             raise ExportError(
-                f"opset {version} could not be converted to {OPSET}: {str(error).splitlines()[0]}; export the model with opset {OPSET}"
+                f"opset {version} could not be converted to {OPSET}: {first_line(error)}; export the model with opset {OPSET}"
             ) from error
     _run(
         model,
@@ -131,8 +131,12 @@ def _forget_shapes(graph: ir.Graph) -> None:
 
 
 def _free_batch(graph: ir.Graph) -> None:
-    """Reshapes whose constant target pins a leading 1 keep whatever batch comes instead."""
+    """Reshapes of what depends on the image keep whatever batch comes where their constant target pins a leading 1."""
+    dependent = set(graph.inputs)
     for node in list(graph):
+        if not any(x in dependent for x in node.inputs):
+            continue
+        dependent.update(node.outputs)
         target = constant_of(node.inputs[1]) if node.op_type == "Reshape" else None
         if target is None or target.ndim != 1 or len(target) < 2 or target[0] != 1:
             continue
@@ -255,6 +259,68 @@ def grid_of(value: ir.Value) -> tuple[int, tuple[int, int]] | None:
     return channels, (h, w)  # type: ignore[return-value]
 
 
+_KEEPS_LAYOUT = {
+    *("Abs", "Add", "BatchNormalization", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu"),
+    *("HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LRN", "LeakyRelu", "Log", "LpNormalization"),
+    *(
+        "Max",
+        "Mean",
+        "Min",
+        "Mish",
+        "Mul",
+        "Neg",
+        "PRelu",
+        "Pad",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Resize",
+        "Selu",
+        "Sigmoid",
+    ),
+    *("Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt", "Sub", "Sum", "Swish", "Tanh", "ThresholdedRelu"),
+    *("Upsample", "Where", "Concat", "LayerNormalization", "GroupNormalization"),
+}
+_MAKES_MAPS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool"}
+
+
+def feature_maps(graph: ir.Graph) -> set[ir.Value]:
+    """Values that are known to be feature maps (batch, channels, height, width), not merely of rank 4.
+
+    Convolutions and pooling make them; elementwise operators, joins and channel shuffles keep them; a Transpose to
+    channels-last loses them until one undoes it. Attention scores, tokens and channels-last tensors are none.
+    """
+    layout: dict[ir.Value, str] = {graph.inputs[0]: "NCHW"}
+    for node in graph:
+        y = node.outputs[0]
+        known = [layout.get(x) for x in node.inputs if x is not None and _moves(x)]
+        x = node.inputs[0] if node.inputs else None
+        before = layout.get(x) if x is not None else None
+        result = None
+        if node.op_type in _MAKES_MAPS:
+            result = "NCHW"
+        elif node.op_type == "Transpose":
+            perm = tuple(attribute(node, "perm", ()))
+            turned = {("NCHW", (0, 2, 3, 1)): "NHWC", ("NHWC", (0, 3, 1, 2)): "NCHW"}
+            shuffled = before == "grouped" and perm == (0, 2, 1, 3, 4)
+            result = "grouped" if shuffled else turned.get((str(before), perm))
+        elif node.op_type == "Reshape" and before in ("NCHW", "grouped") and x is not None and y.shape is not None:
+            same_grid = dims(x)[-2:] == dims(y)[-2:] and None not in dims(y)[-2:]
+            result = {5: "grouped", 4: "NCHW"}.get(len(y.shape)) if same_grid else None
+        elif (node.op_type in _KEEPS_LAYOUT and known and len(set(known)) == 1) or (
+            node.op_type == "MatMul" and before == "NHWC" and not _moves(node.inputs[1])
+        ):
+            result = known[0]
+        if result is not None:
+            layout.update(dict.fromkeys(node.outputs, result))
+    return {v for v, kind in layout.items() if kind == "NCHW" and v.shape is not None and len(v.shape) == 4}
+
+
+def _moves(value: ir.Value | None) -> bool:
+    """True for a computed value of rank 4 or 5: constants and scalars say nothing of a layout."""
+    return value is not None and value.const_value is None and value.shape is not None and len(value.shape) in (4, 5)
+
+
 def batch_norm_after(value: ir.Value) -> ir.Node | None:
     """The BatchNormalization that is the only consumer of a convolution's output, with constant statistics."""
     consumers = value.consumers()
@@ -281,7 +347,10 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
         gamma, beta, mean, variance = (constant_of(x).astype(np.float64) for x in norm.inputs[1:5])  # type: ignore[union-attr]
         scale = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
         shift = beta - scale * mean
-        bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
+        given = conv.inputs[2] if len(conv.inputs) > 2 else None
+        bias = constant_of(given)
+        if given is not None and bias is None:
+            continue  # a computed bias stays where it is
         weight, y = conv.inputs[1], norm.outputs[0]
         assert weight is not None
         column = _initializer(graph, f"{y.name}_scale", scale.reshape(-1, *[1] * (len(weight.shape or ()) - 1)))

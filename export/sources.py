@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import ExportError
+from ..runtime.errors import ExportError, first_line
 from ..runtime.manifest import Preprocess
 
 
@@ -56,7 +56,7 @@ def _saved_program(spec: str) -> Source:
     try:
         program = torch.export.load(spec)
     except Exception as error:
-        raise ExportError(f"{spec}: not a torch.export program ({_line(error)})") from error
+        raise ExportError(f"{spec}: not a torch.export program ({first_line(error)})") from error
     shapes = [v.shape[1:] for v in _example_inputs(program) if v.dim() == 4]
     shape = tuple(int(n) for n in shapes[0]) if len(shapes) == 1 else None
     return Source(spec, Path(spec).stem, torch.export.unflatten(program), shape)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def _torchvision(spec: str, name: str, weights: str) -> Source:
     try:
         model = models.get_model(name, weights=chosen)
     except Exception as error:
-        raise ExportError(f"{spec}: the weights could not be loaded ({_line(error)})") from error
+        raise ExportError(f"{spec}: the weights could not be loaded ({first_line(error)})") from error
     transform = chosen.transforms()
     crop, resize = transform.crop_size[0], transform.resize_size[0]
     preprocess = Preprocess(
@@ -97,7 +97,7 @@ def _timm(spec: str, name: str) -> Source:
     try:
         model = timm.create_model(name, pretrained=timm.models.is_model_pretrained(name))
     except Exception as error:
-        raise ExportError(f"timm could not make {name!r} ({_line(error)})") from error
+        raise ExportError(f"timm could not make {name!r} ({first_line(error)})") from error
     data = timm.data.resolve_data_config({}, model=model)
     channels, height, width = (int(n) for n in data["input_size"])
     resize = int(height / data["crop_pct"])
@@ -121,7 +121,7 @@ def _callable(spec: str, module_name: str, attribute: str) -> Source:
         try:
             made = made()
         except Exception as error:
-            raise ExportError(f"{spec} raised {type(error).__name__}: {_line(error)}") from error
+            raise ExportError(f"{spec} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, torch.nn.Module):
         raise ExportError(f"{spec} gave a {type(made).__name__}, not a torch.nn.Module")
     return Source(spec, attribute, made)
@@ -132,9 +132,5 @@ def _module(name: str, package: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ExportError(
-            f"cannot import {name!r} ({_line(error)}): is {package} installed, or the folder wrong?"
+            f"cannot import {name!r} ({first_line(error)}): is {package} installed, or the folder wrong?"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -38,6 +38,11 @@ class BackendUnavailable(CamrtError):
     """The package or device that a backend needs is not there."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def near(name: str, known: Sequence[str]) -> str:
     """What to try instead of `name`: close matches, else some of the known names."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

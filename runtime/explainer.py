@@ -61,7 +61,7 @@ class Explainer:
 
         images: float32 NCHW arrays, or uint8 HWC arrays, paths or Pillow images, preprocessed as the bundle says.
         target: None (each image's top class), an int, one int per image, K ints per image (B, K), or a float seed array
-        (B, classes) or (B, K, classes), the cotangent of the logits. layers: names or a role ("conv", "last"); the
+        (classes,), (B, classes) or (B, K, classes), the cotangent of the logits. layers: names or a role ("conv", "last"); the
         method's own by default. options: the method's, e.g. percentile=90.
 
         InputError, UnknownMethod, UnknownLayer for arguments that do not fit; nothing is explained in part.
@@ -101,6 +101,8 @@ class Explainer:
             return Targets(np.zeros((images, 1, classes), np.float32), np.full((images, 1), -1), False)
         given = np.asarray(target)
         if given.dtype.kind == "f":
+            if given.ndim == 1:
+                given = np.repeat(given[None], images, axis=0)
             seeds = given[:, None] if given.ndim == 2 else given
             if seeds.ndim != 3 or len(seeds) != images or seeds.shape[2] != classes:
                 raise InputError(
@@ -135,7 +137,7 @@ class Explainer:
                     f"name layers, it has {', '.join(self.layers[:5])}"
                 )
             return names
-        names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        names = (wanted,) if isinstance(wanted, str) else tuple(dict.fromkeys(wanted))
         for name in names:
             if name not in self.layers:
                 raise UnknownLayer(

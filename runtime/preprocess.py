@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .manifest import Manifest, Preprocess
 
 _MODES = {1: "L", 3: "RGB"}
@@ -75,16 +75,24 @@ def open_image(item: Any, channels: int, where: str) -> Image.Image:
     try:
         if isinstance(item, str | Path):
             with Image.open(item) as opened:
-                return ImageOps.exif_transpose(opened).convert(_MODES[channels])
+                return _upright(opened, channels, where)
         if isinstance(item, np.ndarray):
             if item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] not in (1, 3, 4)) or 0 in item.shape:
                 raise InputError(f"{where}: uint8 array of shape {item.shape}: pass (height, width, 3)")
             item = Image.fromarray(item[..., 0] if item.ndim == 3 and item.shape[2] == 1 else item)
-        return item.convert(_MODES[channels])
+        return _upright(item, channels, where)
     except FileNotFoundError:
         raise InputError(f"{where}: no such file") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not a readable image ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{where}: not a readable image ({first_line(error)})") from None
+
+
+def _upright(image: Image.Image, channels: int, where: str) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"{where}: has more than 8 bits a channel ({image.mode}): scale it to 8 bits, or pass float32 arrays"
+        )
+    return ImageOps.exif_transpose(image).convert(_MODES[channels])
 
 
 def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> tuple[np.ndarray, np.ndarray]:

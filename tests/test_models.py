@@ -54,6 +54,7 @@ def test_family(name: str, size: int, taps: int, last: str, tmp_path: Path) -> N
     report = verify_bundle(bundle, module_oracle(model, name))
     assert report.passed, [r for r in report.rows if not r.passed][:5]
     compared = {row.subject.split()[0] for row in report.rows}
-    assert compared == {"logits", "activation", "gradient", "float64", "winsor_cam", "grad_cam"}
+    methods = {"winsor_cam", "grad_cam", "alphas", "maps", "single", "several"}
+    assert compared == {"logits", "activation", "gradient", "float64", *methods}
     gradients = {r.subject for r in report.rows if r.subject.startswith("float64 gradient")}
     assert len(gradients) == taps

@@ -249,3 +249,71 @@ def test_an_output_that_is_no_list_of_classes_is_refused(tmp_path: Path) -> None
     source = with_outputs(classifier(tmp_path / "model.onnx"), "a2")
     with pytest.raises(camrt.CamrtError, match=r"output 'a2' has shape .*: camrt explains classifiers"):
         camrt.export_onnx(source, tmp_path / "model.camrt", output="a2")
+
+
+def weight_standardised(path: Path) -> Path:
+    """The weight of its convolution is computed by a Reshape to [1, ...], which has nothing to do with the batch."""
+    g = Graph()
+    g.weight("w", 64, 64, 3, 3)
+    g.op("Reshape", "w", g.constant("flat", np.array([1, 64, -1], np.int64)), out="rows")
+    g.op("ReduceMean", "rows", out="mean", axes=[2], keepdims=1)
+    g.op("Sub", "rows", "mean", out="centred")
+    g.op("Reshape", "centred", g.constant("back", np.array([64, 64, 3, 3], np.int64)), out="kernel")
+    g.op("Conv", "data", g.weight("w0", 64, 3, 3, 3), out="c0")
+    g.op("Conv", "c0", "kernel", out="c1")
+    g.op("GlobalAveragePool", "c1", out="pooled")
+    g.op("Flatten", "pooled", out="scores")
+    return saved(g, path)
+
+
+def channels_last_head(path: Path) -> Path:
+    """Its last tensor of rank 4 is no feature map: a Transpose to channels-last stands before the mean."""
+    g = Graph()
+    g.op("Conv", "data", g.weight("w0", 6, 3, 3, 3), out="c0")
+    g.op("Relu", "c0", out="a0")
+    g.op("Transpose", "a0", out="turned", perm=[0, 2, 3, 1])
+    g.op("Sigmoid", "turned", out="squashed")
+    g.op("ReduceMean", "squashed", out="scores", axes=[1, 2], keepdims=0)
+    return saved(g, path)
+
+
+def computed_bias(path: Path) -> Path:
+    """A batch norm behind a convolution whose bias is computed, which folding must leave alone."""
+    g = Graph()
+    scale, zero = g.constant("scale", np.float32(0.05)), g.constant("zero_point", np.int32(0))
+    g.op("DequantizeLinear", g.constant("q", np.arange(-8, 8, dtype=np.int32) * 9), scale, zero, out="bias")
+    g.op("Conv", "data", g.weight("w0", 16, 3, 3, 3), "bias", out="c0")
+    stats = [g.weight(f"bn{i}", 16, scale=0.1, offset=o) for i, o in enumerate((1.0, 0.1, 0.0, 1.0))]
+    g.op("BatchNormalization", "c0", *stats, out="b0")
+    g.op("GlobalAveragePool", "b0", out="pooled")
+    g.op("Flatten", "pooled", out="scores")
+    return saved(g, path)
+
+
+def saved(g: Graph, path: Path) -> Path:
+    inputs = [helper.make_tensor_value_info("data", TensorProto.FLOAT, ["N", 3, 20, 18])]
+    outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(g.nodes, "head", inputs, outputs, g.constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
+    return path
+
+
+@pytest.mark.parametrize("make", [weight_standardised, channels_last_head, computed_bias])
+def test_bundles_compute_what_their_source_computes(make, tmp_path: Path) -> None:
+    source = make(tmp_path / "model.onnx")
+    explainer = camrt.load(camrt.export_onnx(source, tmp_path / "model.camrt"))
+    want = scores_of(source, IMAGES)
+    logits = explainer.classify(IMAGES)
+    got = 1 / (1 + np.exp(-logits)) if explainer.manifest.final_activation == "Sigmoid" else logits
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(explainer.explain(IMAGES, "grad_cam").logits, logits, rtol=1e-4, atol=1e-4)
+    last = [t for t in explainer.manifest.taps if "last" in t.roles]
+    assert [(t.name, t.channels) for t in last] in ([("n_c1", 64)], [("n_a0", 6)], [("n_b0", 16)])
+
+
+def test_missing_external_weights_are_named(tmp_path: Path) -> None:
+    source = weight_standardised(tmp_path / "model.onnx")
+    onnx.save(onnx.load(str(source)), str(source), save_as_external_data=True, location="model.data", size_threshold=0)
+    (tmp_path / "model.data").unlink()
+    with pytest.raises(camrt.CamrtError, match=r"its weights lie in 'model\.data', which is missing"):
+        camrt.export_onnx(source, tmp_path / "model.camrt")

@@ -42,7 +42,8 @@ def average_pool(op, node, g):
         declared_after = [max(a, 0) for a in window.after]
     counts = window_counts(window, size, out, attribute(node, "count_include_pad", 0), declared_after)
     shared = op.Mul(g, op.floats(1 / counts[None, None]))
-    if window.kernel == window.strides and not any(window.before) and max(window.after) <= 0:
+    unit = all(d == 1 for d in window.dilations)
+    if unit and window.kernel == window.strides and not any(window.before) and max(window.after) <= 0:
         return (_repeated(op, shared, channels, window, size, out),)
     kernel = ones_kernel(op, channels, window.kernel)
     return (data_gradient(op, shared, kernel, channels, window, size, out),)

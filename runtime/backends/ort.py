@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendUnavailable, BundleError, InputError
+from ..errors import BackendUnavailable, BundleError, InputError, first_line
 
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
@@ -34,7 +34,7 @@ class OrtExecutable:
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
-            raise InputError(f"ONNX Runtime refused {shapes}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"ONNX Runtime refused {shapes}: {first_line(error)}") from error
 
     def _session(self, single: bool) -> Any:
         with self._lock:
@@ -66,7 +66,7 @@ class OrtBackend:
         try:
             return self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BundleError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+            raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
 
 def create(threads: int | None = None) -> OrtBackend:
