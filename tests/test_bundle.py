@@ -17,6 +17,7 @@ from torch import nn
 
 import camrt
 from camrt.runtime.manifest import MANIFEST
+from camrt.verify import verify
 
 FILES = [
     "activations.last.onnx",
@@ -218,10 +219,32 @@ class Sorted(nn.Module):
         return torch.atan(self.conv(x)).mean((2, 3))
 
 
+class Pair(Tokens):
+    """It returns two tensors."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = self.conv(x)
+        return y.mean((2, 3)), y
+
+
+class ChannelsLast(nn.Module):
+    """A block whose output is (batch, height, width, channels)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.block = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2))
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
         (Tokens, {}, r"has shape .*: camrt explains classifiers, whose output is \(batch, classes\)"),
+        (Pair, {}, r"returns a tuple: camrt explains classifiers, whose output is one \(batch, classes\) tensor"),
+        (ChannelsLast, {}, r"layer 'block' has output .*, which is not known to be \(batch, channels, height, width\)"),
         (Twice, {}, "layer 'conv' cannot be tapped: it runs 2 times"),
         (Sorted, {}, r"no gradient rule for Atan \(node .*, between 'conv' and the logits\)"),
         (small_net, {"layers": ["block.9"]}, r"the model has no layer 'block\.9': did you mean 'block\."),
@@ -245,9 +268,22 @@ def test_export_refusals_are_one_line(tmp_path: Path, model, arguments: dict, me
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = small_net().train()
+    model.norm.eval()  # type: ignore[union-attr]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     camrt.export_model(model, tmp_path / "small.camrt", (3, 32, 32), layers="last")
-    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert model.training and not model.norm.training  # type: ignore[union-attr]
+    assert not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     logits = camrt.load(tmp_path / "small.camrt").classify(np.zeros((1, 3, 32, 32), np.float32))
     np.testing.assert_allclose(logits, model.eval()(torch.zeros(1, 3, 32, 32)).detach().numpy(), atol=1e-5)
+
+
+def test_a_model_that_ends_in_a_softmax_is_explained_by_its_logits(tmp_path: Path) -> None:
+    model = nn.Sequential(small_net(), nn.Softmax(1))
+    path = camrt.export_model(model, tmp_path / "small.camrt", (3, 32, 32))
+    explainer = camrt.load(path)
+    assert explainer.manifest.final_activation == "Softmax"
+    image = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    np.testing.assert_allclose(explainer.classify(image), model[0](torch.from_numpy(image)).detach().numpy(), atol=1e-5)
+    report = verify(path)
+    assert report.passed and "own forward graph" in report.oracle
