@@ -98,28 +98,35 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         seed = _seed(tape, logits)
         pooled = [_pool_behind(v, values) for v in values]
         sources = [v if p is None else p for v, p in zip(values, pooled, strict=True)]
-        alphas, maps = [], []
+        alphas, maps, scales = [], [], []
         for v, p, g, affine in zip(values, pooled, cotangents(tape, sources, logits, seed), recovered, strict=True):
             channels, h, w = static_dims(v)
             if p is not None:
                 part = math.prod(static_dims(p)[1:]) / (h * w)
                 g = tape.Mul(tape.Mul(g, tape.step(p)), tape.floats(part))
-            alpha = tape.Reshape(tape.GlobalAveragePool(g), [-1, channels])
-            flat = tape.Reshape(v, [-1, channels, h * w])
-            summed = tape.Reshape(tape.MatMul(tape.Unsqueeze(alpha, [1]), flat), [-1, h * w])
+            alpha = tape.Reshape(tape.GlobalAveragePool(g), [-1, 1, channels])
+            summed = tape.MatMul(alpha, tape.Reshape(v, [-1, channels, h * w]))
+            scale = np.ones(channels)
             if affine is not None:
                 scale, shift = affine
                 summed = tape.Sub(summed, tape.MatMul(alpha, tape.floats(shift[:, None])))
-                alpha = tape.Mul(alpha, tape.floats(scale))
+            scales.append(scale)
             alphas.append(alpha)
             maps.append(summed)
+        scale = tape.floats(np.concatenate(scales))
+        joined = [tape.Mul(_flat(tape, alphas), scale), _flat(tape, maps)]
         widths = [sum(t.channels for t, _ in graph.taps), sum(math.prod(t.grid) for t, _ in graph.taps)]
         return [
-            _output(tape, tape.Concat(*parts, axis=1), name, ["seeds", width])
-            for parts, name, width in zip((alphas, maps), ("alphas", "maps"), widths, strict=True)
+            _output(tape, value, name, ["seeds", width])
+            for value, name, width in zip(joined, ("alphas", "maps"), widths, strict=True)
         ]
 
     return _program(graph, build, fold=True)
+
+
+def _flat(tape: Tape, rows: Sequence[ir.Value]) -> ir.Value:
+    """Rows (S, 1, n) side by side, (S, sum n)."""
+    return tape.Squeeze(tape.Concat(*rows, axis=2), [1])
 
 
 def _pool_behind(tap: ir.Value, taps: Sequence[ir.Value]) -> ir.Value | None:
