@@ -13,7 +13,7 @@ from . import vjp  # noqa: F401  registers the gradient rules
 from .autodiff import gradients as cotangents
 from .autodiff import on_path
 from .graph import TappedGraph, finish, fold_batch_norm, keeps_batch_apart, named_values
-from .tape import Tape, dims, static_dims
+from .tape import Tape, attribute, constant_of, dims, static_dims, weight_dims
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,10 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
                 part = math.prod(static_dims(p)[1:]) / (h * w)
                 g = tape.Mul(tape.Mul(g, tape.step(p)), tape.floats(part))
             alpha = tape.Reshape(tape.GlobalAveragePool(g), [-1, 1, channels])
-            summed = tape.MatMul(alpha, tape.Reshape(v, [-1, channels, h * w]))
-            scale = np.ones(channels)
-            if affine is not None:
-                scale, shift = affine
-                summed = tape.Sub(summed, tape.MatMul(alpha, tape.floats(shift[:, None])))
+            scale, shift = (np.ones(channels), np.zeros(channels)) if affine is None else affine
             scales.append(scale)
             alphas.append(alpha)
-            maps.append(summed)
+            maps.append(_weighted_sum(tape, alpha, v, shift))
         scale = tape.floats(np.concatenate(scales))
         joined = [tape.Mul(_flat(tape, alphas), scale), _flat(tape, maps)]
         widths = [sum(t.channels for t, _ in graph.taps), sum(math.prod(t.grid) for t, _ in graph.taps)]
@@ -122,6 +118,41 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         ]
 
     return _program(graph, build, fold=True)
+
+
+def _weighted_sum(tape: Tape, alpha: ir.Value, value: ir.Value, shift: np.ndarray) -> ir.Value:
+    """sum_k alpha_k (y_k - shift_k), alpha (S, 1, K), y (B, K, h, w) -> (S, 1, h w).
+
+    Where y is a 1 x 1 convolution of fewer channels, y = W x + b, it is (alpha W) x + sum_k alpha_k (b_k - shift_k): x is
+    smaller to read than y.
+    """
+    channels, h, w = static_dims(value)
+    node, source, constant = value.producer(), value, -shift
+    if node is not None and _is_narrow_pointwise(node, h * w):
+        source, weight = node.inputs[0], node.inputs[1]
+        assert source is not None and weight is not None
+        bias = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+        constant = (np.zeros(channels, np.float32) if bias is None else bias) - shift.astype(np.float32)
+        alpha_w = tape.MatMul(alpha, tape.Reshape(weight, list(weight_dims(weight)[:2])))
+        summed = tape.MatMul(alpha_w, tape.Reshape(source, [-1, weight_dims(weight)[1], h * w]))
+    else:
+        summed = tape.MatMul(alpha, tape.Reshape(source, [-1, channels, h * w]))
+    return tape.Add(summed, tape.MatMul(alpha, tape.floats(constant[:, None]))) if constant.any() else summed
+
+
+def _is_narrow_pointwise(node: ir.Node, pixels: int) -> bool:
+    """True for a plain 1 x 1 Conv with a known bias whose input and weights take well under its output's numbers."""
+    if node.op_type != "Conv" or node.inputs[1] is None:
+        return False
+    channels, inputs, *kernel = weight_dims(node.inputs[1])
+    plain = (
+        all(k == 1 for k in kernel)
+        and attribute(node, "group", 1) == 1
+        and all(s == 1 for s in attribute(node, "strides", [1]))
+        and not any(attribute(node, "pads", [0]))
+        and (len(node.inputs) < 3 or node.inputs[2] is None or constant_of(node.inputs[2]) is not None)
+    )
+    return plain and (pixels + channels) * inputs < 0.6 * pixels * channels
 
 
 def _flat(tape: Tape, rows: Sequence[ir.Value]) -> ir.Value:
