@@ -147,13 +147,7 @@ def _free_batch(graph: ir.Graph) -> None:
                 continue
             del node.attributes["allowzero"]
         freed = np.array([0 if copied else -1, *target[1:]], np.int64)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(freed.shape),
-            type=ir.TensorType(ir.DataType.INT64),
-            const_value=ir.tensor(freed, name=name),
-        )
-        graph.register_initializer(value)
+        value = _initializer(graph, name, freed)
         node.replace_input_with(1, value)
 
 
@@ -353,8 +347,12 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
             continue  # a computed bias stays where it is
         weight, y = conv.inputs[1], norm.outputs[0]
         assert weight is not None
-        column = _initializer(graph, f"{y.name}_scale", scale.reshape(-1, *[1] * (len(weight.shape or ()) - 1)))
-        total = _initializer(graph, f"{y.name}_bias", shift if bias is None else shift + scale * bias)
+        column = _initializer(
+            graph, f"{y.name}_scale", scale.reshape(-1, *[1] * (len(weight.shape or ()) - 1)).astype(np.float32)
+        )
+        total = _initializer(
+            graph, f"{y.name}_bias", (shift if bias is None else shift + scale * bias).astype(np.float32)
+        )
         scaled = ir.node("Mul", [weight, column])
         scaled.outputs[0].name = f"{y.name}_weight"
         scaled.outputs[0].shape, scaled.outputs[0].type = weight.shape, weight.type
@@ -368,12 +366,11 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
     return folded
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    data = array.astype(np.float32)
+def _initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
     value = ir.Value(
         name=name,
         shape=ir.Shape(data.shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
+        type=ir.TensorType(ir.DataType.from_numpy(data.dtype)),
         const_value=ir.tensor(data, name=name),
     )
     graph.register_initializer(value)
