@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.library import Library
+from torch import library, nn
 
 from camrt.verify import smooth_images
 
@@ -29,11 +28,11 @@ def import_torchvision():
     spec = importlib.util.find_spec("torchvision")
     assert spec is not None and spec.origin is not None
     text = (Path(spec.origin).parent / "_meta_registrations.py").read_text()
-    library = Library("torchvision", "FRAGMENT")
+    operators = library.Library("torchvision", "FRAGMENT")
     for name in sorted(set(re.findall(r"torchvision::(\w+)", text))):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(...) -> Tensor")
-    globals()["_torchvision_operators"] = library  # definitions live as long as the library object
+            operators.define(f"{name}(...) -> Tensor")
+    globals()["_torchvision_operators"] = operators  # definitions live as long as the library object
     import torchvision
 
     return torchvision
