@@ -43,11 +43,11 @@ def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "biline
     return first + (rows[..., high] - first) * weight
 
 
-def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1), epsilon: float = 0.0) -> np.ndarray:
-    """(x - min) / (max - min + epsilon) over `axes`; a constant map becomes zeros. Shape and dtype stay."""
+def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:
+    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay."""
     low = maps.min(axis=axes, keepdims=True)
     span = maps.max(axis=axes, keepdims=True) - low
-    return (maps - low) / np.where(span + epsilon > 0, span + epsilon, 1)
+    return (maps - low) / np.where(span > 0, span, 1)
 
 
 def winsorize(rows: np.ndarray, percentile: float, low: float = 0.1, high: float = 1.0) -> np.ndarray:
