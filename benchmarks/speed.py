@@ -28,9 +28,10 @@ import torch
 from torch import nn
 
 import camrt
+from camrt.oracle import module_oracle
 from camrt.runtime.backends import create
 from camrt.runtime.bundle import read_bundle
-from camrt.verify import module_oracle, smooth_images, verify_bundle
+from camrt.verify import smooth_images, verify_bundle
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import import_torchvision, warmed_up

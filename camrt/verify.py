@@ -12,20 +12,24 @@ import numpy as np
 
 from .compare import largest_difference, relative_l2
 from .kernels import minmax
+from .oracle import Oracle, open_oracle
 from .runtime.backends import Backend, create
 from .runtime.bundle import Bundle, read_bundle
-from .runtime.errors import CamrtError, ExportError
+from .runtime.cams import GridMaps
+from .runtime.cams.gradient import full_grad
 from .runtime.explainer import Explainer
 
 if TYPE_CHECKING:
     from .export.reference import Recorded
 
 GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
+FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
 SOURCE_LIMIT = 1e-4  # relative L2 from another float32 program
 ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
 MAP_LIMIT = 1e-3  # largest difference after min-max
 PERCENTILES = (0, 50, 90, 100)
 FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled,
+FULL_GRAD_RUNS = 3  # FullGrad's, a whole backward pass each,
 FLOAT32_UNITS = 16  # with images that differ by so many units in the last place
 
 
@@ -63,95 +67,6 @@ class Report:
         return bool(self.rows) and all(r.passed for r in self.rows)
 
 
-class Oracle:
-    """The reference in float64 and float32: (image, seed, layers) -> what was recorded."""
-
-    def __init__(self, name: str, record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Recorded]):
-        self.name = name
-        self.record = record
-
-
-def module_oracle(model: Any, name: str) -> Oracle:
-    """A float32 PyTorch module, by hooks and autograd. It is cast back and forth, which loses nothing."""
-    import torch
-
-    from .export.reference import record
-
-    model.eval()
-
-    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
-        kind = torch.float64 if precise else torch.float32
-        try:
-            return record(model.to(kind), torch.from_numpy(image).to(kind), torch.from_numpy(seed).to(kind), layers)
-        finally:
-            model.float()
-
-    return Oracle(name, run)
-
-
-def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Oracle:
-    """An ONNX graph run by PyTorch operators under autograd; taps: layer -> value."""
-    import torch
-
-    from .export.interpreter import Interpreter
-    from .export.reference import Recorded
-
-    interpreters = {kind: Interpreter(graph, kind) for kind in (torch.float64, torch.float32)}
-
-    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
-        kind = torch.float64 if precise else torch.float32
-        entry = str(interpreters[kind].model.graph.inputs[0].name)
-        x = torch.from_numpy(image).to(kind).requires_grad_()
-        names = [taps[layer] for layer in layers]
-        values = interpreters[kind].run({entry: x}, [logits, *names])
-        tensors = [values[n] for n in names]
-        grads = torch.autograd.grad(values[logits], tensors, torch.from_numpy(seed).to(kind))
-        return Recorded(
-            values[logits].detach(),
-            dict(zip(layers, (t.detach() for t in tensors), strict=True)),
-            dict(zip(layers, grads, strict=True)),
-        )
-
-    return Oracle(name, run)
-
-
-def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
-    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, and for
-    a PyTorch model that ends in a Softmax or Sigmoid, whose logits no module returns.
-
-    CamrtError if the source's weights are not those of the bundle.
-    """
-    manifest = bundle.manifest
-    spec = source or manifest.source.get("spec")
-    if manifest.source["kind"] == "torch" and spec and manifest.final_activation is None:
-        from .export.from_torch import weights_digest
-        from .export.sources import open_source
-
-        model = open_source(spec).model
-        if weights_digest(model) != manifest.source["weights_sha256"]:
-            raise CamrtError(f"{spec} has other weights than the bundle: name the model that was exported")
-        return module_oracle(model, f"{spec} in PyTorch")
-    if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
-        from .export.from_onnx import read_graph
-
-        graph = read_graph(spec, manifest.input_shape, [t.name for t in manifest.taps], manifest.source["output"])
-        taps = {tap.name: value for tap, value in graph.taps}
-        return graph_oracle(graph.model, graph.logits, taps, f"{spec}, its operators run by PyTorch")
-    if source:
-        raise ExportError(f"{source}: no such file")
-    return _own_graph(bundle)
-
-
-def _own_graph(bundle: Bundle) -> Oracle:
-    import onnx_ir as ir
-
-    program = max((p for p in bundle.manifest.programs if p.kind == "activations"), key=lambda p: len(p.taps))
-    model = ir.load(bundle.path / program.file)
-    behind = {str(n.outputs[0].name): str(n.inputs[0].name) for n in model.graph if n.op_type == "Identity"}  # type: ignore[union-attr]
-    taps = {name: behind[f"activation:{name}"] for name in program.taps}
-    return graph_oracle(model, "logits", taps, "the bundle's own forward graph, its operators run by PyTorch")
-
-
 def verify(
     path: str | Path,
     source: str | None = None,
@@ -178,6 +93,8 @@ def verify_bundle(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """As `verify`, with the oracle at hand."""
+    from .export.reference import as_maps
+
     engine = create(backend)
     explainer = Explainer(bundle, engine)
     manifest = bundle.manifest
@@ -187,18 +104,25 @@ def verify_bundle(
         batch = batch[:1]
     seed = _seeds(oracle, batch, manifest.num_classes, layers)
     progress(f"reference in float64: {oracle.name}")
-    double = oracle.record(batch, seed, layers, True)
-    singles = [oracle.record(image, seed, layers, False) for image in last_bits(batch, FLOAT32_RUNS, FLOAT32_UNITS)]
+    double = as_maps(oracle.record(batch, seed, layers, True), manifest.taps)
+    singles = [
+        as_maps(oracle.record(image, seed, layers, False), manifest.taps)
+        for image in last_bits(batch, FLOAT32_RUNS, FLOAT32_UNITS)
+    ]
     rows: list[Row] = []
+    cut: dict[str, np.ndarray] = {}
     for program in manifest.programs:
         progress(f"checking {program.file}")
-        feeds = {"image": batch} | ({"seed": seed} if "seed" in program.inputs else {})
-        out = engine.open(bundle.path / program.file).run(feeds)
+        given = cut | {"image": batch, "seed": seed}
+        out = engine.open(bundle.path / program.file).run({name: given[name] for name in program.inputs})
+        if program.kind == "trunk":
+            cut = out  # what the head, which comes next, is given
         rows += _program_rows(program.file, out, program.taps, double, singles)
     rows += _use_rows(bundle, engine, batch, seed, double, singles)
     rows += _source_rows(bundle, engine, batch)
     rows += _graph_rows(bundle, batch, seed, double, progress)
     rows += _method_rows(explainer, batch, seed, double, singles, progress)
+    rows += _full_grad_rows(explainer, oracle, batch, seed, progress)
     return Report(oracle.name, tuple(rows))
 
 
@@ -265,8 +189,9 @@ def _program_rows(
 
     yield row("logits", "logits", lambda r: r.logits, True)
     for tap in taps:
-        if f"activation:{tap}" in out:
-            yield row(f"activation {tap}", f"activation:{tap}", lambda r, t=tap: r.activations[t], True)
+        for name in ("activation", f"activation:{tap}"):
+            if name in out:
+                yield row(f"activation {tap}", name, lambda r, t=tap: r.activations[t], True)
         if f"gradient:{tap}" in out:
             yield row(f"gradient {tap}", f"gradient:{tap}", lambda r, t=tap: r.gradients[t], False)
     if "maps" in out:
@@ -363,14 +288,17 @@ def _method_rows(
     singles: Sequence[Recorded],
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
-    from .export.reference import grad_cam, select, winsor_cam
+    """Winsor-CAM, Integrative CAM, and at the last block every method that reads one activation and gradient."""
+    import torch
+
+    from .export.reference import LAYER_METHODS, integrative_cam, select, winsor_cam
 
     size = batch.shape[2:]
     roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
 
     def row(subject: str, got: np.ndarray, compute: Callable[[Recorded], Any]) -> Row:
         want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
-        return _row("layer_maps", subject, minmax(got), want, own, largest_difference, MAP_LIMIT)
+        return _row("methods", subject, minmax(got), want, own, largest_difference, MAP_LIMIT)
 
     if roles["conv"]:
         progress("checking winsor_cam")
@@ -383,7 +311,39 @@ def _method_rows(
                     options = (size, p, aggregation)
                     subject = f"winsor_cam {aggregation} p{p}"
                     yield row(subject, got, lambda r, o=options: winsor_cam(select(r, roles["conv"]), *o)[0])
+        progress("checking integrative_cam")
+        got = explainer.explain(batch, "integrative_cam", seed).maps
+
+        def integrative(recorded: Recorded) -> Any:
+            kind = recorded.logits.dtype
+            return integrative_cam(select(recorded, roles["conv"]), torch.from_numpy(seed).to(kind), size)[0]
+
+        yield row("integrative_cam", got, integrative)
     if roles["last"]:
-        progress("checking grad_cam")
-        got = explainer.explain(batch, "grad_cam", seed).maps
-        yield row("grad_cam", got, lambda r: grad_cam(select(r, roles["last"]), size))
+        for name, method in LAYER_METHODS.items():
+            progress(f"checking {name}")
+            got = explainer.explain(batch, name, seed).maps
+            yield row(name, got, lambda r, m=method: m(select(r, roles["last"]), size))
+
+
+def _full_grad_rows(
+    explainer: Explainer, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, progress: Callable[[str], None]
+) -> Iterator[Row]:
+    """FullGrad as it runs, and its program's own arithmetic in float64."""
+    import torch
+
+    from .export.interpreter import Interpreter
+
+    progress("checking full_grad")
+    want = oracle.full_grad(batch, seed, True)
+    own = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, FLOAT32_UNITS)]
+    got = explainer.explain(batch, "full_grad", seed).maps
+    yield _row("methods", "full_grad", got, want, own, largest_difference, MAP_LIMIT)
+    program = explainer.bundle.program("full_grad")
+    names = [name for name in program.outputs if name.startswith("grid:")]
+    feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
+    with torch.no_grad():
+        out = Interpreter(explainer.bundle.path / program.file).run(feeds, names)
+    maps = tuple(out[name].numpy() for name in names)
+    precise = full_grad(GridMaps((), seed, seed, maps, batch.shape[2:])).maps
+    yield _row(program.file, "float64 full_grad", precise, want, [], largest_difference, FULL_GRAD_LIMIT)

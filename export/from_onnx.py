@@ -8,7 +8,6 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..runtime.errors import ExportError, first_line
-from ..runtime.manifest import Tap
 from .autodiff import on_path
 from .graph import (
     TappedGraph,
@@ -16,12 +15,11 @@ from .graph import (
     channels_first,
     check_logits,
     check_static,
-    feature_maps,
     fix_sizes,
-    grid_of,
     modernise,
     strip_final_activation,
 )
+from .layouts import TAPPABLE, layouts, read_by_prefix_only, tap_at
 from .taps import choose
 
 _POOLING = {"AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "Pad", "Dropout"}
@@ -59,14 +57,18 @@ def read_graph(
     check_logits(logits)
     model.graph.outputs.clear()
 
-    reachable = on_path(model.graph, list(model.graph.inputs), logits) & feature_maps(model.graph)
+    known = layouts(model.graph)
+    blind = read_by_prefix_only(model.graph, known, logits)
+    reachable = on_path(model.graph, list(model.graph.inputs), logits)
     spatial = {}
     for node in model.graph:
         y = node.outputs[0]
-        if y in reachable and grid_of(y) is not None:
+        if y in reachable and y in known and known[y].kind in TAPPABLE:
             spatial[names.get(str(y.name), str(y.name))] = y
     convolutions = [n for n, y in spatial.items() if _producer(y) == "Conv"]
-    grids = [n for n, y in spatial.items() if grid_of(y)[1] != (1, 1) and _producer(y) not in _POOLING]  # type: ignore[index]
+    grids = [
+        n for n, y in spatial.items() if known[y].grid != (1, 1) and y not in blind and _producer(y) not in _POOLING
+    ]
     aliases = {str(y.name): n for n, y in spatial.items()}
     wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
     roles = choose(wanted, convolutions, grids[-1] if grids else None, spatial)
@@ -74,7 +76,7 @@ def read_graph(
     for name, roles_of_tap in roles.items():
         y = spatial[name]
         norm = "after" if batch_norm_after(y) else "none"
-        taps.append((Tap(name, roles_of_tap, *grid_of(y), norm), str(y.name)))  # type: ignore[misc]
+        taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
 
 

@@ -8,6 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -15,21 +16,19 @@ from torch import nn
 from torch.export.unflatten import InterpreterModule
 
 from ..runtime.errors import ExportError, first_line
-from ..runtime.manifest import Tap
 from .graph import (
     OPSET,
     TappedGraph,
     batch_norm_after,
     check_logits,
     check_static,
-    feature_maps,
     fix_sizes,
-    grid_of,
     modernise,
     named_values,
     strip_final_activation,
 )
-from .taps import choose
+from .layouts import TAPPABLE, layouts, read_by_prefix_only, tap_at
+from .taps import check_names, choose
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _POOLING = (
@@ -71,18 +70,26 @@ def hooked(model: nn.Module, names: Sequence[str], seen: Callable[[str, torch.Te
         yield
 
 
-def spatial_modules(model: nn.Module, image: torch.Tensor) -> tuple[dict[str, str], list[str], str | None]:
-    """One forward pass: (every submodule with one (B, C, h, w) output -> "" or why it cannot be tapped,
-    the convolutions, the last block).
+@dataclass(frozen=True)
+class Modules:
+    """Submodules whose output may hold a feature map, in the order in which they finish.
 
-    The last block is the innermost module with children whose output is the last with a grid larger than 1 x 1; pooling
-    does not count.
+    outputs: name -> "" or why it cannot be tapped; blocks: those that may be the last block: the last module with children
+    whose output is an image-like grid, and every layer norm over channels (transformers are tapped there).
     """
+
+    outputs: dict[str, str]
+    convolutions: list[str]
+    blocks: list[str]
+
+
+def spatial_modules(model: nn.Module, image: torch.Tensor) -> Modules:
+    """Finds them in one forward pass. Pooling is no block."""
     outputs: dict[str, list[torch.Tensor]] = {}
     finished: list[str] = []
 
     def record(name: str, output: object) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() == 4:
+        if isinstance(output, torch.Tensor) and output.dim() in (3, 4):
             outputs.setdefault(name, []).append(output)
             finished.append(name)
 
@@ -98,19 +105,20 @@ def spatial_modules(model: nn.Module, image: torch.Tensor) -> tuple[dict[str, st
         for n in dict.fromkeys(finished)
     }
     modules = dict(model.named_modules())
-    convolutions = [n for n in known if _is_a(modules[n], _CONVOLUTIONS)]
-    grids = [n for n in finished if outputs[n][0].shape[2:].numel() > 1 and not known[n]]
-    blocks = [n for n in grids if any(True for _ in modules[n].children())]
-    if not blocks:
-        blocks = [n for n in grids if not _is_a(modules[n], _POOLING)]
-    last = None
-    if blocks:
-        final = outputs[blocks[-1]][0]
-        last = next(n for n in blocks if outputs[n][0] is final)
-    return known, convolutions, last
+    convolutions = [n for n in known if is_a(modules[n], _CONVOLUTIONS)]
+    once = [n for n in finished if not known[n]]
+    grids = [n for n in once if outputs[n][0].dim() == 4 and outputs[n][0].shape[2:].numel() > 1]
+    parents = [n for n in grids if any(True for _ in modules[n].children())]
+    if not parents:
+        parents = [n for n in grids if not is_a(modules[n], _POOLING)]
+    blocks = [n for n in once if is_a(modules[n], (nn.LayerNorm,))]
+    if parents:
+        final = outputs[parents[-1]][0]
+        blocks.append(next(n for n in parents if outputs[n][0] is final))
+    return Modules(known, convolutions, [n for n in known if n in blocks])
 
 
-def _is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+def is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
     """Whether a module is of one of the types, or stands for one in an unflattened torch.export program."""
     if isinstance(module, InterpreterModule):
         return module.type_name() in {f"{t.__module__}.{t.__qualname__}" for t in types}
@@ -133,21 +141,21 @@ def trace_module(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         image = torch.zeros(2, *input_shape, device=device)
         try:
-            known, convolutions, last = spatial_modules(model, image)
+            modules = spatial_modules(model, image)
         except Exception as error:  # models check their input in many ways
             raise ExportError(
                 f"the model does not run on an image of shape {tuple(input_shape)}: {first_line(error)}"
             ) from error
-        roles = choose(layers, convolutions, last, known)
-        for name in roles:
-            if known[name]:
-                raise ExportError(f"layer {name!r} cannot be tapped: {known[name]}; name the layers to explain")
-        progress(f"tracing the model with {len(roles)} taps")
-        exported = _to_onnx(_Recorder(model, list(roles)), image)
+        by_role = modules.convolutions if layers in ("conv", "default") else []
+        wanted = {*check_names(layers, modules.outputs), *by_role, *modules.blocks}
+        traced = [n for n, problem in modules.outputs.items() if n in wanted and not problem]
+        progress(f"tracing the model with {len(traced)} taps")
+        exported = _to_onnx(_Recorder(model, traced), image)
     finally:
         for module in was_training:
             module.training = True
-    return tap_outputs(exported, roles, progress)
+    progress("preparing the graph")
+    return tap_outputs(exported, layers, modules, traced)
 
 
 def _to_onnx(recorder: _Recorder, image: torch.Tensor) -> ir.Model:
@@ -201,28 +209,48 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def tap_outputs(model: ir.Model, roles: dict[str, tuple[str, ...]], progress: Callable[[str], None]) -> TappedGraph:
-    """A graph whose outputs are the logits and then the taps, in the order of `roles`."""
-    progress("preparing the graph")
+def tap_outputs(model: ir.Model, layers: str | Sequence[str], modules: Modules, traced: Sequence[str]) -> TappedGraph:
+    """From a graph whose outputs are the model's and then those of the traced modules."""
     for i, output in enumerate(model.graph.outputs):
         output.name = f"camrt_output_{i}"
     model = modernise(model)
     fix_sizes(model, None)
     check_static(model.graph)
-    outputs = [_behind_identity(v) for v in model.graph.outputs]
+    output, *values = [_behind_identity(v) for v in model.graph.outputs]
     model.graph.outputs.clear()
-    logits, final_activation = strip_final_activation(outputs[0])
+    logits, final_activation = strip_final_activation(output)
     check_logits(logits)
+    known = layouts(model.graph)
+    blind = read_by_prefix_only(model.graph, known, logits)
+    tensors = dict(zip(traced, values, strict=True))
+    order = {y: i for i, node in enumerate(model.graph) for y in node.outputs}
+    blocks = [
+        n
+        for n in modules.blocks
+        if n in tensors
+        and tensors[n] not in blind
+        and tensors[n] in known
+        and known[tensors[n]].kind in TAPPABLE
+        and known[tensors[n]].grid != (1, 1)
+    ]
+    last = max(blocks, key=lambda n: order.get(tensors[n], -1), default=None)
     taps = []
-    maps = feature_maps(model.graph)
-    for (name, roles_of_tap), value in zip(roles.items(), outputs[1:], strict=True):
-        grid = grid_of(value)
-        if grid is None or value not in maps:
+    for name, roles in choose(layers, modules.convolutions, last, modules.outputs).items():
+        if modules.outputs[name]:
+            raise ExportError(f"layer {name!r} cannot be tapped: {modules.outputs[name]}; name the layers to explain")
+        value = tensors[name]
+        if value not in known or known[value].kind not in TAPPABLE:
             raise ExportError(
-                f"layer {name!r} has output {value.shape}, which is not known to be (batch, channels, height, width): "
-                "name other layers"
+                f"layer {name!r} has output {value.shape}, which is not known to be a feature map "
+                "(batch, channels, height, width), channels-last, or tokens of a grid: name other layers"
             )
-        taps.append((Tap(name, roles_of_tap, *grid, "after" if batch_norm_after(value) else "none"), str(value.name)))
+        if value in blind:
+            raise ExportError(
+                f"layer {name!r}: the logits read none of its grid, only its class token, so its gradient there is zero: "
+                "name a layer before the last attention"
+            )
+        norm = "after" if batch_norm_after(value) else "none"
+        taps.append((tap_at(name, roles, value, known[value], norm), str(value.name)))
     assert logits.name in named_values(model.graph)
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
 

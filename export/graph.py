@@ -121,6 +121,8 @@ def fix_sizes(model: ir.Model, input_shape: Sequence[int] | None) -> None:
     )
     while _complete_reshapes(model.graph):
         _run(model, passes.ShapeInferencePass())
+    _settle_reshapes(model.graph)
+    _run(model, passes.RemoveUnusedNodesPass())
 
 
 def _forget_shapes(graph: ir.Graph) -> None:
@@ -165,6 +167,17 @@ def _complete_reshapes(graph: ir.Graph) -> bool:
                 sizes = [found.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d for d in y.shape]
                 y.shape = ir.Shape(sizes)
     return bool(found)
+
+
+def _settle_reshapes(graph: ir.Graph) -> None:
+    """Gives every Reshape whose sizes are computed, and known but for the batch, a constant target."""
+    for node in graph:
+        if node.op_type != "Reshape" or constant_of(node.inputs[1]) is not None:
+            continue
+        y = node.outputs[0]
+        if y.shape is not None and dims(y).count(None) <= 1:
+            target = np.array([-1 if d is None else d for d in dims(y)], np.int64)
+            node.replace_input_with(1, _initializer(graph, f"{y.name}_shape", target))
 
 
 def _open_size(x: ir.Value | None, y: ir.Value) -> dict[object, int | str]:
@@ -224,12 +237,12 @@ def channels_first(model: ir.Model) -> None:
 
 
 def check_static(graph: ir.Graph) -> None:
-    """ExportError naming the first value whose sizes besides the batch could not be inferred."""
+    """ExportError naming the first value of whose sizes more than one, the batch's, could not be inferred."""
     for node in graph:
         for y in node.outputs:
             if y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None):
                 continue
-            if y.name and (y.shape is None or None in dims(y)[1:]):
+            if y.name and (y.shape is None or dims(y).count(None) > 1):
                 raise ExportError(
                     f"the sizes of {y.name!r} ({node.op_type}, node {node.name!r}) are not static ({y.shape}): "
                     "export the model with fixed height and width"
@@ -243,76 +256,6 @@ def keeps_batch_apart(values: set[ir.Value]) -> bool:
 
 def _is_batch(size: object) -> bool:
     return str(size.value) == "batch" if isinstance(size, ir.SymbolicDim) else size == 1
-
-
-def grid_of(value: ir.Value) -> tuple[int, tuple[int, int]] | None:
-    """(channels, (height, width)) of a value (batch, C, h, w); None for any other rank."""
-    if value.shape is None or len(value.shape) != 4 or None in dims(value)[1:]:
-        return None
-    _, channels, h, w = dims(value)
-    return channels, (h, w)  # type: ignore[return-value]
-
-
-_KEEPS_LAYOUT = {
-    *("Abs", "Add", "BatchNormalization", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu"),
-    *("HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LRN", "LeakyRelu", "Log", "LpNormalization"),
-    *(
-        "Max",
-        "Mean",
-        "Min",
-        "Mish",
-        "Mul",
-        "Neg",
-        "PRelu",
-        "Pad",
-        "Pow",
-        "Reciprocal",
-        "Relu",
-        "Resize",
-        "Selu",
-        "Sigmoid",
-    ),
-    *("Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt", "Sub", "Sum", "Swish", "Tanh", "ThresholdedRelu"),
-    *("Upsample", "Where", "Concat", "LayerNormalization", "GroupNormalization"),
-}
-_MAKES_MAPS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool"}
-
-
-def feature_maps(graph: ir.Graph) -> set[ir.Value]:
-    """Values that are known to be feature maps (batch, channels, height, width), not merely of rank 4.
-
-    Convolutions and pooling make them; elementwise operators, joins and channel shuffles keep them; a Transpose to
-    channels-last loses them until one undoes it. Attention scores, tokens and channels-last tensors are none.
-    """
-    layout: dict[ir.Value, str] = {graph.inputs[0]: "NCHW"}
-    for node in graph:
-        y = node.outputs[0]
-        known = [layout.get(x) for x in node.inputs if x is not None and _moves(x)]
-        x = node.inputs[0] if node.inputs else None
-        before = layout.get(x) if x is not None else None
-        result = None
-        if node.op_type in _MAKES_MAPS:
-            result = "NCHW"
-        elif node.op_type == "Transpose":
-            perm = tuple(attribute(node, "perm", ()))
-            turned = {("NCHW", (0, 2, 3, 1)): "NHWC", ("NHWC", (0, 3, 1, 2)): "NCHW"}
-            shuffled = before == "grouped" and perm == (0, 2, 1, 3, 4)
-            result = "grouped" if shuffled else turned.get((str(before), perm))
-        elif node.op_type == "Reshape" and before in ("NCHW", "grouped") and x is not None and y.shape is not None:
-            same_grid = dims(x)[-2:] == dims(y)[-2:] and None not in dims(y)[-2:]
-            result = {5: "grouped", 4: "NCHW"}.get(len(y.shape)) if same_grid else None
-        elif (node.op_type in _KEEPS_LAYOUT and known and len(set(known)) == 1) or (
-            node.op_type == "MatMul" and before == "NHWC" and not _moves(node.inputs[1])
-        ):
-            result = known[0]
-        if result is not None:
-            layout.update(dict.fromkeys(node.outputs, result))
-    return {v for v, kind in layout.items() if kind == "NCHW" and v.shape is not None and len(v.shape) == 4}
-
-
-def _moves(value: ir.Value | None) -> bool:
-    """True for a computed value of rank 4 or 5: constants and scalars say nothing of a layout."""
-    return value is not None and value.const_value is None and value.shape is not None and len(value.shape) in (4, 5)
 
 
 def batch_norm_after(value: ir.Value) -> ir.Node | None:

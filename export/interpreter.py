@@ -70,6 +70,26 @@ class Interpreter:
             values.update({str(y.name): v for y, v in zip(node.outputs, outputs, strict=False)})
         return {name: values[name] for name in fetches}
 
+    def biased(self) -> dict[str, torch.Tensor]:
+        """Values (B, K, h, w) to which a convolution or a batch norm adds a constant, and that constant (K,)."""
+        found = {}
+        for node in self.model.graph:
+            constants = [None if x is None else self._constants.get(str(x.name)) for x in node.inputs]
+            y = node.outputs[0]
+            if y.shape is None or len(y.shape) != 4:
+                continue
+            bias = None
+            if node.op_type == "Conv" and len(constants) > 2:
+                bias = constants[2]
+            elif node.op_type == "BatchNormalization":
+                gamma, beta, mean, variance = constants[1:5]
+                if gamma is not None and beta is not None and mean is not None and variance is not None:
+                    epsilon = node.attributes["epsilon"].value if "epsilon" in node.attributes else 1e-5
+                    bias = beta - gamma * mean / (variance + epsilon).sqrt()
+            if bias is not None:
+                found[str(y.name)] = bias
+        return found
+
     def _constant(self, op_type: str, attributes: dict[str, Any], inputs: list[Any]) -> torch.Tensor:
         value = attributes.get("value")
         array = value.numpy() if value is not None else np.zeros(1, np.float32)
@@ -317,6 +337,18 @@ def gather(attributes, x, indices):
     wrapped = torch.where(indices < 0, indices + x.shape[axis], indices)
     picked = x.index_select(axis, wrapped.reshape(-1))
     return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
+
+
+@operator("ScatterND")
+def scatter_nd(attributes, x, indices, updates):
+    return x.index_put(tuple(indices.unbind(-1)), updates, accumulate=attributes.get("reduction", "none") == "add")
+
+
+@operator("GatherND")
+def gather_nd(attributes, x, indices):
+    if attributes.get("batch_dims", 0):
+        raise ExportError("verification does not know GatherND with batch_dims")
+    return x[tuple(indices.unbind(-1))]
 
 
 @operator("Pad")

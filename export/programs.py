@@ -1,4 +1,7 @@
-"""The programs of a bundle, each built from its own copy of the tapped forward graph."""
+"""The programs of a bundle, each built from its own copy of the tapped forward graph.
+
+Feature maps leave and enter every program as (batch, channels, height, width), whatever the network's layout is.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ..runtime.manifest import Tap
 from . import vjp  # noqa: F401  registers the gradient rules
 from .autodiff import gradients as cotangents
 from .autodiff import on_path
 from .graph import TappedGraph, finish, fold_batch_norm, keeps_batch_apart, named_values
-from .tape import Tape, attribute, constant_of, dims, static_dims, weight_dims
+from .head import head, trunk
+from .layouts import to_maps
+from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class Built:
 
 
 def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[Built]:
-    """classify, and for all taps (and for the last block alone, whose backward pass is short) the gradient programs."""
+    """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient programs;
+    and for the last block and every layer that is no convolution the network cut there: trunk and head.
+    """
     last = graph.select("last")
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
     built = []
@@ -41,6 +49,17 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
         add("activations", suffix, scope, activations)
         add("gradients", suffix, scope, gradients)
         add("layer_maps", suffix, scope, layer_maps)
+    add("full_grad", "", TappedGraph(graph.model, graph.logits, (), graph.final_activation), full_grad)
+    for i, (tap, value) in enumerate(graph.taps):
+        if "last" not in tap.roles and "conv" in tap.roles:
+            continue
+        progress(f"cutting the network at {tap.name}")
+        suffix = "" if "last" in tap.roles else f".{i}"
+        cut = TappedGraph(graph.model, graph.logits, ((tap, value),), graph.final_activation)
+        after = head(cut)
+        if after is not None:
+            built.append(Built("trunk", f"trunk{suffix}.onnx", (tap.name,), trunk(cut)))
+            built.append(Built("head", f"head{suffix}.onnx", (tap.name,), after))
     return built
 
 
@@ -61,7 +80,7 @@ def activations(graph: TappedGraph) -> ir.Model:
     return _program(
         graph,
         lambda tape, logits, values, recovered: [
-            _output(tape, v, f"activation:{tap.name}", ["batch", *static_dims(v)])
+            output(tape, to_maps(tape, v, tap), f"activation:{tap.name}", ["batch", tap.channels, *tap.grid])
             for (tap, _), v in zip(graph.taps, values, strict=True)
         ],
     )
@@ -77,8 +96,9 @@ def gradients(graph: TappedGraph) -> ir.Model:
         seed = _seed(tape, logits)
         outputs = []
         for (tap, _), v, g in zip(graph.taps, values, cotangents(tape, values, logits, seed), strict=True):
-            outputs.append(_output(tape, v, f"activation:{tap.name}", ["batch", *static_dims(v)]))
-            outputs.append(_output(tape, g, f"gradient:{tap.name}", ["seeds", *static_dims(v)]))
+            sizes = [tap.channels, *tap.grid]
+            outputs.append(output(tape, to_maps(tape, v, tap), f"activation:{tap.name}", ["batch", *sizes]))
+            outputs.append(output(tape, to_maps(tape, g, tap), f"gradient:{tap.name}", ["seeds", *sizes]))
         return outputs
 
     return _program(graph, build)
@@ -99,8 +119,10 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         pooled = [_pool_behind(v, values) for v in values]
         sources = [v if p is None else p for v, p in zip(values, pooled, strict=True)]
         alphas, maps, scales = [], [], []
-        for v, p, g, affine in zip(values, pooled, cotangents(tape, sources, logits, seed), recovered, strict=True):
-            channels, h, w = static_dims(v)
+        given = cotangents(tape, sources, logits, seed)
+        for (tap, _), v, p, g, affine in zip(graph.taps, values, pooled, given, recovered, strict=True):
+            channels, (h, w) = tap.channels, tap.grid
+            v, g = to_maps(tape, v, tap), to_maps(tape, g, tap)
             if p is not None:
                 part = math.prod(static_dims(p)[1:]) / (h * w)
                 g = tape.Mul(tape.Mul(g, tape.step(p)), tape.floats(part))
@@ -108,25 +130,67 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
             scale, shift = (np.ones(channels), np.zeros(channels)) if affine is None else affine
             scales.append(scale)
             alphas.append(alpha)
-            maps.append(_weighted_sum(tape, alpha, v, shift))
+            maps.append(_weighted_sum(tape, alpha, v, tap, shift))
         scale = tape.floats(np.concatenate(scales))
         joined = [tape.Mul(_flat(tape, alphas), scale), _flat(tape, maps)]
         widths = [sum(t.channels for t, _ in graph.taps), sum(math.prod(t.grid) for t, _ in graph.taps)]
         return [
-            _output(tape, value, name, ["seeds", width])
+            output(tape, value, name, ["seeds", width])
             for value, name, width in zip(joined, ("alphas", "maps"), widths, strict=True)
         ]
 
     return _program(graph, build, fold=True)
 
 
-def _weighted_sum(tape: Tape, alpha: ir.Value, value: ir.Value, shift: np.ndarray) -> ir.Value:
+def full_grad(graph: TappedGraph) -> ir.Model:
+    """image, seed (S, classes), one image a seed -> logits, and per grid the sum of the FullGrad maps (S, h, w) of that size.
+
+    For every convolution's bias, every batch norm's (beta - mean gamma / sqrt(var + eps)) and the image itself: sum over
+    channels of minmax(|bias_k g_k|), or of minmax(|image_c g_c|), minmax being (x - min) / (1e-7 + max - min).
+    """
+
+    def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
+        image = tape.graph.inputs[0]
+        path = on_path(tape.graph, [image], logits)
+        biased = [(y, b) for y, b in _biased(tape.graph) if y in path]
+        points = [image, *(y for y, _ in biased)]
+        weights = [image, *(tape.floats(b.reshape(1, -1, 1, 1)) for _, b in biased)]
+        seed = _seed(tape, logits)
+        sums: dict[tuple[int, ...], ir.Value] = {}
+        for point, weight, g in zip(points, weights, cotangents(tape, points, logits, seed), strict=True):
+            magnitude = tape.Abs(tape.Mul(g, weight))
+            shifted = tape.Sub(magnitude, tape.ReduceMin(magnitude, [2, 3], keepdims=1))
+            span = tape.Add(tape.ReduceMax(shifted, [2, 3], keepdims=1), tape.floats(1e-7))
+            summed = tape.ReduceSum(tape.Div(shifted, span), [1], keepdims=0)
+            grid = static_dims(point)[1:]
+            sums[grid] = tape.Add(sums[grid], summed) if grid in sums else summed
+        return [output(tape, m, f"grid:{h}x{w}", ["seeds", h, w]) for (h, w), m in sums.items()]
+
+    return _program(graph, build)
+
+
+def _biased(graph: ir.Graph) -> list[tuple[ir.Value, np.ndarray]]:
+    """Outputs (B, K, h, w) of convolutions and batch norms that add a constant, and that constant (K,)."""
+    found = []
+    for node in graph:
+        y = node.outputs[0]
+        if y.shape is None or len(y.shape) != 4:
+            continue
+        if node.op_type == "Conv" and len(node.inputs) > 2 and constant_of(node.inputs[2]) is not None:
+            found.append((y, constant_of(node.inputs[2])))
+        elif node.op_type == "BatchNormalization" and all(constant_of(x) is not None for x in node.inputs[1:5]):
+            gamma, beta, mean, variance = (constant_of(x).astype(np.float64) for x in node.inputs[1:5])  # type: ignore[union-attr]
+            found.append((y, beta - mean * gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))))
+    return found
+
+
+def _weighted_sum(tape: Tape, alpha: ir.Value, value: ir.Value, tap: Tap, shift: np.ndarray) -> ir.Value:
     """sum_k alpha_k (y_k - shift_k), alpha (S, 1, K), y (B, K, h, w) -> (S, 1, h w).
 
     Where y is a 1 x 1 convolution of fewer channels, y = W x + b, it is (alpha W) x + sum_k alpha_k (b_k - shift_k): x is
     smaller to read than y.
     """
-    channels, h, w = static_dims(value)
+    channels, (h, w) = tap.channels, tap.grid
     node, source, constant = value.producer(), value, -shift
     if node is not None and _is_narrow_pointwise(node, h * w):
         source, weight = node.inputs[0], node.inputs[1]
@@ -195,14 +259,7 @@ def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: boo
     for (tap, _), name in zip(graph.taps, names, strict=True):
         values[name].meta["layer"] = tap.name
     outputs = build(tape, logits, [values[n] for n in names], recovered)
-    return finish(model, [_output(tape, logits, "logits", ["batch", dims(logits)[1]]), *outputs])
-
-
-def _output(tape: Tape, value: ir.Value, name: str, shape: Sequence[str | int | None]) -> ir.Value:
-    """`value` under an output's name, type and shape."""
-    output = tape.Identity(value)
-    output.name, output.shape, output.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
-    return output
+    return finish(model, [output(tape, logits, "logits", ["batch", dims(logits)[1]]), *outputs])
 
 
 def _seed(tape: Tape, logits: ir.Value) -> ir.Value:

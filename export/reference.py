@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..runtime.manifest import Tap
+
 
 @dataclass(frozen=True)
 class Recorded:
-    """logits (B, classes); per layer its activation and the gradient of the target's score, (B, K, h, w)."""
+    """logits (B, classes); per layer its activation and the gradient of the target's score, as its module has them."""
 
     logits: torch.Tensor
     activations: dict[str, torch.Tensor]
@@ -24,6 +26,25 @@ def select(recorded: Recorded, layers: Sequence[str]) -> Recorded:
     """The same for some of the layers."""
     return Recorded(
         recorded.logits, {n: recorded.activations[n] for n in layers}, {n: recorded.gradients[n] for n in layers}
+    )
+
+
+def as_maps(recorded: Recorded, taps: Sequence[Tap]) -> Recorded:
+    """The same with every tensor as (B, K, h, w), whichever layout its module uses; a token prefix is dropped."""
+    layouts = {t.name: t for t in taps}
+
+    def convert(name: str, x: torch.Tensor) -> torch.Tensor:
+        tap = layouts[name]
+        if tap.layout == "NHWC":
+            return x.permute(0, 3, 1, 2)
+        if tap.layout == "tokens":
+            return x[:, tap.prefix :].transpose(1, 2).reshape(len(x), tap.channels, *tap.grid)
+        return x
+
+    return Recorded(
+        recorded.logits,
+        {n: convert(n, a) for n, a in recorded.activations.items()},
+        {n: convert(n, g) for n, g in recorded.gradients.items()},
     )
 
 
@@ -134,12 +155,105 @@ def winsor_cam(
     return (weights[:, :, None, None] * stack).sum(1), weights, importance
 
 
-def grad_cam(recorded: Recorded, size: Sequence[int]) -> torch.Tensor:
-    """Grad-CAM, layers averaged, scaled as pytorch-grad-cam 1.5 does: (B, *size)."""
+def combined(maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+    """Layers' maps (B, h, w) -> (B, *size), rectified, resized, averaged and scaled as pytorch-grad-cam 1.5 does."""
 
     def scale(x: torch.Tensor) -> torch.Tensor:
         x = x - x.amin((-2, -1), keepdim=True)
         return x / (1e-7 + x.amax((-2, -1), keepdim=True))
 
-    _, maps = layer_cam_maps(recorded)
     return scale(torch.stack([resize(scale(m.relu()), size).clamp(min=0) for m in maps]).mean(0))
+
+
+def weighted(weights: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+    """sum_k w_k A_k: (B, K) and (B, K, h, w) -> (B, h, w)."""
+    return (weights[:, :, None, None] * activation).sum(1)
+
+
+def grad_cam(recorded: Recorded, size: Sequence[int]) -> torch.Tensor:
+    """Grad-CAM (arXiv 1610.02391), layers averaged: (B, *size)."""
+    return combined(layer_cam_maps(recorded)[1], size)
+
+
+def _of_layers(layer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A method that treats each layer's (activation, gradient) by itself."""
+    return lambda recorded, size: combined(
+        [layer(a, g) for a, g in zip(recorded.activations.values(), recorded.gradients.values(), strict=True)], size
+    )
+
+
+def _grad_cam_pp(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    total = activation.sum((2, 3), keepdim=True)
+    share = gradient**2 / (2 * gradient**2 + total * gradient**3 + 1e-6)
+    return weighted((torch.where(gradient != 0, share, 0) * gradient.relu()).sum((2, 3)), activation)
+
+
+def _x_grad_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return weighted((gradient * activation).sum((2, 3)) / (activation.sum((2, 3)) + 1e-7), activation)
+
+
+def _eigen_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    maps = []
+    for image in activation:
+        rows = image.flatten(1).T
+        centred = rows - rows.mean(0)
+        projection = centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]
+        sign = -1 if (projection * centred.mean(1)).sum() < 0 else 1
+        maps.append((sign * projection).reshape(image.shape[1:]))
+    return torch.stack(maps)
+
+
+def integrative_cam(
+    recorded: Recorded,
+    seed: torch.Tensor,
+    size: Sequence[int],
+    smooth: Callable[[torch.Tensor], torch.Tensor] = lambda s: s,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integrative CAM, reconstructed (arXiv 2412.01354): maps (B, *size) and layer weights (B, L).
+
+    smooth: score (B,) -> Y (B,); its derivatives are autograd's.
+    """
+    score = (recorded.logits * seed).sum(1).requires_grad_()
+    with torch.enable_grad():
+        derivatives = [smooth(score)]
+        for _ in range(3):
+            last = derivatives[-1]
+            step = torch.autograd.grad(last.sum(), score, create_graph=True)[0] if last.requires_grad else last * 0
+            derivatives.append(step)
+    y, first, second, third = (d.detach()[:, None, None, None] for d in derivatives)
+    ratio = torch.where((second == 0) & (third == 0), 0, third / second)
+    maps, importance = [], []
+    for activation, gradient in zip(recorded.activations.values(), recorded.gradients.values(), strict=True):
+        total = activation.sum((2, 3), keepdim=True)
+        share = gradient**2 / (2 * gradient**2 + ratio * gradient**3 * total)
+        share = torch.where(gradient != 0, share, 0)
+        weights = first[:, 0, 0] * (share * gradient.relu()).sum((2, 3))
+        bias = y[:, 0, 0, 0] - (weights * total[:, :, 0, 0]).sum(1)
+        pixels = activation.shape[2] * activation.shape[3]
+        map_ = weighted(weights, activation) + (bias / pixels)[:, None, None]
+        maps.append(minmax(resize(map_.relu(), size)))
+        importance.append(gradient.abs().mean((1, 2, 3)) * activation.abs().mean((1, 2, 3)))
+    shares = torch.stack(importance, 1)
+    shares = shares / shares.sum(1, keepdim=True)
+    return sum(w[:, None, None] * m for w, m in zip(shares.T, maps, strict=True)), shares  # type: ignore[return-value]
+
+
+def finer_seed(logits: torch.Tensor, target: int, alpha: float = 1.0, comparisons: int = 3) -> torch.Tensor:
+    """Gradient, (1, classes), of Finer-CAM's score (arXiv 2501.11309) by the logits (1, classes)."""
+    z = logits.detach().clone().requires_grad_()
+    nearest = (z[0] - z[0, target]).abs().argsort(stable=True)
+    others = [int(i) for i in nearest if int(i) != target][:comparisons]
+    with torch.enable_grad():
+        p = z.softmax(1)[0, others]
+        score = (p * (z[0, target] - alpha * z[0, others])).sum() / (p.sum() + 1e-9)
+        return torch.autograd.grad(score, z)[0]
+
+
+LAYER_METHODS: dict[str, Callable[[Recorded, Sequence[int]], torch.Tensor]] = {
+    "grad_cam": grad_cam,
+    "grad_cam_pp": _of_layers(_grad_cam_pp),
+    "x_grad_cam": _of_layers(_x_grad_cam),
+    "layer_cam": _of_layers(lambda a, g: (g.relu() * a).sum(1)),
+    "hires_cam": _of_layers(lambda a, g: (g * a).sum(1)),
+    "eigen_cam": _of_layers(_eigen_cam),
+}  # baselines that read one activation and gradient per layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,17 @@ def static_dims(value: ir.Value) -> tuple[int, ...]:
     if None in sizes:
         raise ValueError(f"value {value.name!r} has a symbolic size besides its batch: {value.shape}")
     return tuple(d for d in sizes if d is not None)
+
+
+def open_dims(value: ir.Value, batch: int) -> tuple[int, ...]:
+    """Sizes with `batch` in the place of the symbolic one, which may be any axis (attention moves the batch about).
+
+    ValueError if there are several.
+    """
+    sizes = dims(value)
+    if sizes.count(None) > 1:
+        raise ValueError(f"value {value.name!r} has several symbolic sizes: {value.shape}")
+    return tuple(batch if d is None else d for d in sizes)
 
 
 def weight_dims(value: ir.Value) -> tuple[int, ...]:
@@ -125,15 +136,22 @@ class Tape:
         if operand is None or not self.wants(operand):
             return None
         have, want = dims(result), dims(operand)
-        if len(want) != len(have) or want[:1] != have[:1]:
+        if len(want) != len(have) or any((w is None) != (h is None) for w, h in zip(want, have, strict=True)):
             return None
-        axes = [i for i in range(1, len(have)) if want[i] == 1 and have[i] != 1]
+        axes = [i for i, (w, h) in enumerate(zip(want, have, strict=True)) if w == 1 and h != 1]
         return self.ReduceSum(g, axes, keepdims=1) if axes else g
 
     def expand_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
         """Broadcasts g to the sizes of `value`, keeping g's own batch."""
-        return self.Expand(g, [1, *static_dims(value)])
+        return self.Expand(g, list(open_dims(value, 1)))
 
     def reshape_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
         """g in the sizes of `value`, keeping g's own batch."""
-        return self.Reshape(g, [-1, *static_dims(value)])
+        return self.Reshape(g, list(open_dims(value, -1)))
+
+
+def output(tape: Tape, value: ir.Value, name: str, shape: Sequence[str | int | None]) -> ir.Value:
+    """`value` under an output's name, type and shape."""
+    named = tape.Identity(value)
+    named.name, named.shape, named.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    return named

@@ -1,5 +1,27 @@
 """Array operations behind the maps. NumPy here is the specification of each and runs anywhere."""
 
-from .reference import fuse_layers, minmax, normalize_layers, resize_taps, upsample, winsorize
+from .reference import (
+    GATES,
+    accumulate_maps,
+    fuse_layers,
+    gate,
+    mask_batch,
+    minmax,
+    normalize_layers,
+    resize_taps,
+    upsample,
+    winsorize,
+)
 
-__all__ = ["fuse_layers", "minmax", "normalize_layers", "resize_taps", "upsample", "winsorize"]
+__all__ = [
+    "GATES",
+    "accumulate_maps",
+    "fuse_layers",
+    "gate",
+    "mask_batch",
+    "minmax",
+    "normalize_layers",
+    "resize_taps",
+    "upsample",
+    "winsorize",
+]

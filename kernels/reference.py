@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,8 +12,8 @@ import numpy as np
 def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `target` positions along an axis of `size`: two source positions and the weight of the second.
 
-    bilinear: half-pixel centres, no antialiasing; nearest: floor(i size / target). Both as PyTorch's interpolate.
-    ValueError for another interpolation or sizes below 1.
+    bilinear: half-pixel centres, no antialiasing; align_corners: bilinear with the corner pixels' centres on each other;
+    nearest: floor(i size / target). All as PyTorch's interpolate. ValueError for another interpolation or sizes below 1.
     """
     if size < 1 or target < 1:
         raise ValueError(f"cannot resize from {size} to {target}")
@@ -21,11 +21,47 @@ def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tupl
     if interpolation == "nearest":
         low = positions * size // target
         return low, low, np.zeros(target, np.float32)
-    if interpolation != "bilinear":
-        raise ValueError(f"interpolation {interpolation!r}: use 'bilinear' or 'nearest'")
-    source = np.maximum((positions + 0.5) * size / target - 0.5, 0)
+    if interpolation == "bilinear":
+        source = np.maximum((positions + 0.5) * size / target - 0.5, 0)
+    elif interpolation == "align_corners":
+        source = positions * ((size - 1) / max(target - 1, 1))
+    else:
+        raise ValueError(f"interpolation {interpolation!r}: use 'bilinear', 'align_corners' or 'nearest'")
     low = np.minimum(source.astype(np.int64), size - 1)
     return low, np.minimum(low + 1, size - 1), (source - low).astype(np.float32)
+
+
+def _columns(maps: np.ndarray, width: int, interpolation: str) -> np.ndarray:
+    """maps (..., h, w) -> (..., h, width)."""
+    low, high, weight = resize_taps(maps.shape[-1], width, interpolation)
+    first = maps[..., low]
+    return first + (maps[..., high] - first) * weight
+
+
+_BAND = 32  # rows that are resized together: small enough for the cache, and for a matrix product on one thread
+
+
+@functools.lru_cache(maxsize=64)
+def _band_weights(size: int, target: int, interpolation: str) -> tuple[tuple[slice, slice, np.ndarray], ...]:
+    """Per band of the resized axis: its rows, the source rows that they lie between, and the weights (band, source)."""
+    low, high, weight = resize_taps(size, target, interpolation)
+    bands = []
+    for start in range(0, target, _BAND):
+        rows = slice(start, min(start + _BAND, target))
+        source = slice(int(low[rows][0]), int(high[rows][-1]) + 1)
+        matrix = np.zeros((rows.stop - start, source.stop - source.start), np.float32)
+        positions = np.arange(len(matrix))
+        matrix[positions, low[rows] - source.start] = 1 - weight[rows]
+        matrix[positions, high[rows] - source.start] += weight[rows]
+        bands.append((rows, source, matrix))
+    return tuple(bands)
+
+
+def _bands(columns: np.ndarray, out: np.ndarray, interpolation: str) -> Iterator[slice]:
+    """Resizes rows, columns (..., h, W) -> out (..., H, W), and yields bands of rows as they are done."""
+    for rows, source, matrix in _band_weights(columns.shape[-2], out.shape[-2], interpolation):
+        np.matmul(matrix, columns[..., source, :], out=out[..., rows, :])
+        yield rows
 
 
 def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "bilinear") -> np.ndarray:
@@ -35,12 +71,77 @@ def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "biline
     """
     if maps.shape[-2:] == tuple(size):
         return maps
-    low, high, weight = resize_taps(maps.shape[-2], size[0], interpolation)
-    first = maps[..., low, :]
-    rows = first + (maps[..., high, :] - first) * weight[:, None]
-    low, high, weight = resize_taps(maps.shape[-1], size[1], interpolation)
-    first = rows[..., low]
-    return first + (rows[..., high] - first) * weight
+    columns = _columns(maps, size[1], interpolation)
+    result = np.empty((*maps.shape[:-2], *size), columns.dtype)
+    for _ in _bands(columns, result, interpolation):
+        pass
+    return result
+
+
+GATES = ("tanh", "sigmoid_relu", "minmax", "identity")
+
+
+def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarray:
+    """What of the image a map (K, H, W) lets through: tanh(x), sigmoid(ReLU(x / 2)), minmax over space, or x.
+
+    The first two are ScoreCAM++'s (arXiv 2404.19341), the third Score-CAM's. `out` may be `maps`. ValueError for another kind.
+    """
+    out = np.empty_like(maps) if out is None else out
+    if kind == "tanh":
+        np.tanh(maps, out=out)
+    elif kind == "sigmoid_relu":
+        np.exp(np.minimum(maps / -2, 0, out=out), out=out)
+        np.reciprocal(np.add(out, 1, out=out), out=out)
+    elif kind == "minmax":
+        out[:] = minmax(maps)
+    elif kind == "identity":
+        out[:] = maps
+    else:
+        raise ValueError(f"gate {kind!r}: use {', '.join(GATES)}")
+    return out
+
+
+def mask_batch(
+    image: np.ndarray,
+    activations: np.ndarray,
+    kind: str = "tanh",
+    interpolation: str = "bilinear",
+    out: np.ndarray | None = None,
+    gates: np.ndarray | None = None,
+) -> np.ndarray:
+    """masked[k, c] = image[c] * gate(up(activations[k])).
+
+    image (C, H, W) float32; activations (K, h, w) float32 -> masked (K, C, H, W) float32, in `out` where it is given.
+    gates (K, H, W) float32, where given, receives gate(up(A)). ValueError for an unknown kind or interpolation.
+    """
+    count, (height, width) = len(activations), image.shape[1:]
+    out = np.empty((count, *image.shape), np.float32) if out is None else out
+    gates = np.empty((count, height, width), np.float32) if gates is None else gates
+    local = kind != "minmax"  # its extremes are those of the whole resized map
+    for rows in _bands(_columns(activations, width, interpolation), gates, interpolation):
+        if local:
+            gate(gates[:, rows], kind, out=gates[:, rows])
+            np.multiply(image[:, rows], gates[:, None, rows], out=out[:, :, rows])
+    if not local:
+        np.multiply(image, gate(gates, kind, out=gates)[:, None], out=out)
+    return out
+
+
+def accumulate_maps(
+    total: np.ndarray,
+    scores: np.ndarray,
+    activations: np.ndarray,
+    kind: str = "tanh",
+    interpolation: str = "bilinear",
+    gates: np.ndarray | None = None,
+) -> None:
+    """total[s] += sum_k scores[s, k] gate(up(activations[k])), in place.
+
+    total (S, H, W), scores (S, K), activations (K, h, w), all float32. gates: what mask_batch kept, to spare making them again.
+    """
+    if gates is None:
+        gates = gate(upsample(activations, total.shape[1:], interpolation), kind)
+    total += np.einsum("sk,khw->shw", scores, gates)
 
 
 def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:

@@ -10,6 +10,13 @@ from pathlib import Path
 from .errors import BundleError, CamrtError
 from .manifest import MANIFEST, Manifest, Program, parse
 
+_AGAIN = "export the bundle again"
+_CUT = (
+    "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be cut: "
+    "export it with --layers last, or name another layer"
+)
+_MENDS = {"trunk": _CUT, "head": _CUT}
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -22,9 +29,8 @@ class Bundle:
         """The smallest program of a kind that covers the layers. CamrtError if there is none."""
         fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
         if not fitting:
-            raise CamrtError(
-                f"{self.path}: has no program {kind!r} for {', '.join(layers) or 'this'}: export the bundle again"
-            )
+            of = f" for {', '.join(layers)}" if layers else ""
+            raise CamrtError(f"{self.path}: has no program {kind!r}{of}: {_MENDS.get(kind, _AGAIN)}")
         return min(fitting, key=lambda p: len(p.taps))
 
 

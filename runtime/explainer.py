@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 
 from .backends import Backend, create
 from .bundle import Bundle, read_bundle
-from .cams import Method, method_named
-from .errors import InputError, UnknownLayer, UnknownMethod, near
+from .cams import Method, join, method_named
+from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .manifest import Manifest
 from .preprocess import as_batch
 from .runs import GRADIENT_AGGREGATIONS, Runs
+from .scores import probabilities
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,21 @@ class Explainer:
         aggregation = str(options.get("gradient_aggregation", "mean"))
         if aggregation not in GRADIENT_AGGREGATIONS:
             raise UnknownMethod(f"gradient_aggregation {aggregation!r}: use {', '.join(GRADIENT_AGGREGATIONS)}")
-        logits, layer_maps = self._runs.layer_maps(batch, targets.seeds, names, aggregation)
-        result = chosen.function(layer_maps, **options)
+        seeds = targets.seeds
+        if chosen.seeds is not None:
+            seeds = self._seeds_of(chosen, batch, seeds, options)
 
-        count, several = targets.seeds.shape[:2], targets.several
+        logits = np.empty((len(batch), self.manifest.num_classes), np.float32)
+        results = []
+        for part in self._runs.parts(batch, seeds, chosen.by_image):
+            data = self._runs.read(chosen, part, names, options)
+            logits[part.first : part.first + len(part.images)] = data.logits[: len(part.images)]
+            results.append(chosen.function(data, **options))
+        result = join(results)
+        if not np.isfinite(result.maps).all():
+            raise CamrtError("the network gave NaN or infinity: check its weights and the images' preprocessing")
+
+        count, several = seeds.shape[:2], targets.several
         lead = count if several else count[:1]
         classes = targets.classes
         if classes is not None:
@@ -87,12 +98,26 @@ class Explainer:
             maps=result.maps.reshape(*lead, *result.maps.shape[1:]),
             target=classes,
             logits=logits,
-            layers=tuple(t.name for t in layer_maps.taps),
-            layer_weights=result.layer_weights.reshape(*lead, -1),
-            options=_defaults(chosen) | options,
+            layers=tuple(t.name for t in self.manifest.taps if t.name in names),
+            layer_weights=result.layer_weights.reshape(*lead, -1) if names else np.zeros((*lead, 0), np.float32),
+            options=chosen.options | options,
             pictures=pictures,
+            details={name: values.reshape(lead) for name, values in result.details.items()},
             _retune=result.retune,
         )
+
+    def probabilities(self, images: Any) -> np.ndarray:
+        """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one class."""
+        return probabilities(self.classify(images), self.manifest)
+
+    def _seeds_of(self, method: Method, batch: np.ndarray, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+        """The seeds of a method that makes its own from the logits, (B, K, classes)."""
+        assert method.seeds is not None
+        logits = self._runs.logits(batch)
+        top = np.eye(logits.shape[1], dtype=np.float32)[logits.argmax(axis=1)][:, None]
+        given = np.where(seeds.any(axis=2, keepdims=True), seeds, top)
+        flat = given.reshape(-1, given.shape[2])
+        return method.seeds(np.repeat(logits, given.shape[1], axis=0), flat, **options).reshape(given.shape)
 
     def targets(self, target: Any, images: int) -> Targets:
         """Checks `target` as explain takes it. InputError for a class out of range or a shape that does not fit."""
@@ -128,6 +153,10 @@ class Explainer:
         return Targets(seeds, grid, given.ndim == 2)
 
     def _layers(self, method: Method, layers: Sequence[str] | str | None) -> tuple[str, ...]:
+        if method.layers is None:
+            if layers is not None:
+                raise InputError(f"{method.name} reads the whole network: leave layers out")
+            return ()
         wanted = method.layers if layers is None else layers
         if isinstance(wanted, str) and wanted in ("conv", "last"):
             names = tuple(t.name for t in self.manifest.taps if wanted in t.roles)
@@ -155,8 +184,3 @@ def load(path: str | Path, backend: str = "auto", max_batch: int = 16, threads: 
     """
     bundle = read_bundle(path)
     return Explainer(bundle, create(backend, threads), max_batch)
-
-
-def _defaults(method: Method) -> dict[str, Any]:
-    parameters = list(inspect.signature(method.function).parameters.values())[1:]
-    return {p.name: p.default for p in parameters}

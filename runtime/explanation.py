@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels import minmax
-from .cams.registry import Result
+from .cams import Result
 from .errors import InputError
 from .overlay import overlay
 
@@ -19,7 +19,8 @@ class Explanation:
     """Maps of a batch of B images, or of K targets for each.
 
     maps (B, H, W) or (B, K, H, W) float32, scaled as the method defines it; target (B,) or (B, K) int64, None for a seed
-    array; logits (B, classes) float32; layers: names; layer_weights (B, L) or (B, K, L) float32; options: the method's.
+    array; logits (B, classes) float32; layers: names; layer_weights (B, L) or (B, K, L) float32; options: the method's;
+    details: what the method reports beside its maps, name -> (B,) or (B, K).
     """
 
     method: str
@@ -30,6 +31,7 @@ class Explanation:
     layer_weights: np.ndarray
     options: dict[str, Any]
     pictures: list[np.ndarray] = field(repr=False)
+    details: dict[str, np.ndarray] = field(default_factory=dict)
     _retune: Callable[..., Result] | None = field(default=None, repr=False)
 
     def retune(self, **options: Any) -> Explanation:

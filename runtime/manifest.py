@@ -20,7 +20,8 @@ class Tap:
 
     roles: "conv" (a convolution's output) and/or "last" (the last spatial block). batch_norm: "after" where the network
     normalises this output next, "none" where no batch norm follows in the graph: it has none, or it came folded into
-    the convolution, and then the tap is the folded convolution's output.
+    the convolution, and then the tap is the folded convolution's output. layout: how the network holds it (NCHW, NHWC, or
+    tokens: (batch, prefix + height * width, channels)); it leaves every program as NCHW, without the prefix.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Tap:
     grid: tuple[int, int]
     batch_norm: str = "none"
     layout: str = "NCHW"
+    prefix: int = 0
 
 
 @dataclass(frozen=True)

@@ -106,11 +106,7 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
             f"{where}: this bundle does not say how pictures become its input: pass preprocessed float32 arrays, or export it "
             "with preprocess= (--resize, --crop, --mean, --std)"
         )
-    image = _resize(image, recipe)
-    if recipe.crop is not None:
-        h, w = recipe.crop
-        left, top = round((image.width - w) / 2), round((image.height - h) / 2)
-        image = image.crop((left, top, left + w, top + h))
+    image = fit(image, recipe, recipe.interpolation)
     pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
     if pixels.shape[:2] != manifest.input_shape[1:]:
         raise InputError(
@@ -120,14 +116,20 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
     return np.ascontiguousarray(tensor.transpose(2, 0, 1), np.float32), np.asarray(image.convert("RGB"))
 
 
-def _resize(image: Image.Image, recipe: Preprocess) -> Image.Image:
+def fit(image: Image.Image, recipe: Preprocess, interpolation: str) -> Image.Image:
+    """Resized and cropped as the recipe says."""
     if isinstance(recipe.resize, int):
         short, long = sorted(image.size)
         side, other = recipe.resize, int(recipe.resize * long / short)
         size = (side, other) if image.width <= image.height else (other, side)
     else:
         size = (recipe.resize[1], recipe.resize[0])
-    return image if image.size == size else image.resize(size, _FILTERS[recipe.interpolation])
+    image = image if image.size == size else image.resize(size, _FILTERS[interpolation])
+    if recipe.crop is None:
+        return image
+    h, w = recipe.crop
+    left, top = round((image.width - w) / 2), round((image.height - h) / 2)
+    return image.crop((left, top, left + w, top + h))
 
 
 def undo(tensor: np.ndarray, recipe: Preprocess | None) -> np.ndarray:

@@ -15,7 +15,8 @@ from PIL import Image
 from support import ROOT, small_net
 
 import camrt
-from camrt.cli import find_images, main
+from camrt.cli import main
+from camrt.commands.explain import find_images
 
 MODULE = """
 import torch
@@ -79,7 +80,7 @@ def test_export_info_verify_explain_a_callable(folder: Path, capsys: pytest.Capt
         *RECIPE,
     ]
     assert main(command) == 0
-    assert "net.camrt: 2 layers, 7 programs" in capsys.readouterr().out
+    assert "net.camrt: 2 layers, 10 programs" in capsys.readouterr().out
 
     assert main(["info", "net.camrt"]) == 0
     shown = capsys.readouterr().out

@@ -207,7 +207,7 @@ REFUSALS = [
     ({"percentile": float("nan")}, r"percentile nan is outside 0\.\.100"),
     ({"layer_aggregation": "median"}, "layer_aggregation 'median': use mean, max"),
     ({"gradient_aggregation": "median"}, "gradient_aggregation 'median': use mean, max"),
-    ({"interpolation": "cubic"}, "interpolation 'cubic': use bilinear or nearest"),
+    ({"interpolation": "cubic"}, "interpolation 'cubic': use bilinear, nearest"),
     ({"low": 2.0}, "they need 0 < low <= high"),
     ({"method": "grad_cam", "percentile": 50}, "grad_cam has no option 'percentile'"),
     ({"layers": ["stemm"]}, "the bundle has no layer 'stemm': did you mean 'stem'"),

@@ -15,9 +15,11 @@ from support import DATA, assert_maps_close, mobilenet, needs_data, scaled
 from torch import nn
 
 import camrt
-from camrt.export.reference import Recorded, grad_cam, record, select, winsor_cam
+from camrt.export import reference_runs
+from camrt.export.reference import LAYER_METHODS, Recorded, combined, finer_seed, record, select, winsor_cam
 from camrt.kernels import fuse_layers, normalize_layers, winsorize
 from camrt.runtime.backends import create
+from camrt.runtime.manifest import Tap
 from camrt.runtime.preprocess import as_batch
 from camrt.verify import last_bits, verify
 
@@ -137,11 +139,82 @@ def test_mean_importance_is_the_same_however_a_layer_is_read(
         np.testing.assert_allclose(weights[0], golden[f"winsor_cam/mean/p{percentile}/weights"], atol=1e-4)
 
 
-def test_reference_grad_cam(recorded: Recorded, golden: dict[str, np.ndarray]) -> None:
-    single = grad_cam(select(recorded, ["features.26"]), (224, 224))[0].numpy()
-    multi = grad_cam(select(recorded, MULTI), (224, 224))[0].numpy()
-    assert_maps_close(single, golden["pytorch_grad_cam/grad_cam"], 1e-4)
-    assert_maps_close(multi, golden["pytorch_grad_cam/grad_cam_multi_8_18_26"], 1e-4)
+# key -> method, options, layers; what reads features.26 alone passes no kink of the cat's (see assert_golden).
+ROWS: dict[str, tuple[str, dict, list[str] | None]] = {
+    "score_cam_pp/tanh": ("score_cam_pp", {}, None),
+    "score_cam_pp/tanh_mask_only": ("score_cam_pp", {"variant": "tanh_mask_only"}, None),
+    "score_cam/original": ("score_cam", {}, None),
+    "pytorch_grad_cam/score_cam": ("score_cam", {"variant": "pytorch_grad_cam"}, None),
+    **{
+        f"pytorch_grad_cam/{name}": (name, {}, None)
+        for name in ("grad_cam", "grad_cam_pp", "x_grad_cam", "layer_cam", "hires_cam")
+    },
+    **{f"pytorch_grad_cam/{name}": (name, {}, None) for name in ("ablation_cam", "full_grad", "finer_cam")},
+    "pytorch_grad_cam/grad_cam_multi_8_18_26": ("grad_cam", {}, MULTI),
+    "pytorch_grad_cam/layer_cam_multi_8_18_26": ("layer_cam", {}, MULTI),
+}
+LAST = Tap("features.26", ("last",), 256, (7, 7))
+
+
+def reference_map(key: str, model: nn.Module, image: torch.Tensor, label: int) -> torch.Tensor:
+    """(224, 224), by PyTorch alone."""
+    name, options, layers = ROWS[key]
+    if name == "full_grad":
+        seed = torch.nn.functional.one_hot(torch.tensor([label]), 1000).float()
+        return reference_runs.full_grad(image, *reference_runs.biases_of_module(model, image, seed))[0]
+    if name in ("score_cam_pp", "score_cam", "ablation_cam"):
+        return getattr(reference_runs, name)(model, image, label, LAST, **options)
+    target: int | torch.Tensor = label
+    if name == "finer_cam":
+        with torch.no_grad():
+            target = finer_seed(model(image), label)
+    recorded = record(model, image, target, layers or ["features.26"])
+    return LAYER_METHODS["grad_cam" if name == "finer_cam" else name](recorded, (224, 224))[0]
+
+
+@functools.cache
+def other_maps(key: str, model: nn.Module, photo: str) -> list[np.ndarray]:
+    """The reference's maps of the photo and copies that differ from it in their last bits."""
+    images = last_bits(opened(photo), 48, units=12)
+    return [scaled(reference_map(key, model, torch.from_numpy(x), PHOTOS[photo][1]).numpy()) for x in images]
+
+
+def test_every_golden_key_has_a_row(golden: dict[str, np.ndarray]) -> None:
+    """shapley_cam needs a second derivative, which the gradient programs do not have: it is not offered."""
+    tested_below = {k for k in golden if k.startswith("winsor_cam/")} | {
+        "logits",
+        "class",
+        "pytorch_grad_cam/eigen_cam",
+    }
+    assert set(golden) - tested_below == {*ROWS, "pytorch_grad_cam/shapley_cam"}
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_golden_maps(key: str, exported: Path, model: nn.Module, photo: str, golden: dict[str, np.ndarray]) -> None:
+    """Both the reference and the exported network, after min-max, within 1e-3 of the public implementation."""
+    file, label = PHOTOS[photo]
+    name, options, layers = ROWS[key]
+    result = camrt.load(exported).explain(DATA / "photos" / file, name, label, layers, **options)
+    got = scaled(result.maps[0])
+    assert_golden(got, scaled(golden[key]), photo, lambda: other_maps(key, model, photo))
+    reference = scaled(reference_map(key, model, torch.from_numpy(opened(photo)), label).numpy())
+    assert_maps_close(reference, scaled(golden[key]), 1e-3)
+
+
+def test_golden_eigen_cam(exported: Path, recorded: Recorded, photo: str, golden: dict[str, np.ndarray]) -> None:
+    """A singular vector's sign is arbitrary, and the golden map of the zebra has the one that its mean activation speaks
+    against: what must agree with it is the projection, under one sign or the other.
+    """
+    activation = recorded.activations["features.26"]
+    rows = activation[0].flatten(1).T
+    centred = rows - rows.mean(0)
+    projection = (centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]).reshape(1, 7, 7)
+    agrees = bool((projection.flatten() * centred.mean(1)).sum() > 0)
+    ours, other = (combined([sign * projection], (224, 224))[0].numpy() for sign in ((1, -1) if agrees else (-1, 1)))
+    want = scaled(golden["pytorch_grad_cam/eigen_cam"])
+    assert_maps_close(scaled(other if photo == "zebra" else ours), want, 1e-3)
+    got = camrt.load(exported).explain(DATA / "photos" / PHOTOS[photo][0], "eigen_cam").maps[0]
+    assert_maps_close(scaled(got), scaled(ours), 1e-3)
 
 
 def test_exported_network_recognises_the_photo(exported: Path, photo: str, golden: dict[str, np.ndarray]) -> None:
@@ -149,18 +222,6 @@ def test_exported_network_recognises_the_photo(exported: Path, photo: str, golde
     logits = camrt.load(exported).classify(DATA / "photos" / file)
     assert logits[0].argmax() == label
     np.testing.assert_allclose(logits[0], golden["logits"], atol=1e-4)
-
-
-def test_exported_grad_cam(exported: Path, model: nn.Module, photo: str, golden: dict[str, np.ndarray]) -> None:
-    explainer = camrt.load(exported)
-    file, label = PHOTOS[photo]
-    for layers, key in ((["features.26"], "grad_cam"), (MULTI, "grad_cam_multi_8_18_26")):
-        result = explainer.explain(DATA / "photos" / file, "grad_cam", label, layers)
-
-        def others(layers=layers) -> list:
-            return [scaled(grad_cam(r, (224, 224))[0].numpy()) for r in other_roundings(model, photo, tuple(layers))]
-
-        assert_golden(scaled(result.maps[0]), scaled(golden[f"pytorch_grad_cam/{key}"]), photo, others)
 
 
 def assert_winsor_cam(
@@ -262,4 +323,4 @@ def test_folded_onnx_file_explains_as_the_folded_network(from_onnx: Path, photo:
 def test_onnx_bundle_verifies_against_its_own_oracle(from_onnx: Path) -> None:
     report = verify(from_onnx)
     assert report.passed, [r for r in report.rows if not r.passed]
-    assert "run by PyTorch" in report.oracle and len(report.rows) == 139
+    assert "run by PyTorch" in report.oracle and len(report.rows) == 151

@@ -153,7 +153,9 @@ def test_a_second_method_of_a_name_is_refused() -> None:
     from camrt.runtime.cams import cam
 
     with pytest.raises(ValueError, match="registered already"):
-        cam("grad_cam", needs="layer_maps", layers="last")(lambda layers: layers)
+        cam("grad_cam", needs="layer_maps", layers="last", source="none")(lambda layers: layers)
+    with pytest.raises(ValueError, match="use layer_maps, gradients"):
+        cam("new", needs="weather", layers="last", source="none")(lambda layers: layers)
 
 
 def test_ruff_is_clean() -> None:

@@ -35,7 +35,7 @@ def test_upsample_refuses_an_empty_size_and_an_unknown_interpolation() -> None:
     maps = np.zeros((1, 4, 4), np.float32)
     with pytest.raises(ValueError, match="cannot resize from 4 to 0"):
         kernels.upsample(maps, (0, 4))
-    with pytest.raises(ValueError, match="use 'bilinear' or 'nearest'"):
+    with pytest.raises(ValueError, match="use 'bilinear', 'align_corners' or 'nearest'"):
         kernels.upsample(maps, (8, 8), "bicubic")
 
 

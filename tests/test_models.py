@@ -1,4 +1,4 @@
-"""One network of each torchvision classification family: export, then every comparison of `camrt verify`.
+"""One network of each torchvision classification family, and DeiT: export, then every comparison of `camrt verify`.
 
 Weights are random, batch norm statistics warmed up; sizes are small and some odd. The comparisons are of activations,
 gradients and maps with PyTorch in float64, per tap, by the limits in camrt.verify.
@@ -6,15 +6,25 @@ gradients and maps with PyTorch in float64, per tap, by the limits in camrt.veri
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import import_torchvision, warmed_up
+from torch import nn
 
 import camrt
+from camrt.compare import largest_difference
+from camrt.export import reference_runs
+from camrt.export.reference import LAYER_METHODS
+from camrt.oracle import module_oracle
 from camrt.runtime.bundle import read_bundle
-from camrt.verify import module_oracle, verify_bundle
+from camrt.verify import smooth_images, verify, verify_bundle
 
 # name, input size, taps (convolutions and the last block), last block
 FAMILIES = [
@@ -39,6 +49,90 @@ FAMILIES = [
 OPTIONS = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": False, "aux_logits": False}}
 
 
+def vit() -> nn.Module:
+    models = import_torchvision().models
+    network = models.VisionTransformer(64, 16, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7)
+    head: Any = network.heads.head
+    nn.init.normal_(head.weight)  # torchvision starts it at zero, where every gradient is zero
+    return network
+
+
+def deit() -> nn.Module:
+    import_torchvision()
+    return importlib.import_module("timm").create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=7)
+
+
+def deit_distilled() -> nn.Module:
+    import_torchvision()
+    create = importlib.import_module("timm").create_model
+    return create("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=7)
+
+
+def vit_pooled() -> nn.Module:
+    """Its head reads the mean of all tokens, so that its final norm can be explained."""
+    import_torchvision()
+    create = importlib.import_module("timm").create_model
+    return create(
+        "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7, global_pool="avg", class_token=False, fc_norm=False
+    )
+
+
+def swin(window: int) -> nn.Module:
+    models = import_torchvision().models
+    return models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [window, window], num_classes=7)
+
+
+def swin_v2() -> nn.Module:
+    module = import_torchvision().models.swin_transformer
+    parts = {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
+    return module.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7, **parts)
+
+
+# make, last tap, its layout, prefix, channels and grid; swin with windows of 7 pads a grid of 16
+TRANSFORMERS: list[tuple[Callable[[], nn.Module], str, str, int, int, tuple[int, int]]] = [
+    (vit, "encoder.layers.encoder_layer_2.ln_1", "tokens", 1, 48, (4, 4)),
+    (deit, "blocks.2.norm1", "tokens", 1, 192, (4, 4)),
+    (deit_distilled, "blocks.2.norm1", "tokens", 2, 192, (4, 4)),
+    (vit_pooled, "norm", "tokens", 0, 192, (4, 4)),
+    (functools.partial(swin, 4), "norm", "NHWC", 0, 48, (8, 8)),
+    (functools.partial(swin, 7), "norm", "NHWC", 0, 48, (8, 8)),
+    (swin_v2, "norm", "NHWC", 0, 48, (8, 8)),
+]
+NAMES = ["vit", "deit", "deit_distilled", "vit_pooled", "swin", "swin_padded", "swin_v2"]
+
+
+@pytest.mark.parametrize(("make", "last", "layout", "prefix", "channels", "grid"), TRANSFORMERS, ids=NAMES)
+def test_transformer(
+    make: Callable, last: str, layout: str, prefix: int, channels: int, grid: tuple[int, int], tmp_path: Path
+) -> None:
+    """Exported and verified like the others; and the methods that run the network again, against PyTorch."""
+    torch.manual_seed(0)
+    model = make().eval()
+    path = camrt.export_model(model, tmp_path / "model.camrt", (3, 64, 64))
+    bundle = read_bundle(path)
+    (tap,) = [t for t in bundle.manifest.taps if "last" in t.roles]
+    assert (tap.name, tap.layout, tap.prefix, tap.channels, tap.grid) == (last, layout, prefix, channels, grid)
+    report = verify_bundle(bundle, module_oracle(model, "the model"))
+    assert report.passed, [r for r in report.rows if not r.passed][:5]
+    assert verify(path).passed, "by its own graph"
+    explainer = camrt.load(path)
+    image = smooth_images((3, 64, 64), 1)
+    label = int(explainer.classify(image).argmax())
+    said = 0
+    for name in ("score_cam_pp", "score_cam", "ablation_cam", "recipro_cam"):
+        want = getattr(reference_runs, name)(model, torch.from_numpy(image), label, tap).numpy()
+        got = explainer.explain(image, name, label).maps[0]
+        assert largest_difference(got, want) < 1e-3, name
+        said += np.ptp(want) > 0.5
+    assert said >= 3, "maps that say nothing test nothing"
+
+
+def test_a_norm_behind_the_last_attention_is_refused(tmp_path: Path) -> None:
+    """Its gradient at the grid is zero: the head reads the class token alone."""
+    with pytest.raises(camrt.CamrtError, match="the logits read none of its grid, only its class token"):
+        camrt.export_model(vit().eval(), tmp_path / "model.camrt", (3, 64, 64), ["encoder.ln"])
+
+
 @pytest.mark.parametrize(("name", "size", "taps", "last"), FAMILIES, ids=[f[0] for f in FAMILIES])
 def test_family(name: str, size: int, taps: int, last: str, tmp_path: Path) -> None:
     models = import_torchvision().models
@@ -54,7 +148,7 @@ def test_family(name: str, size: int, taps: int, last: str, tmp_path: Path) -> N
     report = verify_bundle(bundle, module_oracle(model, name))
     assert report.passed, [r for r in report.rows if not r.passed][:5]
     compared = {row.subject.split()[0] for row in report.rows}
-    methods = {"winsor_cam", "grad_cam", "alphas", "maps", "single", "several"}
-    assert compared == {"logits", "activation", "gradient", "float64", *methods}
+    methods = {"winsor_cam", "integrative_cam", "full_grad", *LAYER_METHODS}
+    assert compared == {"logits", "activation", "gradient", "float64", "alphas", "maps", "single", "several", *methods}
     gradients = {r.subject for r in report.rows if r.subject.startswith("float64 gradient")}
     assert len(gradients) == taps

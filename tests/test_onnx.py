@@ -267,7 +267,7 @@ def weight_standardised(path: Path) -> Path:
 
 
 def channels_last_head(path: Path) -> Path:
-    """Its last tensor of rank 4 is no feature map: a Transpose to channels-last stands before the mean."""
+    """Its last feature map is channels-last."""
     g = Graph()
     g.op("Conv", "data", g.weight("w0", 6, 3, 3, 3), out="c0")
     g.op("Relu", "c0", out="a0")
@@ -308,7 +308,10 @@ def test_bundles_compute_what_their_source_computes(make, tmp_path: Path) -> Non
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(explainer.explain(IMAGES, "grad_cam").logits, logits, rtol=1e-4, atol=1e-4)
     last = [t for t in explainer.manifest.taps if "last" in t.roles]
-    assert [(t.name, t.channels) for t in last] in ([("n_c1", 64)], [("n_a0", 6)], [("n_b0", 16)])
+    want_last = {weight_standardised: ("n_c1", 64, "NCHW"), computed_bias: ("n_b0", 16, "NCHW")}
+    assert [(t.name, t.channels, t.layout) for t in last] == [want_last.get(make, ("n_squashed", 6, "NHWC"))]
+    if make is channels_last_head:
+        assert verify(tmp_path / "model.camrt").passed
 
 
 def test_missing_external_weights_are_named(tmp_path: Path) -> None:

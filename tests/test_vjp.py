@@ -38,6 +38,7 @@ class Case:
     values: str = "normal"  # normal | positive | ties
     both: bool = False
     reverse: bool = False  # x is the last input
+    batch: int = 0  # the axis whose size is symbolic: attention moves the batch about
     defined_by: str = "onnx"  # or "onnxruntime", in float32, where ONNX's evaluator does not cover the row in float64
 
     def __str__(self) -> str:
@@ -147,6 +148,20 @@ CASES = [
     Case("Gather", {"axis": 1}, inputs=(np.array(2),)),
     Case("Gather", {"axis": 2}, inputs=(ints(8, 0, 0, 3),)),
     Case("Gather", {"axis": -1}, inputs=(ints(2, 3, 4),)),
+    Case("ScatterND", shape=(5, 3, 4), inputs=(ints(1, 3).reshape(2, 1), (2, 3, 4)), batch=-2),
+    Case("ScatterND", shape=(5, 4, 3), inputs=(np.array([[0, 1], [4, 3], [2, 2]]), (3, 3)), batch=-1, both=True),
+    # the batch behind another axis, as in attention
+    Case("Gather", {"axis": 0}, (5, 3, 4), (np.array(2),), batch=1),
+    Case("Slice", shape=(5, 3, 4), inputs=(ints(1), ints(3), ints(0)), batch=1),
+    Case("Split", {"axis": 0}, (5, 3, 4), (ints(2, 3),), outputs=2, batch=1),
+    Case("Concat", {"axis": 0}, (5, 3, 4), ((2, 3, 4),), both=True, batch=1),
+    Case("Pad", shape=(5, 3, 4), inputs=(ints(1, 0, 0, 2, 0, 0),), batch=1),
+    Case("Reshape", shape=(5, 3, 4), inputs=(ints(5, -1, 2, 2),), batch=1),
+    Case("Squeeze", shape=(1, 3, 4), inputs=(ints(0),), batch=1),
+    Case("Add", shape=(5, 3, 4), inputs=((5, 3, 1),), both=True, batch=1),
+    Case("ReduceMean", {"keepdims": 0}, (5, 3, 4), (ints(0),), batch=1),
+    Case("Expand", shape=(1, 3, 4), inputs=(ints(5, 1, 4),), batch=1),
+    Case("MatMul", {}, (5, 3, 4), ((4, 6),), batch=1),
     Case("Pad", inputs=(ints(0, 0, 1, 2, 0, 0, 0, 3),)),
     Case("Pad", inputs=(ints(0, 0, -1, 2, 0, 1, 1, -2), np.float64(0.5)), defined_by="onnxruntime"),
     Case("Expand", shape=(3, 4, 1, 7), inputs=(ints(1, 4, 9, 7),)),
@@ -232,6 +247,12 @@ def sample(case: Case, rng: np.random.Generator) -> np.ndarray:
     return np.abs(x) + 0.2 if case.values == "positive" else x
 
 
+def symbolic(shape: tuple[int, ...], axis: int) -> list[int | str]:
+    sizes: list[int | str] = list(shape)
+    sizes[axis] = "batch"
+    return sizes
+
+
 def build(case: Case, rng: np.random.Generator) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """A one-node model in float64 with a symbolic batch, and its feeds."""
     feeds = {"x": sample(case, rng)}
@@ -244,7 +265,7 @@ def build(case: Case, rng: np.random.Generator) -> tuple[ir.Model, dict[str, np.
         if case.op_type in ("Div", "Where") and isinstance(given, tuple):
             array = np.abs(array) + 0.5
         names.append(f"c{i}")
-        if case.both:
+        if case.both and array.dtype == np.float64:
             feeds[f"c{i}"] = array
         else:
             constants.append(onnx.numpy_helper.from_array(array, f"c{i}"))
@@ -261,7 +282,7 @@ def build(case: Case, rng: np.random.Generator) -> tuple[ir.Model, dict[str, np.
     graph = onnx.helper.make_graph(
         [node],
         "case",
-        [onnx.helper.make_tensor_value_info(n, double, ["batch", *a.shape[1:]]) for n, a in feeds.items()],
+        [onnx.helper.make_tensor_value_info(n, double, symbolic(a.shape, case.batch)) for n, a in feeds.items()],
         [onnx.helper.make_tensor_value_info(n, double, None) for n in outputs],
         constants,
     )

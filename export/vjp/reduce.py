@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..autodiff import vjp
-from ..tape import attribute, constant_of, dims, static_dims
+from ..tape import attribute, constant_of, dims, open_dims, static_dims
 
 
 def reduced_axes(node):
@@ -25,14 +25,15 @@ def keep_dims(op, node, value):
     axes = reduced_axes(node)
     if attribute(node, "keepdims", 1) or not axes:
         return value
-    sizes = [1 if i in axes else d for i, d in enumerate(dims(node.inputs[0]))][1:]
-    return op.Reshape(value, [-1, *sizes])
+    sizes = [1 if i in axes else d for i, d in enumerate(open_dims(node.inputs[0], -1))]
+    return op.Reshape(value, sizes)
 
 
 def reduced_count(node):
-    """How many elements each output reduces; the batch is not among them."""
-    sizes = (0, *static_dims(node.inputs[0]))
-    return math.prod(sizes[a] for a in reduced_axes(node))
+    """How many elements each output reduces; None if the batch is among them."""
+    x = node.inputs[0]
+    axes = reduced_axes(node)
+    return None if any(dims(x)[a] is None for a in axes) else math.prod(open_dims(x, 0)[a] for a in axes)
 
 
 @vjp("ReduceSum")
@@ -44,7 +45,10 @@ def reduce_sum(op, node, g):
 @vjp("ReduceMean")
 def reduce_mean(op, node, g):
     """dx = g / n, repeated."""
-    scaled = op.Mul(keep_dims(op, node, g), op.floats(1 / reduced_count(node)))
+    count = reduced_count(node)
+    if count is None:
+        return (None, None)
+    scaled = op.Mul(keep_dims(op, node, g), op.floats(1 / count))
     return (op.expand_like(scaled, node.inputs[0]), None)
 
 

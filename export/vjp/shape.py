@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..autodiff import vjp
-from ..tape import attribute, constant_of, dims, static_dims
+from ..tape import attribute, constant_of, dims, open_dims, static_dims
 
 
 @vjp("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -26,11 +26,12 @@ def transpose(op, node, g):
 def concat(op, node, g):
     """dx_i = the slice of g that x_i filled."""
     axis = attribute(node, "axis") % len(dims(node.outputs[0]))
-    if axis == 0:
+    sizes = [dims(x)[axis] for x in node.inputs]
+    if None in sizes:
         return tuple(None for _ in node.inputs)
     parts, start = [], 0
-    for x in node.inputs:
-        end = start + static_dims(x)[axis - 1]
+    for x, size in zip(node.inputs, sizes, strict=True):
+        end = start + size
         parts.append(op.Slice(g, [start], [end], [axis]) if op.wants(x) else None)
         start = end
     return tuple(parts)
@@ -41,7 +42,7 @@ def split(op, node, g):
     """dx = the cotangents of the parts, joined; zeros for parts that nothing needs."""
     parts = g if isinstance(g, tuple) else (g,)
     axis = attribute(node, "axis", 0) % len(dims(node.inputs[0]))
-    if axis == 0:
+    if dims(node.inputs[0])[axis] is None:
         return (None, None)
     known = next(p for p in parts if p is not None)
     filled = [_zeros(op, known, y, axis) if p is None else p for p, y in zip(parts, node.outputs, strict=True)]
@@ -51,7 +52,7 @@ def split(op, node, g):
 def _zeros(op, batched, like, axis):
     """Zeros in the sizes of `like` with the batch of `batched`, whose sizes differ at most along `axis`."""
     one = op.Slice(batched, [0], [1], [axis])
-    return op.Expand(op.Mul(one, op.floats(0)), [1, *static_dims(like)])
+    return op.Expand(op.Mul(one, op.floats(0)), list(open_dims(like, 1)))
 
 
 def pad_zeros(op, value, rank, padding):
@@ -74,14 +75,13 @@ def slice_(op, node, g):
     steps = extra[1] if extra[1] is not None else np.ones(len(starts), np.int64)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis = int(axis) % len(dims(x))
-        if axis == 0:
+        size = dims(x)[axis]
+        if size is None:
             if (int(start), int(step)) == (0, 1) and int(end) >= 2**31 - 1:
                 continue
             return (None,)
-        positions = list(
-            range(*slice(int(start), _end(int(end), int(step)), int(step)).indices(static_dims(x)[axis - 1]))
-        )
-        g = put_back(op, g, len(dims(x)), axis, positions, dims(x)[axis])
+        positions = list(range(*slice(int(start), _end(int(end), int(step)), int(step)).indices(size)))
+        g = put_back(op, g, len(dims(x)), axis, positions, size)
     return (g, None, None, None, None)
 
 
@@ -107,13 +107,23 @@ def gather(op, node, g):
     x, indices = node.inputs[0], constant_of(node.inputs[1])
     rank = len(dims(x))
     axis = attribute(node, "axis", 0) % rank
-    if indices is None or axis == 0 or indices.ndim > 1:
-        return (None, None)
     size = dims(x)[axis]
+    if indices is None or size is None or indices.ndim > 1:
+        return (None, None)
     positions = [int(i) % size for i in np.atleast_1d(indices)]
     if indices.ndim == 0:
         g = op.Unsqueeze(g, [axis])
     return (put_back(op, g, rank, axis, positions, size), None)
+
+
+@vjp("ScatterND")
+def scatter_nd(op, node, g):
+    """y = data with updates written at constant indices: d data = g with zeros there, d updates = g taken there."""
+    data, indices = node.inputs[0], constant_of(node.inputs[1])
+    if indices is None or attribute(node, "reduction", "none") != "none" or None in dims(data)[: indices.shape[-1]]:
+        return (None, None, None)
+    taken = op.GatherND(g, node.inputs[1])
+    return (op.ScatterND(g, node.inputs[1], op.Mul(taken, op.floats(0))), None, taken)
 
 
 @vjp("Pad")
@@ -129,9 +139,9 @@ def pad(op, node, g):
         before, after = int(before), int(after)
         if not before and not after:
             continue
-        if axis == 0:
+        size = dims(x)[axis]
+        if size is None:
             return (None,)
-        size = static_dims(x)[axis - 1]
         g = op.Slice(g, [max(before, 0)], [max(before, 0) + size + min(before, 0) + min(after, 0)], [axis])
         g = pad_zeros(op, g, rank, {axis: (max(-before, 0), max(-after, 0))})
     return (g, None, None, None)

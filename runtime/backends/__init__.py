@@ -21,11 +21,16 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """Opens program files."""
+    """Opens program files.
+
+    lanes: how many runs side by side make the best of the machine, when there are many to make; a program that is opened
+    `concurrent` is run so.
+    """
 
     name: str
+    lanes: int
 
-    def open(self, path: Path) -> Executable: ...
+    def open(self, path: Path, concurrent: bool = False) -> Executable: ...
 
 
 def create(name: str = "auto", threads: int | None = None) -> Backend:

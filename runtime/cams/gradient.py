@@ -1,33 +1,137 @@
-"""Methods that weigh channels by gradients at chosen taps."""
+"""Baselines that read activations and gradients at chosen taps. g = dS/dA; maps are scaled as `baseline` says."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ...kernels import upsample
-from .registry import LayerMaps, Result, cam
-
-_EPSILON = 1e-7
-
-
-def _scaled(maps: np.ndarray) -> np.ndarray:
-    """(x - min) / (1e-7 + max(x - min)) per map, the baselines' normalisation."""
-    shifted = maps - maps.min(axis=(-2, -1), keepdims=True)
-    return shifted / (_EPSILON + shifted.max(axis=(-2, -1), keepdims=True))
+from ..errors import InputError
+from .baseline import combined, scale
+from .data import Gradients, GridMaps, LayerMaps
+from .registry import Result, cam
 
 
-def combine(per_layer: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Layers' maps (S, h, w), rectified -> (S, *size): scaled, upsampled, clipped at 0, averaged, scaled again.
-
-    The conventions of pytorch-grad-cam 1.5, which people compare with.
-    """
-    resized = [np.maximum(upsample(_scaled(m), size), 0) for m in per_layer]
-    return _scaled(np.stack(resized).mean(axis=0, dtype=np.float32))
+def _weighted(weights: np.ndarray, activation: np.ndarray) -> np.ndarray:
+    """sum_k w_k A_k: weights (S, K), activation (S, K, h, w) -> (S, h, w)."""
+    return np.einsum("sk,skhw->shw", weights, activation)
 
 
-@cam("grad_cam", needs="layer_maps", layers="last")
+@cam("grad_cam", needs="layer_maps", layers="last", source="Selvaraju et al., arXiv 1610.02391")
 def grad_cam(layers: LayerMaps) -> Result:
-    """ReLU(sum_k alpha_k A_k), alpha_k = mean over the grid of dS/dA_k; layers averaged. Selvaraju et al., arXiv 1610.02391."""
-    maps = combine([np.maximum(m, 0) for m in layers.map_of_layers()], layers.size)
-    count = len(layers.taps)
-    return Result(maps, np.full((len(maps), count), 1 / count, np.float32))
+    """ReLU(sum_k alpha_k A_k), alpha_k = mean over the grid of g."""
+    return combined(layers.map_of_layers(), layers.size)
+
+
+@cam("grad_cam_pp", needs="gradients", layers="last", source="Chattopadhyay et al., Grad-CAM++, arXiv 1710.11063")
+def grad_cam_pp(layers: Gradients) -> Result:
+    """ReLU(sum_k w_k A_k), w_k = sum ReLU(g) a, a = g^2 / (2 g^2 + g^3 sum(A_k) + 1e-6), 0 where g = 0."""
+
+    def layer(activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        square = gradient**2
+        total = activation.sum(axis=(2, 3), keepdims=True)
+        a = np.where(gradient != 0, square / (2 * square + total * square * gradient + 1e-6), 0)
+        return _weighted((np.maximum(gradient, 0) * a).sum(axis=(2, 3)), activation)
+
+    return combined([layer(a, g) for a, g in layers.pairs()], layers.size)
+
+
+@cam("x_grad_cam", needs="gradients", layers="last", source="Fu et al., XGrad-CAM, arXiv 2008.02312")
+def x_grad_cam(layers: Gradients) -> Result:
+    """ReLU(sum_k w_k A_k), w_k = sum(g A_k) / (sum(A_k) + 1e-7)."""
+
+    def layer(activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        total = activation.sum(axis=(2, 3), keepdims=True)
+        return _weighted((gradient * activation / (total + 1e-7)).sum(axis=(2, 3)), activation)
+
+    return combined([layer(a, g) for a, g in layers.pairs()], layers.size)
+
+
+@cam("layer_cam", needs="gradients", layers="last", source="Jiang et al., LayerCAM, IEEE TIP 2021")
+def layer_cam(layers: Gradients) -> Result:
+    """ReLU(sum_k ReLU(g) A_k)."""
+    return combined([(np.maximum(g, 0) * a).sum(axis=1) for a, g in layers.pairs()], layers.size)
+
+
+@cam("hires_cam", needs="gradients", layers="last", source="Draelos and Carin, HiResCAM, arXiv 2011.08891")
+def hires_cam(layers: Gradients) -> Result:
+    """ReLU(sum_k g A_k)."""
+    return combined([(g * a).sum(axis=1) for a, g in layers.pairs()], layers.size)
+
+
+@cam("eigen_cam", needs="activations", layers="last", source="Muhammad and Yeasin, Eigen-CAM, arXiv 2008.00299")
+def eigen_cam(layers: Gradients) -> Result:
+    """ReLU(X v), X the centred (h w, K) activations, v their first right singular vector; it looks at no class.
+
+    A singular vector's sign is arbitrary: here it is the one by which the map correlates with the mean activation.
+    """
+
+    def layer(activation: np.ndarray) -> np.ndarray:
+        rows = activation.reshape(*activation.shape[:2], -1).transpose(0, 2, 1).astype(np.float64)
+        centred = rows - rows.mean(axis=1, keepdims=True)
+        values, vectors = np.linalg.eigh(centred @ centred.transpose(0, 2, 1))  # of h w, never of K
+        projection = vectors[:, :, -1] * np.sqrt(np.maximum(values[:, -1:], 0))
+        agreement = (projection * centred.mean(axis=2)).sum(axis=1, keepdims=True)
+        signed = np.where(agreement < 0, -projection, projection)
+        return signed.astype(np.float32).reshape(-1, *activation.shape[2:])
+
+    return combined([layer(a) for a in layers.activations], layers.size)
+
+
+@cam("full_grad", needs="full_grad", layers=None, source="Srinivas and Fleuret, FullGrad, arXiv 1905.00780")
+def full_grad(grids: GridMaps) -> Result:
+    """sum_c minmax|x_c g_c| + sum over biases b of sum_k up(minmax|b_k g_k|), over the image x and every convolution and batch
+    norm that adds a constant; biases of linear and layer norm layers, which have no grid, are left out.
+    """
+    total = np.zeros((len(grids.seeds), *grids.size), np.float32)
+    for maps in grids.maps:
+        total += upsample(maps, grids.size)
+    return Result(scale(total), np.zeros((len(total), 0), np.float32))
+
+
+def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, comparisons: int = 3) -> np.ndarray:
+    """Cotangent of sum_i p_i (z_t - alpha z_i) / (sum_i p_i + 1e-9), p the softmax of the logits z, and i the classes whose
+    logits are nearest to the target's.
+
+    logits (S, classes); seeds (S, classes), one-hot -> (S, classes). InputError for other seeds, or one class.
+    """
+    classes = logits.shape[1]
+    if classes < 2:
+        raise InputError("finer_cam compares classes, and this network has one: use grad_cam")
+    if not (np.count_nonzero(seeds, axis=1) == 1).all() or not (seeds.max(axis=1) == 1).all():
+        raise InputError("finer_cam explains classes, not seed arrays: pass class numbers")
+    if not isinstance(comparisons, int) or comparisons < 1:
+        raise InputError(f"comparisons {comparisons!r}: use a whole number from 1")
+    result = np.empty(logits.shape, np.float64)
+    for row, (z, seed) in enumerate(zip(logits.astype(np.float64), seeds, strict=True)):
+        t = int(seed.argmax())
+        distance = np.abs(z - z[t])
+        distance[t] = -1
+        others = np.argsort(distance, kind="stable")[1 : 1 + comparisons]
+        p = np.exp(z - z.max())
+        p /= p.sum()
+        total = p[others].sum() + 1e-9
+        gaps = z[t] - alpha * z[others]
+        value = (p[others] * gaps).sum() / total
+        slope = np.zeros(classes)  # d value / d z through the gaps, then through p
+        slope[t] += p[others].sum()
+        slope[others] -= alpha * p[others]
+        pull = (gaps - value) * p[others]
+        slope[others] += pull
+        slope -= p * pull.sum()
+        result[row] = slope / total
+    return result.astype(np.float32)
+
+
+@cam(
+    "finer_cam",
+    needs="layer_maps",
+    layers="last",
+    source="Zhang et al., Finer-CAM, arXiv 2501.11309",
+    seeds=finer_seeds,
+)
+def finer_cam(layers: LayerMaps, alpha: float = 1.0, comparisons: int = 3) -> Result:
+    """Grad-CAM of how the class differs from the `comparisons` classes with the nearest logits, z_t - alpha z_i, weighed by
+    their probabilities.
+    """
+    del alpha, comparisons  # the layers come from the seeds that they made
+    return combined(layers.map_of_layers(), layers.size)

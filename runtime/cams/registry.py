@@ -1,78 +1,80 @@
-"""The table of CAM methods and the data that they are given."""
+"""The table of CAM methods."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..errors import UnknownMethod, near
-from ..manifest import Tap
 
-
-@dataclass(frozen=True)
-class LayerMaps:
-    """What the layer_maps program gives, for S explanations of L layers, side by side in the order of `taps`.
-
-    alphas (S, sum K): mean over the grid of the gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified;
-    size (H, W): the network's input.
-    """
-
-    taps: tuple[Tap, ...]
-    alphas: np.ndarray
-    maps: np.ndarray
-    size: tuple[int, int]
-
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        return [t.grid for t in self.taps]
-
-    def alpha_of_layers(self) -> list[np.ndarray]:
-        """(S, K) per layer."""
-        return np.split(self.alphas, np.cumsum([t.channels for t in self.taps])[:-1], axis=1)
-
-    def map_of_layers(self) -> list[np.ndarray]:
-        """(S, h, w) per layer."""
-        parts = np.split(self.maps, np.cumsum([h * w for h, w in self.grids])[:-1], axis=1)
-        return [p.reshape(-1, *grid) for p, grid in zip(parts, self.grids, strict=True)]
-
-    def select(self, layers: Sequence[str]) -> LayerMaps:
-        """The same for some of the layers, in their order here."""
-        if len(layers) == len(self.taps):
-            return self
-        kept = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
-        alphas, maps = self.alpha_of_layers(), self.map_of_layers()
-        return LayerMaps(
-            tuple(self.taps[i] for i in kept),
-            np.concatenate([alphas[i] for i in kept], axis=1),
-            np.concatenate([maps[i].reshape(len(self.maps), -1) for i in kept], axis=1),
-            self.size,
-        )
+NEEDS = {
+    "layer_maps": "layer_maps",
+    "gradients": "gradients",
+    "activations": "activations",
+    "full_grad": "full_grad",
+    "masked_runs": "activations, classify",
+    "heads": "trunk, head",
+}  # what a method reads -> the programs that give it
 
 
 @dataclass(frozen=True)
 class Result:
-    """maps (S, H, W) float32; layer_weights (S, L) float32; retune: new options -> Result, without the network."""
+    """maps (S, H, W) float32; layer_weights (S, L) float32; details: name -> (S,); retune: new options -> Result."""
 
     maps: np.ndarray
     layer_weights: np.ndarray
+    details: dict[str, np.ndarray] = field(default_factory=dict)
     retune: Callable[..., Result] | None = None
+
+
+def join(results: Sequence[Result]) -> Result:
+    """The explanations of several parts of a batch, one after the other."""
+    if len(results) == 1:
+        return results[0]
+    retunes = [r.retune for r in results]
+
+    def retune(**options: Any) -> Result:
+        return join([again(**options) for again in retunes if again is not None])
+
+    return Result(
+        np.concatenate([r.maps for r in results]),
+        np.concatenate([r.layer_weights for r in results]),
+        {name: np.concatenate([r.details[name] for r in results]) for name in results[0].details},
+        retune if all(retunes) else None,
+    )
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: the program kind it reads, the role of its default layers, and its function."""
+    """A registered method: what it reads (a key of NEEDS), the role of its default layers (None: it takes none), its
+    function, where it comes from, and for a method that explains another score than the class's, (logits (S, classes), seeds
+    (S, classes), options) -> the seeds to explain.
+    """
 
     name: str
     needs: str
-    layers: str
+    layers: str | None
     function: Callable[..., Result]
+    source: str
+    seeds: Callable[..., np.ndarray] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names and their defaults."""
+        return {p.name: p.default for p in list(inspect.signature(self.function).parameters.values())[1:]}
+
+    @property
+    def by_image(self) -> bool:
+        """Whether one image with all of its targets is a part of its own."""
+        return self.needs in ("masked_runs", "heads")
 
     def check_options(self, options: dict[str, object]) -> None:
         """UnknownMethod names an option that the method does not have."""
-        known = list(inspect.signature(self.function).parameters)[1:]
+        known = list(self.options)
         for option in options:
             if option not in known:
                 raise UnknownMethod(f"{self.name} has no option {option!r}: it has {', '.join(known) or 'none'}")
@@ -80,14 +82,20 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 
+Function = Callable[..., Result]
 
-def cam(name: str, needs: str, layers: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Registers a method under `name`; ValueError if the name is taken."""
 
-    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+def cam(
+    name: str, needs: str, layers: str | None, source: str, seeds: Callable[..., np.ndarray] | None = None
+) -> Callable[[Function], Function]:
+    """Registers a method under `name`; ValueError if the name is taken or `needs` is unknown."""
+
+    def register(function: Function) -> Function:
         if name in METHODS:
             raise ValueError(f"a method {name!r} is registered already")
-        METHODS[name] = Method(name, needs, layers, function)
+        if needs not in NEEDS:
+            raise ValueError(f"needs {needs!r}: use {', '.join(NEEDS)}")
+        METHODS[name] = Method(name, needs, layers, function, source, seeds)
         return function
 
     return register
@@ -98,3 +106,10 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise UnknownMethod(f"no method {name!r}{near(str(name), list(METHODS))}")
     return METHODS[name]
+
+
+def chosen(value: str, known: Sequence[str], option: str) -> str:
+    """`value`, if it is one of the known. UnknownMethod names the option otherwise."""
+    if value not in known:
+        raise UnknownMethod(f"{option} {value!r}: use {', '.join(known)}")
+    return value

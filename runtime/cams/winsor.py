@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...kernels import fuse_layers, normalize_layers, winsorize
-from ..errors import InputError, UnknownMethod
-from .registry import LayerMaps, Result, cam
+from ..errors import InputError
+from .data import LayerMaps
+from .registry import Result, cam, chosen
 
 CANCELLED = 1e-6  # a mean below this part of the mean magnitude is rounding noise: float32 leaves about 1e-8
 
@@ -35,7 +36,7 @@ LAYER_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-@cam("winsor_cam", needs="layer_maps", layers="conv")
+@cam("winsor_cam", needs="layer_maps", layers="conv", source="Winsor-CAM, arXiv 2507.10846")
 def winsor_cam(
     layers: LayerMaps,
     percentile: float = 90,
@@ -48,7 +49,7 @@ def winsor_cam(
     """sum_l w_l up(minmax(ReLU(sum_k alpha_lk A_lk))), not normalised.
 
     w = winsorize(ReLU(aggregate_k alpha_lk), percentile) rescaled to [low, high]; maps are resized to the largest tap's
-    grid, then to the input. layer_aggregation: mean, max, min, absmean, absmax, l2; gradient_aggregation, how the alphas
+    grid, then to the input, by interpolation: bilinear or nearest. layer_aggregation: mean, max, min, absmean, absmax, l2; gradient_aggregation, how the alphas
     were pooled: the same and sum. InputError for a value out of range. Warns where no layer is important: that map is zero.
     """
     del gradient_aggregation  # the layers come pooled by it
@@ -77,7 +78,7 @@ def winsor_cam(
                 )
             return fuse(**options | changes)
 
-        return Result(maps, weights, retune)
+        return Result(maps, weights, retune=retune)
 
     return fuse(
         percentile=percentile, layer_aggregation=layer_aggregation, interpolation=interpolation, low=low, high=high
@@ -94,9 +95,7 @@ def check_options(percentile: float, layer_aggregation: str, interpolation: str,
     """InputError or UnknownMethod names the option that does not fit."""
     if not isinstance(percentile, int | float | np.number) or not 0 <= percentile <= 100:
         raise InputError(f"percentile {percentile!r} is outside 0..100")
-    if layer_aggregation not in LAYER_AGGREGATIONS:
-        raise UnknownMethod(f"layer_aggregation {layer_aggregation!r}: use {', '.join(LAYER_AGGREGATIONS)}")
-    if interpolation not in ("bilinear", "nearest"):
-        raise UnknownMethod(f"interpolation {interpolation!r}: use bilinear or nearest")
+    chosen(layer_aggregation, list(LAYER_AGGREGATIONS), "layer_aggregation")
+    chosen(interpolation, ("bilinear", "nearest"), "interpolation")
     if not 0 < low <= high:
         raise InputError(f"rescale bounds low={low!r}, high={high!r}: they need 0 < low <= high")

@@ -1,0 +1,171 @@
+"""camrt explain."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import InputError
+from .methods import parse_method
+
+if TYPE_CHECKING:
+    from ..runtime.explainer import Explainer
+    from ..runtime.explanation import Explanation
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Image files named by files, folders (searched through) and glob patterns, each once. InputError if one names none."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not files:
+            raise InputError(f"{pattern}: no images there" if path.is_dir() else f"{pattern}: no such file")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def explain(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..runtime.explainer import load
+
+    explainer = load(options.bundle, options.backend, max_batch=options.batch)
+    files = find_images(options.images)
+    target = None if options.target is None else [_class_index(explainer, t) for t in options.target]
+    method = parse_method(options.method)
+    arguments: dict[str, Any] = dict(method.options)
+    if options.percentile is not None:
+        arguments["percentile"] = options.percentile
+    layers: Any = options.layers
+    if layers in (["conv"], ["last"]):
+        layers = layers[0]
+    names = _output_names(files)
+    taken = {(options.out / f"{stem}{kind}").resolve() for stem in names.values() for kind in (".png", ".npy")}
+    for file in files:
+        if file.resolve() in taken:
+            raise InputError(f"{file}: its explanation would overwrite an image: choose another --out")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        lines = (options.out / "explanations.jsonl").open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{options.out}: cannot be written ({error.strerror})") from None
+    failures = 0
+    with lines, tqdm(total=len(files), unit="image", disable=None) as bar:
+        for start in range(0, len(files), options.batch):
+            for group in _explained(
+                files[start : start + options.batch], explainer, options, target, layers, arguments
+            ):
+                if isinstance(group, InputError):
+                    failures += 1
+                    tqdm.write(f"camrt: {group}", file=sys.stderr)
+                else:
+                    paths, result = group
+                    for i, path in enumerate(paths):
+                        stem = names[path]
+                        _write_maps(options, result, i, stem)
+                        lines.write(json.dumps(_record(explainer, result, i, path)) + "\n")
+            bar.update(len(files[start : start + options.batch]))
+    print(f"{len(files) - failures} of {len(files)} images explained with {options.method}: {options.out}")
+    return 1 if failures else 0
+
+
+def _explained(
+    files: list[Path],
+    explainer: Explainer,
+    options: argparse.Namespace,
+    target: Any,
+    layers: Any,
+    arguments: dict[str, Any],
+) -> Iterator[tuple[list[Path], Explanation] | InputError]:
+    """The images that could not be read, as errors, and the others explained in one batch."""
+    from PIL import Image
+
+    from ..runtime.preprocess import open_image
+
+    pictures, kept = [], []
+    for path in files:
+        try:
+            picture: Image.Image = open_image(path, explainer.manifest.input_shape[0], str(path))
+        except InputError as error:
+            yield error
+            continue
+        pictures.append(picture)
+        kept.append(path)
+    if kept:
+        wanted = None if target is None else [target] * len(kept) if len(target) > 1 else target[0]
+        yield kept, explainer.explain(pictures, parse_method(options.method).name, wanted, layers, **arguments)
+
+
+def _class_index(explainer: Explainer, text: str) -> int:
+    manifest = explainer.manifest
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    names = manifest.classes or ()
+    matches = [i for i, n in enumerate(names) if text.lower() in [part.strip().lower() for part in n.split(",")]]
+    if len(matches) != 1:
+        problem = "is ambiguous" if matches else "is no class"
+        raise InputError(f"{text!r} {problem} of this bundle: pass a number 0..{manifest.num_classes - 1}")
+    return matches[0]
+
+
+def _output_names(files: Sequence[Path]) -> dict[Path, str]:
+    """A distinct stem for each file's results."""
+    names: dict[Path, str] = {}
+    for path in files:
+        stem, n = path.stem, 2
+        while stem in names.values():
+            stem, n = f"{path.stem}-{n}", n + 1
+        names[path] = stem
+    return names
+
+
+def _write_maps(options: argparse.Namespace, result: Explanation, index: int, stem: str) -> None:
+    import numpy as np
+    from PIL import Image
+
+    if not options.no_maps:
+        np.save(options.out / f"{stem}.npy", result.maps[index])
+    if not options.no_overlay:
+        pictures = (
+            [result.overlay(index)]
+            if result.maps.ndim == 3
+            else [result.overlay((index, k)) for k in range(result.maps.shape[1])]
+        )
+        Image.fromarray(np.concatenate(pictures, axis=1)).save(options.out / f"{stem}.png")
+
+
+def _record(explainer: Explainer, result: Explanation, index: int, path: Path) -> dict[str, Any]:
+    """One line of explanations.jsonl."""
+    import numpy as np
+
+    from ..runtime.scores import probabilities
+
+    logits = result.logits[index]
+    scores = probabilities(logits[None], explainer.manifest)[0]
+    names = explainer.manifest.classes
+    top = [
+        {"class": int(c), **({"name": names[c]} if names else {}), "probability": round(float(scores[c]), 6)}
+        for c in (-logits).argsort(kind="stable")[:5]
+    ]
+    weights = result.layer_weights[index]
+    return {
+        "image": str(path),
+        "method": result.method,
+        "options": result.options,
+        "target": None if result.target is None else result.target[index].tolist(),
+        "top": top,
+        "layer_weights": dict(zip(result.layers, np.round(weights.T, 6).tolist(), strict=True)),
+    }

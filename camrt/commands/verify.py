@@ -1,0 +1,45 @@
+"""camrt verify."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from .explain import find_images
+from .stages import Stages
+
+
+def verify(options: argparse.Namespace) -> int:
+    from ..export.api import check_packages
+
+    check_packages("torch", "onnx", "onnxscript")
+    from ..runtime.bundle import read_bundle
+    from ..runtime.preprocess import as_batch
+    from ..verify import verify
+
+    images = None
+    if options.images is not None:
+        images, _ = as_batch([str(p) for p in find_images(options.images)], read_bundle(options.bundle).manifest)
+    with Stages() as stages:
+        report = verify(options.bundle, options.source, images, options.backend, stages)
+    rows = report.rows if options.all else _worst(report.rows)
+    print(f"reference: {report.oracle}, in float64")
+    print(f"{'':5}{'program':24}{'compared':40}{'distance':>10}{'PyTorch':>10}{'limit':>10}")
+    for row in rows:
+        mark = "ok" if row.passed else "FAIL"
+        figures = row.problem or f"{row.distance:10.1e}{row.torch_float32:10.1e}{row.limit:10.1e}"
+        print(f"{mark:5}{row.program:24}{row.subject:40}{figures}")
+    failed = sum(not r.passed for r in report.rows)
+    print(f"{len(report.rows) - failed} of {len(report.rows)} comparisons passed")
+    return 0 if report.passed else 1
+
+
+def _worst(rows: Sequence[Any]) -> list[Any]:
+    """Failures, and for each program and kind of comparison the row nearest its limit."""
+    worst: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        key = (row.program, row.subject.split()[0])
+        if row.passed and (key not in worst or row.distance / row.limit > worst[key].distance / worst[key].limit):
+            worst[key] = row
+    return [*(r for r in rows if not r.passed), *worst.values()]

@@ -1,0 +1,135 @@
+"""What a bundle is checked against: the model that it was made from, in PyTorch, in float64 and float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .runtime.bundle import Bundle
+from .runtime.errors import CamrtError, ExportError
+
+if TYPE_CHECKING:
+    from .export.reference import Recorded
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The reference, in float64 (precise) or float32.
+
+    record: (image, seed, layers, precise) -> what was recorded; full_grad: (image, seed, precise) -> maps (B, H, W).
+    """
+
+    name: str
+    record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Recorded]
+    full_grad: Callable[[np.ndarray, np.ndarray, bool], np.ndarray]
+
+
+def module_oracle(model: Any, name: str) -> Oracle:
+    """A float32 PyTorch module, by hooks and autograd. It is cast back and forth, which loses nothing."""
+    import torch
+
+    from .export.reference import record
+    from .export.reference_runs import biases_of_module
+    from .export.reference_runs import full_grad as full_grad_of
+
+    model.eval()
+
+    def in_precision(precise: bool, compute: Callable[..., Any], *arrays: np.ndarray) -> Any:
+        kind = torch.float64 if precise else torch.float32
+        try:
+            return compute(model.to(kind), *(torch.from_numpy(a).to(kind) for a in arrays))
+        finally:
+            model.float()
+
+    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
+        return in_precision(precise, lambda m, x, s: record(m, x, s, layers), image, seed)
+
+    def full(image: np.ndarray, seed: np.ndarray, precise: bool) -> np.ndarray:
+        return in_precision(precise, lambda m, x, s: full_grad_of(x, *biases_of_module(m, x, s)).numpy(), image, seed)
+
+    return Oracle(name, run, full)
+
+
+def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Oracle:
+    """An ONNX graph run by PyTorch operators under autograd; taps: layer -> value."""
+    import torch
+
+    from .export.interpreter import Interpreter
+    from .export.reference import Recorded
+    from .export.reference_runs import full_grad as full_grad_of
+
+    interpreters = {kind: Interpreter(graph, kind) for kind in (torch.float64, torch.float32)}
+
+    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
+        kind = torch.float64 if precise else torch.float32
+        entry = str(interpreters[kind].model.graph.inputs[0].name)
+        x = torch.from_numpy(image).to(kind).requires_grad_()
+        names = [taps[layer] for layer in layers]
+        values = interpreters[kind].run({entry: x}, [logits, *names])
+        tensors = [values[n] for n in names]
+        grads = torch.autograd.grad(values[logits], tensors, torch.from_numpy(seed).to(kind))
+        return Recorded(
+            values[logits].detach(),
+            dict(zip(layers, (t.detach() for t in tensors), strict=True)),
+            dict(zip(layers, grads, strict=True)),
+        )
+
+    def full(image: np.ndarray, seed: np.ndarray, precise: bool) -> np.ndarray:
+        kind = torch.float64 if precise else torch.float32
+        interpreter = interpreters[kind]
+        x = torch.from_numpy(image).to(kind).requires_grad_()
+        points = interpreter.biased()
+        values = interpreter.run({str(interpreter.model.graph.inputs[0].name): x}, [logits, *points])
+        tensors = [values[n] for n in points]
+        grads = torch.autograd.grad(values[logits], [x, *tensors], torch.from_numpy(seed).to(kind), allow_unused=True)
+        biased = [(b, g) for b, g in zip(points.values(), grads[1:], strict=True) if g is not None]
+        return full_grad_of(x.detach(), grads[0], biased).numpy()
+
+    return Oracle(name, run, full)
+
+
+def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
+    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, and for
+    a PyTorch model that ends in a Softmax or Sigmoid, whose logits no module returns.
+
+    CamrtError if the source's weights are not those of the bundle.
+    """
+    manifest = bundle.manifest
+    spec = source or manifest.source.get("spec")
+    if manifest.source["kind"] == "torch" and spec and manifest.final_activation is None:
+        from .export.from_torch import weights_digest
+        from .export.sources import open_source
+
+        model = open_source(spec).model
+        if weights_digest(model) != manifest.source["weights_sha256"]:
+            raise CamrtError(f"{spec} has other weights than the bundle: name the model that was exported")
+        return module_oracle(model, f"{spec} in PyTorch")
+    if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
+        from .export.from_onnx import read_graph
+
+        graph = read_graph(spec, manifest.input_shape, [t.name for t in manifest.taps], manifest.source["output"])
+        taps = {tap.name: value for tap, value in graph.taps}
+        return graph_oracle(graph.model, graph.logits, taps, f"{spec}, its operators run by PyTorch")
+    if source:
+        raise ExportError(f"{source}: no such file")
+    return _own_graph(bundle)
+
+
+def _own_graph(bundle: Bundle) -> Oracle:
+    import onnx_ir as ir
+
+    program = max((p for p in bundle.manifest.programs if p.kind == "activations"), key=lambda p: len(p.taps))
+    model = ir.load(bundle.path / program.file)
+    behind = {str(n.outputs[0].name): str(n.inputs[0].name) for n in model.graph if n.op_type == "Identity"}  # type: ignore[union-attr]
+    producers = {str(y.name): n for n in model.graph for y in n.outputs}
+    taps = {}
+    for name in program.taps:
+        tap, value = bundle.manifest.tap(name), behind[f"activation:{name}"]
+        for _ in range({"NCHW": 0, "NHWC": 1, "tokens": 3 if tap.prefix else 2}[tap.layout]):
+            value = str(producers[value].inputs[0].name)  # type: ignore[union-attr]  # back through the change of layout
+        taps[name] = value
+    return graph_oracle(model, "logits", taps, "the bundle's own forward graph, its operators run by PyTorch")

@@ -1,0 +1,96 @@
+"""The network cut at a tap: the trunk computes the tap's activation, the head the logits from it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .graph import TappedGraph, finish, named_values
+from .layouts import from_maps, to_maps
+from .tape import Tape, constant_of, dims, output
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+
+
+def trunk(graph: TappedGraph) -> ir.Model:
+    """image -> logits, `activation` (B, K, h, w) and `context:i`: whatever else the head reads."""
+    model = graph.model.clone()
+    tap, tapped, logits = _parts(graph, model)
+    model.graph.inputs[0].name = "image"
+    tape = Tape(model.graph)
+    outputs = [
+        output(tape, logits, "logits", ["batch", dims(logits)[1]]),
+        output(tape, to_maps(tape, tapped, tap), "activation", ["batch", tap.channels, *tap.grid]),
+    ]
+    context = _context(model.graph, tapped, logits) or []
+    if tap.prefix:
+        context.append(tape.Slice(tapped, [0], [tap.prefix], [1]))
+        context[-1].shape, context[-1].type = ir.Shape(["batch", tap.prefix, tap.channels]), tapped.type
+    outputs += [output(tape, x, f"context:{i}", ["batch", *dims(x)[1:]]) for i, x in enumerate(context)]
+    return finish(model, outputs)
+
+
+def head(graph: TappedGraph) -> ir.Model | None:
+    """`activation` (N, K, h, w) and `context:i`, all of batch N -> logits (N, classes).
+
+    None where the network cannot be cut: what else the head reads of the image has not the batch in front.
+    """
+    model = graph.model.clone()
+    tap, tapped, logits = _parts(graph, model)
+    context = _context(model.graph, tapped, logits)
+    if context is None:
+        return None
+    tape = Tape(model.graph)
+    activation = _input("activation", (tap.channels, *tap.grid))
+    inputs = [_input(f"context:{i}", dims(x)[1:]) for i, x in enumerate(context)]
+    prefix = _input(f"context:{len(inputs)}", (tap.prefix, tap.channels)) if tap.prefix else None
+    after = _downstream(model.graph, tapped)
+    replaced = dict(zip(context, inputs, strict=True)) | {tapped: from_maps(tape, activation, tap, prefix)}
+    for node in after:
+        for i, x in enumerate(node.inputs):
+            if x in replaced:
+                node.replace_input_with(i, replaced[x])
+    model.graph.inputs.clear()
+    model.graph.inputs.extend([activation, *inputs, *([prefix] if prefix is not None else [])])
+    return finish(model, [output(tape, logits, "logits", ["batch", dims(logits)[1]])])
+
+
+def _parts(graph: TappedGraph, model: ir.Model):
+    values = named_values(model.graph)
+    ((tap, name),) = graph.taps
+    return tap, values[name], values[graph.logits]
+
+
+def _input(name: str, sizes: tuple) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(["batch", *sizes]), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def _downstream(graph: ir.Graph, *sources: ir.Value) -> list[ir.Node]:
+    """Nodes that depend on one of the values, in the graph's order."""
+    reached, nodes = set(sources), []
+    for node in graph:
+        if any(x in reached for x in node.inputs):
+            reached.update(node.outputs)
+            nodes.append(node)
+    return nodes
+
+
+def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> list[ir.Value] | None:
+    """Values of the image that the logits read past the tap; None if one has not the batch, alone, in front."""
+    after = _downstream(graph, tapped)
+    inside = {tapped, *(y for node in after for y in node.outputs)}
+    if logits not in inside:
+        return None
+    of_image = {graph.inputs[0], *(y for node in _downstream(graph, graph.inputs[0]) for y in node.outputs)}
+    needed, context = {logits}, {}
+    for node in reversed(after):
+        if not any(y in needed for y in node.outputs):
+            continue
+        for x in node.inputs:
+            if x in inside:
+                needed.add(x)  # type: ignore[arg-type]
+            elif x is not None and x in of_image and constant_of(x) is None:
+                context[x] = None
+    for x in context:
+        if x.dtype not in _FLOATS or x.shape is None or None in dims(x)[1:] or dims(x)[0] is not None:
+            return None
+    return list(context)

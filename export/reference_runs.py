@@ -1,0 +1,161 @@
+"""The methods that run the network again, or differentiate all of it, in plain PyTorch; one image and one target a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..runtime.manifest import Tap
+from .from_torch import is_a
+from .reference import as_maps, combined, minmax, record, resize, weighted
+
+
+@contextmanager
+def _replaced(model: nn.Module, layer: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While it lasts, the layer's output goes through `change`."""
+
+    def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return change(output)
+
+    handle = dict(model.named_modules())[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _activation(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -> torch.Tensor:
+    """(K, h, w)."""
+    recorded = as_maps(record(model, image, target, [tap.name]), [tap])
+    return recorded.activations[tap.name][0]
+
+
+def _probability(model: nn.Module, images: torch.Tensor, target: int) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(part).softmax(1)[:, target] for part in images.split(16)])
+
+
+def score_cam_pp(
+    model: nn.Module, image: torch.Tensor, target: int, tap: Tap, variant: str = "tanh", baseline: str = "none"
+) -> torch.Tensor:
+    """ScoreCAM++ (arXiv 2404.19341) of one image (1, C, H, W): (H, W)."""
+    raised = resize(_activation(model, image, target, tap), image.shape[2:])
+    masks = torch.sigmoid((raised / 2).relu()) if variant == "sigmoid_relu" else torch.tanh(raised)
+    scores = _probability(model, image * masks[:, None], target)
+    if baseline == "zero":
+        scores = scores - _probability(model, torch.zeros_like(image), target)
+    added = raised if variant == "tanh_mask_only" else masks
+    return minmax((scores[:, None, None] * added).sum(0).relu())
+
+
+def score_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap, variant: str = "original") -> torch.Tensor:
+    """Score-CAM (arXiv 1910.01279): (H, W)."""
+    activation = _activation(model, image, target, tap)
+    if variant == "original":
+        raised = resize(activation, image.shape[2:])
+        varies = raised.amax((1, 2)) > raised.amin((1, 2))
+        scores = _probability(model, image * minmax(raised)[:, None], target) * varies
+        return minmax((scores[:, None, None] * raised).sum(0).relu())
+    raised = nn.functional.interpolate(activation[None], image.shape[2:], mode="bilinear", align_corners=True)[0]
+    low, high = raised.amin((1, 2), keepdim=True), raised.amax((1, 2), keepdim=True)
+    masked = image * ((raised - low) / (high - low + 1e-8))[:, None]
+    with torch.no_grad():
+        logits = torch.cat([model(part)[:, target] for part in masked.split(16)])
+    return combined([weighted(logits.softmax(0)[None], activation[None])], image.shape[2:])[0]
+
+
+def ablation_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -> torch.Tensor:
+    """Ablation-CAM (WACV 2020), channels set to zero: (H, W)."""
+    channel_axis = {"NCHW": 1, "NHWC": 3, "tokens": 2}[tap.layout]
+    activation = _activation(model, image, target, tap)
+    scores = []
+    with torch.no_grad():
+        whole = model(image)[0, target]
+        for k in range(tap.channels):
+
+            def without(output: torch.Tensor, k: int = k) -> torch.Tensor:
+                changed = output.clone()
+                grid = changed[:, tap.prefix :] if tap.layout == "tokens" else changed
+                grid.select(channel_axis, k).zero_()
+                return changed
+
+            with _replaced(model, tap.name, without):
+                scores.append(model(image)[0, target])
+    weights = (whole - torch.stack(scores)) / whole
+    return combined([weighted(weights[None], activation[None])], image.shape[2:])[0]
+
+
+def recipro_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap, gaussian: bool = False) -> torch.Tensor:
+    """Recipro-CAM (arXiv 2209.14074): (H, W)."""
+    height, width = tap.grid
+    line = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype)
+    scores = []
+    for position in range(height * width):
+        y, x = divmod(position, width)
+
+        def alone(output: torch.Tensor, y: int = y, x: int = x) -> torch.Tensor:
+            grid = output[:, tap.prefix :].reshape(1, height, width, -1) if tap.layout == "tokens" else output
+            grid = grid.permute(0, 2, 3, 1) if tap.layout == "NCHW" else grid
+            kept = torch.zeros_like(grid)
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    share = line[dy + 1] * line[dx + 1] if gaussian else float(dy == dx == 0)
+                    if 0 <= y + dy < height and 0 <= x + dx < width:
+                        kept[:, y + dy, x + dx] = share * grid[:, y, x]
+            if tap.layout == "NCHW":
+                return kept.permute(0, 3, 1, 2).contiguous()
+            if tap.layout == "tokens":
+                return torch.cat([output[:, : tap.prefix], kept.reshape(1, height * width, -1)], 1)
+            return kept
+
+        with _replaced(model, tap.name, alone):
+            scores.append(_probability(model, image, target))
+    return combined([torch.cat(scores).reshape(1, height, width)], image.shape[2:])[0]
+
+
+Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient where it is added, (B, K, h, w)
+
+
+def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, list[Biased]]:
+    """The image's gradient, and what every 2-d convolution and batch norm makes of zeros, its constant, with its gradient."""
+    constants: dict[str, torch.Tensor] = {}
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if name not in constants and args[0].dim() == 4:
+                constants[name] = torch.zeros(0)  # the next call is our own
+                constants[name] = module(torch.zeros_like(args[0][:1]))[0, :, 0, 0]
+
+        return hook
+
+    modules = {n: m for n, m in model.named_modules() if is_a(m, (nn.Conv2d, nn.BatchNorm2d))}
+    handles = [module.register_forward_hook(measure(name)) for name, module in modules.items()]
+    with torch.no_grad():
+        model(image)
+    for handle in handles:
+        handle.remove()
+    biased = {name: constant for name, constant in constants.items() if constant.any()}
+    entry = nn.Sequential(nn.Identity(), model)  # the image is then the output of a module, which `record` can record
+    recorded = record(entry, image, seed, ["0", *(f"1.{name}" for name in biased)])
+    return recorded.gradients["0"], [(constant, recorded.gradients[f"1.{name}"]) for name, constant in biased.items()]
+
+
+def full_grad(image: torch.Tensor, image_gradient: torch.Tensor, biased: list[Biased]) -> torch.Tensor:
+    """FullGrad (arXiv 1905.00780) as pytorch-grad-cam sums it: (B, H, W)."""
+    size = image.shape[2:]
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        x = x - x.amin((-2, -1), keepdim=True)
+        return x / (1e-7 + x.amax((-2, -1), keepdim=True))
+
+    def summed(x: torch.Tensor) -> torch.Tensor:
+        flat = scaled(x.abs()).flatten(0, 1)
+        return resize(flat, size).reshape(*x.shape[:2], *size).sum(1)
+
+    total = summed(image * image_gradient)
+    for bias, gradient in biased:
+        total = total + summed(bias[:, None, None] * gradient)
+    return scaled(total)

@@ -1,0 +1,134 @@
+"""What the programs give a method, for S explanations of one part of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..manifest import Tap
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What the layer_maps program gives for L layers, side by side in the order of `taps`.
+
+    logits (S, classes); seeds (S, classes), the explained combination of logits; alphas (S, sum K): mean over the grid of the
+    gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input.
+    """
+
+    taps: tuple[Tap, ...]
+    logits: np.ndarray
+    seeds: np.ndarray
+    alphas: np.ndarray
+    maps: np.ndarray
+    size: tuple[int, int]
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        return [t.grid for t in self.taps]
+
+    def alpha_of_layers(self) -> list[np.ndarray]:
+        """(S, K) per layer."""
+        return np.split(self.alphas, np.cumsum([t.channels for t in self.taps])[:-1], axis=1)
+
+    def map_of_layers(self) -> list[np.ndarray]:
+        """(S, h, w) per layer."""
+        parts = np.split(self.maps, np.cumsum([h * w for h, w in self.grids])[:-1], axis=1)
+        return [p.reshape(-1, *grid) for p, grid in zip(parts, self.grids, strict=True)]
+
+    def select(self, layers: Sequence[str]) -> LayerMaps:
+        """The same for some of the layers, in their order here."""
+        if len(layers) == len(self.taps):
+            return self
+        kept = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
+        alphas, maps = self.alpha_of_layers(), self.map_of_layers()
+        return LayerMaps(
+            tuple(self.taps[i] for i in kept),
+            self.logits,
+            self.seeds,
+            np.concatenate([alphas[i] for i in kept], axis=1),
+            np.concatenate([maps[i].reshape(len(self.maps), -1) for i in kept], axis=1),
+            self.size,
+        )
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Whole activations and gradients of L layers: (S, K, h, w) each, in the order of `taps`; else as LayerMaps.
+
+    Several seeds of one image see one activation, repeated without a copy. gradients is empty where none were asked for.
+    """
+
+    taps: tuple[Tap, ...]
+    logits: np.ndarray
+    seeds: np.ndarray
+    activations: tuple[np.ndarray, ...]
+    gradients: tuple[np.ndarray, ...]
+    size: tuple[int, int]
+
+    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(activation, gradient) per layer."""
+        return zip(self.activations, self.gradients, strict=True)
+
+
+@dataclass(frozen=True)
+class GridMaps:
+    """What the full_grad program gives: per grid size, summed maps (S, h, w); else as LayerMaps."""
+
+    taps: tuple[Tap, ...]
+    logits: np.ndarray
+    seeds: np.ndarray
+    maps: tuple[np.ndarray, ...]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A place where batches run one after the other: run(masked (n, C, H, W)) -> logits (n, classes), and its buffers,
+    masked (N, C, H, W) and gates (N, H, W), N the most that a part holds.
+    """
+
+    number: int
+    run: Callable[[np.ndarray], np.ndarray]
+    masked: np.ndarray
+    gates: np.ndarray
+
+
+@dataclass(frozen=True)
+class MaskedRuns:
+    """One image, its activations (K, h, w) per layer, and the network to run masked images through.
+
+    probabilities: logits (n, classes) -> probabilities. batches(count, work): calls work(part, lane) for parts of 0..count,
+    several at a time where the backend has several lanes; a part always goes to the same lane.
+    """
+
+    taps: tuple[Tap, ...]
+    logits: np.ndarray
+    seeds: np.ndarray
+    image: np.ndarray
+    activations: tuple[np.ndarray, ...]
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    batches: Callable[[int, Callable[[slice, Lane], None]], None]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.shape[1:]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One image, its activations (K, h, w) per layer, and the rest of the network after each layer.
+
+    heads: changed activations (N, K, h, w) -> logits (N, classes), for any N; batch: how many to make at a time.
+    """
+
+    taps: tuple[Tap, ...]
+    logits: np.ndarray
+    seeds: np.ndarray
+    activations: tuple[np.ndarray, ...]
+    heads: tuple[Callable[[np.ndarray], np.ndarray], ...]
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    batch: int
+    size: tuple[int, int]

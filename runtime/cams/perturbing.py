@@ -1,0 +1,74 @@
+"""Methods that change the activation and run the rest of the network: no gradient, no full run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .baseline import combined
+from .data import Heads
+from .registry import Result, cam
+
+_WINDOW = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 16
+
+
+def _scores(heads: Heads, index: int, changed, count: int, logits: bool) -> np.ndarray:
+    """seed . logits, or . probabilities, (S, count) of activations that changed(start, end) makes, (n, K, h, w)."""
+    parts = []
+    for start in range(0, count, heads.batch):
+        out = heads.heads[index](changed(start, min(start + heads.batch, count)))
+        parts.append(out if logits else heads.probabilities(out))
+    return heads.seeds @ np.concatenate(parts).T
+
+
+@cam("ablation_cam", needs="heads", layers="last", source="Desai and Ramaswamy, Ablation-CAM, WACV 2020")
+def ablation_cam(heads: Heads) -> Result:
+    """ReLU(sum_k w_k A_k), w_k = (S - S_k) / S, S_k the logit when channel k is set to zero.
+
+    Runs only the network behind the tap, and only channels that are not zero already. Where activations are negative
+    pytorch-grad-cam subtracts 1e7 in place of ablating; this is the paper's zero. Where S is 0, w_k = S - S_k.
+    """
+    per_layer = []
+    score = (heads.logits.astype(np.float64) * heads.seeds).sum(axis=1)
+    for index, activation in enumerate(heads.activations):
+        live = np.flatnonzero(activation.any(axis=(1, 2)))
+
+        def without(start: int, end: int, activation=activation, live=live) -> np.ndarray:
+            changed = np.repeat(activation[None], end - start, axis=0)
+            changed[np.arange(end - start), live[start:end]] = 0
+            return changed
+
+        weights = np.zeros((len(heads.seeds), len(activation)), np.float32)
+        if len(live):
+            scores = _scores(heads, index, without, len(live), logits=True)
+            weights[:, live] = (score[:, None] - scores) / np.where(score == 0, 1, score)[:, None]
+        per_layer.append(np.einsum("sk,khw->shw", weights, activation))
+    return combined(per_layer, heads.size)
+
+
+@cam("recipro_cam", needs="heads", layers="last", source="Byun and Lee, Recipro-CAM, arXiv 2209.14074")
+def recipro_cam(heads: Heads, gaussian: bool = False) -> Result:
+    """M_ij = the class's probability when the tap keeps its activation at position (i, j) alone.
+
+    gaussian: the position's activation is spread over its 3 x 3 neighbours with weights 1/4, 1/8, 1/16, as the paper offers.
+    Tokens before the grid (a class token) keep theirs.
+    """
+    per_layer = []
+    for index, activation in enumerate(heads.activations):
+        height, width = activation.shape[1:]
+
+        def alone(start: int, end: int, activation=activation, height=height, width=width) -> np.ndarray:
+            changed = np.zeros((end - start, *activation.shape), np.float32)
+            for n, position in enumerate(range(start, end)):
+                y, x = divmod(position, width)
+                kept = activation[:, y, x, None, None]
+                if not gaussian:
+                    changed[n, :, y : y + 1, x : x + 1] = kept
+                    continue
+                top, left = max(y - 1, 0), max(x - 1, 0)
+                window = _WINDOW[top - y + 1 : height - y + 1, left - x + 1 : width - x + 1]
+                changed[n, :, top : top + window.shape[0], left : left + window.shape[1]] = kept * window
+            return changed
+
+        scores = _scores(heads, index, alone, height * width, logits=False)
+        per_layer.append(scores.reshape(-1, height, width).astype(np.float32))
+    return combined(per_layer, heads.size)

@@ -1,0 +1,226 @@
+"""Numbers that say how good a map is: faithfulness to the network, and agreement with a mask of the object.
+
+Scores are probabilities of the explained class. Maps (H, W) are scaled to [0, 1] by the caller. Where a definition leaves a
+choice open, the docstring says which was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .errors import CamrtError
+
+Score = Callable[[np.ndarray], np.ndarray]  # network inputs (N, C, H, W) -> probabilities of the explained class (N,)
+
+PERCENTILES = (20, 40, 60, 80)  # of pixels that ROAD removes
+
+
+# ---- faithfulness
+
+
+def masked(image: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+    """The network's input (C, H, W) seen through a map: their product, so that what the map hides becomes the mean colour."""
+    return (image * scaled).astype(np.float32)
+
+
+def average_drop(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """100 max(0, Y - O) / Y per image, in percent: Y the probability for the image, O for the image through its map. Lower is
+    better. before, after (B,) -> (B,). Chattopadhyay et al., arXiv 1710.11063.
+    """
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    return 100 * np.maximum(before - after, 0) / np.maximum(before, np.finfo(np.float64).tiny)
+
+
+def increase_in_confidence(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """100 where O > Y, else 0, in percent of images; see average_drop. Higher is better. arXiv 1710.11063."""
+    return 100.0 * (np.asarray(after) > np.asarray(before))
+
+
+def win_percentage(drops: np.ndarray) -> np.ndarray:
+    """100 where a method's drop is the least of all methods on an image, shared by those that tie. Higher is better.
+
+    drops (B, methods), of average_drop -> (B, methods), rows summing to 100. arXiv 1710.11063 compares two methods so.
+    """
+    best = drops == drops.min(axis=1, keepdims=True)
+    return 100 * best / best.sum(axis=1, keepdims=True)
+
+
+def _ranks(scaled: np.ndarray) -> np.ndarray:
+    """For each pixel its place when sorted from the most to the least relevant, ties in reading order."""
+    order = np.argsort(-scaled.ravel(), kind="stable")
+    ranks = np.empty(order.size, np.int64)
+    ranks[order] = np.arange(order.size)
+    return ranks.reshape(scaled.shape)
+
+
+def exchanged(image: np.ndarray, other: np.ndarray, scaled: np.ndarray, steps: int) -> np.ndarray:
+    """`image` with ever more of its pixels, the most relevant first, taken from `other`: (steps + 1, C, H, W)."""
+    ranks = _ranks(scaled)
+    counts = np.round(np.linspace(0, scaled.size, steps + 1))
+    taken = ranks[None] < counts[:, None, None]
+    return np.where(taken[:, None], other, image).astype(np.float32)
+
+
+def area_under(curve: np.ndarray) -> float:
+    """Trapezoid rule over equal steps from 0 to 1."""
+    return float((curve[:-1] + curve[1:]).mean() / 2)
+
+
+def deletion(image: np.ndarray, scaled: np.ndarray, score: Score, steps: int = 32) -> float:
+    """Area under the probability as pixels become the mean colour (0 in the network's input), the most relevant first.
+
+    Lower is better. Petsiuk et al., RISE, arXiv 1806.07421.
+    """
+    return area_under(score(exchanged(image, np.zeros_like(image), scaled, steps)))
+
+
+def insertion(image: np.ndarray, scaled: np.ndarray, score: Score, steps: int = 32) -> float:
+    """Area under the probability as a blurred image gets its pixels back, the most relevant first. Higher is better.
+
+    The blur is RISE's, a Gaussian of sigma 5 over 11 x 11 pixels, at the border with the nearest pixel instead of black.
+    arXiv 1806.07421. CamrtError without scipy.
+    """
+    return area_under(score(exchanged(blurred(image), image, scaled, steps)))
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """(C, H, W), each channel under a Gaussian of sigma 5 over 11 x 11 pixels."""
+    ndimage = _scipy("ndimage")
+    return np.stack([ndimage.gaussian_filter(c, sigma=5, radius=5, mode="nearest") for c in image]).astype(np.float32)
+
+
+def road(
+    image: np.ndarray,
+    scaled: np.ndarray,
+    score: Score,
+    percentiles: Sequence[float] = PERCENTILES,
+    noise: float = 0.01,
+    seed: int = 0,
+) -> float:
+    """Mean over percentiles of (probability without the least relevant pixels - without the most relevant) / 2.
+
+    Removed pixels are imputed from their neighbours (`impute`) with Gaussian noise. Higher is better. Rong et al., arXiv
+    2202.00449, combined as pytorch-grad-cam does. CamrtError without scipy.
+    """
+    ranks, rng = _ranks(scaled), np.random.default_rng(seed)
+    batch = []
+    for percentile in percentiles:
+        count = round(scaled.size * percentile / 100)
+        for removed in (ranks >= scaled.size - count, ranks < count):  # the least, the most relevant
+            batch.append(impute(image, removed, noise, rng))
+    scores = np.asarray(score(np.stack(batch)), np.float64).reshape(-1, 2)
+    return float((scores[:, 0] - scores[:, 1]).mean() / 2)
+
+
+def impute(image: np.ndarray, removed: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Noisy linear imputation: each removed pixel is the mean of its neighbours, direct ones weighing 1/6 and diagonal ones 1/12
+    (fewer at the border, weights then growing to 1), which is a sparse linear system; plus noise.
+
+    image (C, H, W), removed (H, W) bool -> (C, H, W) float32. arXiv 2202.00449, section 4.
+    """
+    height, width = removed.shape
+    if not removed.any():
+        return image.astype(np.float32)
+    sparse, linalg = _scipy("sparse"), _scipy("sparse.linalg")
+    rows, columns = np.nonzero(removed)
+    number = np.full(removed.shape, -1)
+    number[rows, columns] = np.arange(len(rows))
+    right = np.zeros((len(rows), len(image)))
+    weight_sum = np.zeros(len(rows))
+    entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            if dy == dx == 0:
+                continue
+            weight = 1 / 6 if dy == 0 or dx == 0 else 1 / 12
+            y, x = rows + dy, columns + dx
+            inside = np.flatnonzero((y >= 0) & (y < height) & (x >= 0) & (x < width))
+            y, x = y[inside], x[inside]
+            weight_sum[inside] += weight
+            unknown = removed[y, x]
+            right[inside[~unknown]] += weight * image[:, y[~unknown], x[~unknown]].T
+            entries.append((inside[unknown], number[y[unknown], x[unknown]], np.full(unknown.sum(), -weight)))
+    entries.append((np.arange(len(rows)), np.arange(len(rows)), weight_sum))
+    i, j, values = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+    if removed.all():
+        raise ValueError("every pixel was removed: there is nothing to impute from")
+    matrix = sparse.csc_matrix((values, (i, j)), shape=(len(rows), len(rows)))
+    solved = linalg.splu(matrix, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve(right)
+    filled = image.astype(np.float32).copy()
+    filled[:, rows, columns] = (solved + noise * rng.standard_normal(solved.shape)).T
+    return filled
+
+
+def _scipy(module: str):
+    try:
+        import importlib
+
+        return importlib.import_module(f"scipy.{module}")
+    except ImportError:
+        raise CamrtError("insertion and road need scipy: pip install 'camrt[evaluate]'") from None
+
+
+# ---- agreement with a mask: object (H, W) bool; pixels outside `valid` (H, W) bool are left out
+
+
+def otsu(values: np.ndarray) -> float:
+    """The threshold between 256 levels of values in [0, 1] that parts them with the most variance between the two classes.
+
+    Levels are round(255 x); values above the threshold are in front. Otsu, IEEE TSMC 1979.
+    """
+    levels = np.round(np.clip(values, 0, 1) * 255).astype(np.int64)
+    counts = np.bincount(levels.ravel(), minlength=256).astype(np.float64)
+    below = np.cumsum(counts)
+    first = np.cumsum(counts * np.arange(256))
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = first / below - (first[-1] - first) / above
+    between = np.where((below > 0) & (above > 0), below * above * gap**2, 0)
+    return (int(between.argmax()) + 0.5) / 255
+
+
+def iou(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray, threshold: float | None = None) -> float:
+    """Intersection over union of the object and of the map above a threshold, by default Otsu's. Higher is better."""
+    front = scaled > (otsu(scaled[valid]) if threshold is None else threshold)
+    joint, union = (front & object & valid).sum(), ((front | object) & valid).sum()
+    return float(joint / union) if union else 0.0
+
+
+def centre_distance(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
+    """Distance between the map's and the object's centres of mass, as a part of the picture's diagonal. Lower is better.
+
+    A map of zeros has its centre in the middle.
+    """
+    weights = np.where(valid, scaled, 0).astype(np.float64)
+    centres = [
+        _centre(weights if weights.any() else np.ones_like(weights)),
+        _centre((object & valid).astype(np.float64)),
+    ]
+    return float(np.hypot(*(centres[0] - centres[1])) / math.hypot(*scaled.shape))
+
+
+def _centre(weights: np.ndarray) -> np.ndarray:
+    rows, columns = weights.sum(axis=1), weights.sum(axis=0)
+    total = weights.sum()
+    return np.array([(rows * np.arange(len(rows))).sum(), (columns * np.arange(len(columns))).sum()]) / total
+
+
+def energy(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
+    """Energy-based pointing game: the part of the map's sum that lies on the object; 0 for a map of zeros. Higher is better.
+
+    Wang et al., Score-CAM, arXiv 1910.01279.
+    """
+    total = scaled[valid].sum(dtype=np.float64)
+    return float(scaled[object & valid].sum(dtype=np.float64) / total) if total > 0 else 0.0
+
+
+def pointing(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
+    """Pointing game: 1 if the map's maximum (the first, in a tie) lies on the object, else 0, without a margin.
+
+    Higher is better; a constant map, which points nowhere, has 0. Zhang et al., arXiv 1608.00507.
+    """
+    seen = np.where(valid, scaled, -np.inf)
+    return float((object & valid).ravel()[seen.argmax()]) if np.ptp(scaled[valid]) > 0 else 0.0

@@ -1,0 +1,405 @@
+"""Every CAM method, as the runtime computes it from an exported network, against its reference in PyTorch in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import small_net
+from torch import nn
+
+import camrt
+from camrt.compare import largest_difference
+from camrt.export import reference, reference_runs
+from camrt.runtime.cams import METHODS
+from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
+from camrt.runtime.runs import Runs
+from camrt.verify import smooth_images
+
+IMAGES = smooth_images((3, 32, 32), 3)
+TARGETS = [1, 4, 0]
+CONVOLUTIONS = ["stem", "block.0", "head.0"]
+LIMIT = 1e-4  # the network is shallow: float32 leaves 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under some options, and its map (H, W) of one image (1, C, H, W) for a class, by PyTorch."""
+
+    method: str
+    reference: Callable[[nn.Module, torch.Tensor, int, Any], torch.Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.method, *(f"{k}={getattr(v, '__name__', v)}" for k, v in self.options.items())])
+
+
+def layer_case(name: str) -> Case:
+    def compute(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
+        return reference.LAYER_METHODS[name](reference.record(model, image, target, [tap.name]), image.shape[2:])[0]
+
+    return Case(name, compute)
+
+
+def run_case(name: str, **options: Any) -> Case:
+    compute = getattr(reference_runs, name)
+    return Case(name, lambda m, x, t, tap: compute(m, x, t, tap, **options), options)
+
+
+def winsor(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
+    recorded = reference.record(model, image, target, CONVOLUTIONS)
+    return reference.winsor_cam(recorded, image.shape[2:], 50, "max")[0][0]
+
+
+def full_grad(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
+    seed = nn.functional.one_hot(torch.tensor([target]), 5).to(image.dtype)
+    return reference_runs.full_grad(image, *reference_runs.biases_of_module(model, image, seed))[0]
+
+
+def finer(model: nn.Module, image: torch.Tensor, target: int, tap: Any, alpha: float, comparisons: int) -> torch.Tensor:
+    with torch.no_grad():
+        seed = reference.finer_seed(model(image), target, alpha, comparisons)
+    return reference.grad_cam(reference.record(model, image, seed, [tap.name]), image.shape[2:])[0]
+
+
+def integrative(smooth: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def compute(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
+        recorded = reference.record(model, image, target, CONVOLUTIONS)
+        seed = nn.functional.one_hot(torch.tensor([target]), 5).to(image.dtype)
+        return reference.integrative_cam(recorded, seed, image.shape[2:], smooth)[0][0]
+
+    return compute
+
+
+def probability(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(image)[0]
+    others = torch.cat([logits[:target], logits[target + 1 :]]).logsumexp(0)
+    return integrative(lambda s: torch.sigmoid(s - others))(model, image, target, tap)
+
+
+square = camrt.Smooth(lambda s: s**2 + s**3, lambda s: 2 * s + 3 * s**2, lambda s: 2 + 6 * s, lambda s: 6 + 0 * s)
+
+CASES = [
+    Case("winsor_cam", winsor, {"percentile": 50, "layer_aggregation": "max"}),
+    *(layer_case(name) for name in reference.LAYER_METHODS),
+    Case("integrative_cam", integrative(lambda s: s)),
+    Case("integrative_cam", integrative(torch.exp), {"smooth": "exp"}),
+    Case("integrative_cam", integrative(nn.functional.softplus), {"smooth": "softplus"}),
+    Case("integrative_cam", probability, {"smooth": "softmax"}),
+    Case("integrative_cam", integrative(lambda s: s**2 + s**3), {"smooth": square}),
+    Case("full_grad", full_grad),
+    Case("finer_cam", functools.partial(finer, alpha=1.0, comparisons=3)),
+    Case("finer_cam", functools.partial(finer, alpha=0.6, comparisons=2), {"alpha": 0.6, "comparisons": 2}),
+    *(
+        run_case("score_cam_pp", variant=variant, baseline=baseline)
+        for variant in ("tanh", "tanh_mask_only", "sigmoid_relu")
+        for baseline in ("none", "zero")
+    ),
+    run_case("score_cam", variant="original"),
+    run_case("score_cam", variant="pytorch_grad_cam"),
+    run_case("ablation_cam"),
+    run_case("recipro_cam"),
+    run_case("recipro_cam", gaussian=True),
+]
+
+
+@functools.cache
+def in_float64() -> nn.Module:
+    return reference.in_float64(small_net())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_method_agrees_with_the_reference(case: Case, explainer: camrt.Explainer) -> None:
+    """A batch of images with a class each, and one image with several classes."""
+    tap = next(t for t in explainer.manifest.taps if "last" in t.roles)
+    images = torch.from_numpy(IMAGES).double()
+    want = np.stack([case.reference(in_float64(), images[i : i + 1], t, tap).numpy() for i, t in enumerate(TARGETS)])
+    assert (np.ptp(want, axis=(1, 2)) > 0.05).sum() >= 2, "a map that says nothing tests nothing"
+    got = explainer.explain(IMAGES, case.method, TARGETS, **case.options)
+    assert got.maps.dtype == np.float32
+    assert largest_difference(got.maps, want.astype(np.float32)) < LIMIT
+    several = explainer.explain(IMAGES[:1], case.method, [TARGETS], **case.options)
+    assert several.maps.shape == (1, 3, 32, 32)
+    assert largest_difference(several.maps[0, :1], want[:1].astype(np.float32)) < LIMIT
+    alone = explainer.explain(IMAGES[:1], case.method, TARGETS[2], **case.options)
+    assert largest_difference(several.maps[0, 2], alone.maps[0]) < 1e-5
+
+
+def test_every_method_has_a_row() -> None:
+    assert set(METHODS) == {case.method for case in CASES}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_every_method_is_documented(method: Any) -> None:
+    assert method.function.__doc__ and method.source
+    for option in method.options:
+        assert option in method.function.__doc__, f"{option} is not explained"
+
+
+@pytest.mark.parametrize("method", reference.LAYER_METHODS)
+def test_several_layers_are_averaged(method: str, explainer: camrt.Explainer) -> None:
+    layers = ["block.0", "head"]
+    recorded = reference.record(in_float64(), torch.from_numpy(IMAGES[:1]).double(), 1, layers)
+    want = reference.LAYER_METHODS[method](recorded, (32, 32)).numpy().astype(np.float32)
+    result = explainer.explain(IMAGES[:1], method, 1, layers)
+    assert largest_difference(result.maps, want) < LIMIT
+    assert result.layers == ("block.0", "head") and (result.layer_weights == 0.5).all()
+
+
+@pytest.mark.parametrize("method", ["score_cam_pp", "score_cam"])
+def test_several_layers_of_masks_are_averaged(method: str, explainer: camrt.Explainer) -> None:
+    result = explainer.explain(IMAGES[:2], method, 1, ["block.0", "head"])
+    singles = [explainer.explain(IMAGES[:2], method, 1, layer) for layer in ("block.0", "head")]
+    mean = np.mean([s.maps for s in singles], axis=0)
+    low = mean.min((1, 2), keepdims=True)
+    assert np.abs(result.maps - (mean - low) / (mean - low).max((1, 2), keepdims=True)).max() < 1e-5
+    runs = [r.details["masked_runs"] for r in (result, *singles)]
+    assert (runs[0] == runs[1] + runs[2]).all()
+
+
+# ---- ScoreCAM++
+
+
+class Dying(nn.Module):
+    """Half of the channels of its last block are zero everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory: pytest.TempPathFactory) -> camrt.Explainer:
+    torch.manual_seed(0)
+    model = Dying().eval()
+    with torch.no_grad():
+        model.body[0].bias[::2] = -100.0  # type: ignore[index]
+        model.fc.weight *= 3
+    return camrt.load(camrt.export_model(model, tmp_path_factory.mktemp("m") / "dying.camrt", (3, 32, 32)))
+
+
+@pytest.mark.parametrize("method", ["score_cam_pp", "score_cam"])
+def test_dead_channels_never_run_and_change_nothing(
+    method: str, dying: camrt.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against every channel run one by one: the same map, and half of the masks saved."""
+    image = smooth_images((3, 32, 32), 1)
+    result = dying.explain(image, method, 1)
+    assert result.details["channels"][0] == 16 and result.details["masked_runs"][0] == 8
+    backend = dying._runs.backend
+    program = backend.open(dying.bundle.path / "activations.last.onnx").run({"image": image})
+    activation = program["activation:body"][0]
+    assert (activation.max((1, 2)) == 0).sum() == 8
+    raised = torch.nn.functional.interpolate(torch.from_numpy(activation)[None], (32, 32), mode="bilinear")[0].numpy()
+    span = np.ptp(raised, axis=(1, 2), keepdims=True)
+    gates = np.tanh(raised) if method == "score_cam_pp" else raised / np.where(span > 0, span, 1)
+    logits = dying.classify((image * gates[:, None]).astype(np.float32)).astype(np.float64)
+    scores = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[:, 1]
+    total = (scores[:, None, None] * (gates if method == "score_cam_pp" else raised)).sum(0)
+    want = (total - total.min()) / np.ptp(total)
+    assert np.abs(result.maps[0] - want).max() < 1e-5
+
+
+def test_sigmoid_relu_runs_one_mask_for_all_dead_channels(dying: camrt.Explainer) -> None:
+    result = dying.explain(smooth_images((3, 32, 32), 1), "score_cam_pp", 1, variant="sigmoid_relu")
+    assert result.details["masked_runs"][0] == 9
+
+
+@pytest.mark.parametrize("variant", ["tanh", "tanh_mask_only", "sigmoid_relu"])
+@pytest.mark.parametrize("baseline", ["none", "zero"])
+def test_max_error_drops_channels_within_its_bound(variant: str, baseline: str, explainer: camrt.Explainer) -> None:
+    """The unnormalised map, which the bound is on, moves by at most the bound that is reported."""
+    options = {"variant": variant, "baseline": baseline}
+    whole = explainer.explain(IMAGES[:1], "score_cam_pp", 1, **options)
+    assert whole.details["error_bound"][0] == 0 and whole.details["masked_runs"][0] >= 11
+    dropped = explainer.explain(IMAGES[:1], "score_cam_pp", 1, max_error=1.8, **options)
+    bound, runs = dropped.details["error_bound"][0], dropped.details["masked_runs"][0]
+    assert 0 < bound <= 1.8 and runs < whole.details["masked_runs"][0]
+    unscaled = [unnormalised(explainer, IMAGES[:1], e, options) for e in (0.0, 1.8)]
+    moved = np.abs(unscaled[0] - unscaled[1]).max()
+    assert 0 < moved <= bound
+    everything = explainer.explain(IMAGES[:1], "score_cam_pp", 1, max_error=1e6, **options)
+    assert everything.details["masked_runs"][0] == 0 and not everything.maps.any()
+
+
+def unnormalised(explainer: camrt.Explainer, image: np.ndarray, max_error: float, options: dict) -> np.ndarray:
+    """sum_k s_k H_k before ReLU and min-max."""
+    from camrt.runtime.cams import masking
+
+    seen: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masking, "minmax", lambda maps: maps)
+        patch.setattr(masking.np, "maximum", lambda maps, floor: seen.append(maps) or maps)
+        explainer.explain(image, "score_cam_pp", 1, max_error=max_error, **options)
+    return seen[-1]
+
+
+def test_masks_do_not_outlive_their_batch(explainer: camrt.Explainer) -> None:
+    """The buffers of a lane hold one batch of masks, whatever the number of channels."""
+    held: list[int] = []
+    small = camrt.Explainer(explainer.bundle, explainer._runs.backend, max_batch=2)
+    data = {}
+    read = Runs.read
+
+    def spy(self: Runs, *arguments: Any) -> Any:
+        data["runs"] = read(self, *arguments)
+        batches = data["runs"].batches
+
+        def counted(count: int, work: Any) -> None:
+            batches(count, lambda part, lane: (held.append(lane.masked.nbytes + lane.gates.nbytes), work(part, lane)))
+
+        object.__setattr__(data["runs"], "batches", counted)
+        return data["runs"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runs, "read", spy)
+        result = small.explain(IMAGES[:1], "score_cam_pp", 1)
+    assert len(held) == 6 and set(held) == {2 * 4 * 32 * 32 * 4}
+    assert largest_difference(result.maps, explainer.explain(IMAGES[:1], "score_cam_pp", 1).maps) < 1e-5
+
+
+def test_scores_are_the_same_bits_each_time(exported: Path) -> None:
+    runs = [camrt.load(exported, threads=2, max_batch=3).explain(IMAGES, "score_cam_pp", 1).maps for _ in range(4)]
+    assert all((r == runs[0]).all() for r in runs)
+
+
+# ---- Integrative CAM
+
+
+@pytest.mark.parametrize("smooth", [*SMOOTH, square], ids=str)
+def test_a_layer_sums_to_the_smooth_score(smooth: Any, explainer: camrt.Explainer) -> None:
+    """The bias makes sum_ij (sum_k w_k A_k + b / (h w)) equal to Y, here both divided by f'(S)."""
+    data = gradients_of(explainer)
+    score = (data.logits * data.seeds).sum(1).astype(np.float64)
+    found = terms(smooth, score, data.logits.astype(np.float64), data.seeds)
+    for activation, gradient in data.pairs():
+        np.testing.assert_allclose(layer_map(activation, gradient, found).sum((1, 2)), found.value, rtol=1e-5)
+
+
+def gradients_of(explainer: camrt.Explainer) -> Any:
+    method = METHODS["integrative_cam"]
+    seeds = np.eye(5, dtype=np.float32)[TARGETS][:, None]
+    (part,) = explainer._runs.parts(IMAGES, seeds, by_image=False)
+    return explainer._runs.read(method, part, CONVOLUTIONS, {})
+
+
+class Rescaled(nn.Module):
+    """The small network with its second tap times c, and what follows it times 1 / c: the same function."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.net = small_net()
+        with torch.no_grad():
+            self.net.head[0].weight *= factor  # type: ignore[index]
+            self.net.head[0].bias *= factor  # type: ignore[index]
+            self.net.fc.weight /= factor  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_layer_weights_do_not_change_when_a_layer_is_rescaled(tmp_path: Path) -> None:
+    results = []
+    for i, factor in enumerate((1.0, 37.0)):
+        path = camrt.export_model(Rescaled(factor), tmp_path / f"{i}.camrt", (3, 32, 32), "conv")
+        results.append(camrt.load(path).explain(IMAGES, "integrative_cam", 1))
+    np.testing.assert_allclose(results[0].logits, results[1].logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(results[0].layer_weights, results[1].layer_weights, rtol=1e-4)
+    np.testing.assert_allclose(results[0].layer_weights.sum(1), 1, rtol=1e-5)
+    assert np.abs(results[0].maps - results[1].maps).max() < 1e-3
+
+
+# ---- awkward networks and wrong arguments
+
+
+class OneChannel(nn.Module):
+    """One channel, one class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 1, 3, 1, 1), nn.ReLU())
+        self.fc = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+class Flat(nn.Module):
+    """Its activations are the same at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(0 * x + 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [OneChannel, Flat])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_awkward_networks(make: Any, method: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A channel count of one, one class, constant activations: a finite map, constant where nothing varies, or a refusal."""
+    torch.manual_seed(3)
+    explainer = camrt.load(camrt.export_model(make().eval(), tmp_path / "net.camrt", (3, 16, 16)))
+    if make is OneChannel and method == "finer_cam":
+        with pytest.raises(camrt.CamrtError, match="finer_cam compares classes, and this network has one"):
+            explainer.explain(smooth_images((3, 16, 16), 2), method)
+        return
+    result = explainer.explain(smooth_images((3, 16, 16), 2), method)
+    assert result.maps.shape == (2, 16, 16) and np.isfinite(result.maps).all()
+    if make is Flat and method not in ("full_grad", "winsor_cam"):
+        assert not np.ptp(result.maps, axis=(1, 2)).any()
+
+
+def test_one_class_has_a_probability(tmp_path: Path) -> None:
+    """A single logit's softmax is always 1; its sigmoid says something."""
+    torch.manual_seed(3)
+    explainer = camrt.load(camrt.export_model(OneChannel().eval(), tmp_path / "net.camrt", (3, 16, 16)))
+    images = smooth_images((3, 16, 16), 2)
+    logits = explainer.classify(images)
+    np.testing.assert_allclose(explainer.probabilities(images), 1 / (1 + np.exp(-logits)), rtol=1e-5)
+    with pytest.raises(camrt.CamrtError, match="the softmax of one class is always 1"):
+        explainer.explain(images, "integrative_cam", smooth="softmax")
+
+
+REFUSALS = [
+    ("score_cam_pp", {"variant": "relu"}, "variant 'relu': use tanh, tanh_mask_only, sigmoid_relu"),
+    ("score_cam_pp", {"baseline": "black"}, "baseline 'black': use none, zero"),
+    ("score_cam_pp", {"max_error": -1}, "max_error -1: use a number from 0"),
+    ("score_cam", {"variant": "tanh"}, "variant 'tanh': use original, pytorch_grad_cam"),
+    ("integrative_cam", {"smooth": "log"}, "smooth 'log': use identity, exp, softmax, softplus, or camrt.Smooth"),
+    ("finer_cam", {"comparisons": 0}, "comparisons 0: use a whole number from 1"),
+    ("finer_cam", {"target": np.array([[1.0, -1, 0, 0, 0]])}, "finer_cam explains classes, not seed arrays"),
+    ("full_grad", {"layers": "last"}, "full_grad reads the whole network: leave layers out"),
+    ("ablation_cam", {"layers": ["stem"]}, "has no program 'trunk' for stem: .* export it with --layers last"),
+    ("eigen_cam", {"target": 9}, r"class 9 is out of range: the network has classes 0\.\.4"),
+    ("gradcam", {}, "no method 'gradcam': did you mean 'grad_cam'"),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "message"), REFUSALS, ids=[f"{r[0]} {r[2][:30]}" for r in REFUSALS])
+def test_refusals_are_one_line(method: str, arguments: dict, message: str, explainer: camrt.Explainer) -> None:
+    with pytest.raises(camrt.CamrtError, match=message) as caught:
+        explainer.explain(IMAGES[:1], method, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_seed_array_is_a_contrast_of_probabilities(explainer: camrt.Explainer) -> None:
+    """Score methods are linear in the seed before the ReLU: doubling it changes nothing after min-max."""
+    seed = np.array([[1.0, -1.0, 0, 0, 0]], np.float32)
+    for method in ("score_cam_pp", "score_cam", "recipro_cam", "ablation_cam"):
+        first, second = (explainer.explain(IMAGES[:1], method, s).maps for s in (seed, 2 * seed))
+        assert largest_difference(first, second) < 1e-5
+        assert largest_difference(first, explainer.explain(IMAGES[:1], method, 0).maps) > 1e-3
