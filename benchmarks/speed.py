@@ -10,21 +10,19 @@ of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import build, machine, print_times, summary, take_turns, versions
 from torch import nn
 
 import camrt
@@ -32,32 +30,6 @@ from camrt.oracle import module_oracle
 from camrt.runtime.backends import create
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import smooth_images, verify_bundle
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support import import_torchvision, warmed_up
-
-
-def build(name: str, size: int) -> nn.Module:
-    torch.manual_seed(0)
-    return warmed_up(import_torchvision().models.get_model(name, weights=None), (3, size, size))
-
-
-def take_turns(contenders: dict[str, Callable[[], Any]], runs: int, warm_up: int = 3) -> dict[str, np.ndarray]:
-    """Seconds of each contender in each turn, each after a pause in which its forerunner's threads stop spinning."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warm_up + runs):
-        for name, run in contenders.items():
-            time.sleep(0.1)
-            started = time.perf_counter()
-            run()
-            if turn >= warm_up:
-                times[name].append(time.perf_counter() - started)
-    return {name: np.array(t) for name, t in times.items()}
-
-
-def summary(times: np.ndarray) -> dict[str, float]:
-    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1e3
-    return {"median_ms": round(middle, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}  # type: ignore[dict-item]
 
 
 def peer(folder: Path, model: nn.Module, image: np.ndarray, target: int) -> Callable[[], Any]:
@@ -83,8 +55,8 @@ def export_memory(name: str, size: int) -> dict[str, float]:
     code = (
         "import resource, sys, tempfile, pathlib, camrt\n"
         f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        "import speed\n"
-        "torchvision = speed.import_torchvision()\n"
+        "import common\n"
+        "torchvision = common.import_torchvision()\n"
         f"model = torchvision.models.get_model({name!r}, weights=None).eval()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "with tempfile.TemporaryDirectory() as folder:\n"
@@ -150,8 +122,8 @@ def main() -> None:
         "input": [1, 3, size, size],
         "threads": arguments.threads,
         "runs": arguments.runs,
-        "machine": {"cpu": _cpu(), "platform": platform.platform(), "python": platform.python_version()},
-        "versions": {p: importlib.metadata.version(p) for p in ("camrt", "torch", "onnxruntime", "numpy")},
+        "machine": machine(),
+        "versions": versions(),
         "comparisons_passed": len(report.rows),
         "times": {name: summary(t) for name, t in times.items()},
         "ratios": {name: round(float(np.median(r)), 3) for name, r in ratios.items()},
@@ -163,22 +135,10 @@ def main() -> None:
     print(
         f"{arguments.model}, {result['layers']} convolutions, batch 1, {arguments.threads} threads, {result['machine']['cpu']}"
     )
-    for name, numbers in result["times"].items():
-        low, high = numbers["quartiles_ms"]
-        print(f"{name:24}{numbers['median_ms']:10.2f} ms   quartiles {low:.2f} to {high:.2f}")
-    for name, ratio in result["ratios"].items():
-        print(f"{name:24}{ratio:10.2f} x")
+    print_times(result["times"], result["ratios"])
     print(
         f"export: peak {memory['peak_mb']} MB, {memory['before_mb']} MB of it before it began; limit {memory['limit_mb']} MB"
     )
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def fix_sizes(model: ir.Model, input_shape: Sequence[int] | None) -> None:
     while _complete_reshapes(model.graph):
         _run(model, passes.ShapeInferencePass())
     _settle_reshapes(model.graph)
+    _pool_globally(model.graph)
     _run(model, passes.RemoveUnusedNodesPass())
 
 
@@ -167,6 +168,29 @@ def _complete_reshapes(graph: ir.Graph) -> bool:
                 sizes = [found.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d for d in y.shape]
                 y.shape = ir.Shape(sizes)
     return bool(found)
+
+
+def _pool_globally(graph: ir.Graph) -> None:
+    """Writes a mean over the last two axes as GlobalAveragePool: it stays in the blocked layout of the convolutions before it."""
+    for node in list(graph):
+        x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
+        if node.op_type != "ReduceMean" or x is None or x.shape is None or len(x.shape) != 4 or y.shape is None:
+            continue
+        axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes")
+        if axes is None or {int(a) % 4 for a in axes} != {2, 3}:
+            continue
+        pooled = ir.node("GlobalAveragePool", [x])
+        nodes, result = [pooled], pooled.outputs[0]
+        if not attribute(node, "keepdims", 1):
+            pooled.outputs[0].shape, pooled.outputs[0].type = ir.Shape([*y.shape, 1, 1]), y.type
+            sizes = _initializer(graph, f"{y.name}_sizes", np.array([-1, *dims(y)[1:]], np.int64))
+            nodes.append(ir.node("Reshape", [result, sizes]))
+            result = nodes[-1].outputs[0]
+        name, shape, kind = y.name, y.shape, y.type
+        graph.insert_after(node, nodes)
+        y.replace_all_uses_with(result, replace_graph_outputs=True)
+        graph.remove(node, safe=False)
+        result.name, result.shape, result.type = name, shape, kind
 
 
 def _settle_reshapes(graph: ir.Graph) -> None:

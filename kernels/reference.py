@@ -38,7 +38,7 @@ def _columns(maps: np.ndarray, width: int, interpolation: str) -> np.ndarray:
     return first + (maps[..., high] - first) * weight
 
 
-_BAND = 32  # rows that are resized together: small enough for the cache, and for a matrix product on one thread
+_BAND = 16  # rows that are resized together: small enough for the cache, and for a matrix product on one thread
 
 
 @functools.lru_cache(maxsize=64)

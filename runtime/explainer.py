@@ -16,7 +16,7 @@ from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .manifest import Manifest
 from .preprocess import as_batch
-from .runs import GRADIENT_AGGREGATIONS, Runs
+from .runs import GRADIENT_AGGREGATIONS, Runs, top_class_where_zero
 from .scores import probabilities
 
 
@@ -113,11 +113,9 @@ class Explainer:
     def _seeds_of(self, method: Method, batch: np.ndarray, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
         """The seeds of a method that makes its own from the logits, (B, K, classes)."""
         assert method.seeds is not None
-        logits = self._runs.logits(batch)
-        top = np.eye(logits.shape[1], dtype=np.float32)[logits.argmax(axis=1)][:, None]
-        given = np.where(seeds.any(axis=2, keepdims=True), seeds, top)
-        flat = given.reshape(-1, given.shape[2])
-        return method.seeds(np.repeat(logits, given.shape[1], axis=0), flat, **options).reshape(given.shape)
+        logits = np.repeat(self._runs.logits(batch), seeds.shape[1], axis=0)
+        given = top_class_where_zero(seeds.reshape(logits.shape), logits)
+        return method.seeds(logits, given, **options).reshape(seeds.shape)
 
     def targets(self, target: Any, images: int) -> Targets:
         """Checks `target` as explain takes it. InputError for a class out of range or a shape that does not fit."""

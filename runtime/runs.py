@@ -115,8 +115,8 @@ class Runs:
         gradients = tuple(out[f"gradient:{t.name}"] for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, gradients, self.size)
 
-    def _activations(self, part: Part, names: Sequence[str]) -> Gradients:
-        out = self._open(self.bundle.program("activations", names)).run({"image": part.images})
+    def _activations(self, part: Part, names: Sequence[str], concurrent: bool = False) -> Gradients:
+        out = self._open(self.bundle.program("activations", names), concurrent).run({"image": part.images})
         taps, rows = self._taps(names), len(part.seeds)
         activations = tuple(_repeated(out[f"activation:{t.name}"], rows) for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, (), self.size)
@@ -128,9 +128,10 @@ class Runs:
         return GridMaps((), *self._scores(out, part.seeds), maps, self.size)
 
     def _masked_runs(self, part: Part, names: Sequence[str]) -> MaskedRuns:
-        data = self._activations(part, names)
+        concurrent = self.backend.lanes > 1  # for both: the threads of a run that is over would spin and slow the lanes
+        data = self._activations(part, names, concurrent)
         activations = tuple(a[0] for a in data.activations)
-        classify = self._open(self.bundle.program("classify"), concurrent=self.backend.lanes > 1)
+        classify = self._open(self.bundle.program("classify"), concurrent)
 
         def run(masked: np.ndarray) -> np.ndarray:
             return classify.run({"image": masked})["logits"]
@@ -178,8 +179,7 @@ class Runs:
     def _scores(self, out: Mapping[str, np.ndarray], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits and seeds (S, classes); a row of zeros becomes the one-hot row of the top class."""
         logits = _repeated(out["logits"][: len(seeds)], len(seeds))
-        top = np.eye(logits.shape[1], dtype=np.float32)[logits.argmax(axis=1)]
-        return logits, np.where(seeds.any(axis=1, keepdims=True), seeds, top)
+        return logits, top_class_where_zero(seeds, logits)
 
     def _run(self, program: Program, part: Part, share_image: bool) -> dict[str, np.ndarray]:
         images = part.images
@@ -199,6 +199,14 @@ class Runs:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self.backend.lanes, thread_name_prefix="camrt-lane")
             return self._threads
+
+
+def top_class_where_zero(seeds: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Seeds (S, classes), rows of zeros replaced by the one-hot row of the top class of logits (S, classes)."""
+    seeds = seeds.copy()
+    rows = np.flatnonzero(~seeds.any(axis=1))
+    seeds[rows, logits[rows].argmax(axis=1)] = 1
+    return seeds
 
 
 def _repeated(array: np.ndarray, rows: int) -> np.ndarray:

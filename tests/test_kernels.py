@@ -21,11 +21,11 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("grid", "size"), SIZES)
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("mode", ["bilinear", "align_corners", "nearest"])
 def test_upsample_is_torch_interpolate(grid: tuple[int, int], size: tuple[int, int], mode: str) -> None:
     maps = np.random.default_rng(0).standard_normal((2, *grid)).astype(np.float32)
-    options = {"align_corners": False} if mode == "bilinear" else {}
-    want = F.interpolate(torch.from_numpy(maps).double()[:, None], size=size, mode=mode, **options)[:, 0].numpy()
+    how = {"mode": mode} if mode == "nearest" else {"mode": "bilinear", "align_corners": mode == "align_corners"}
+    want = F.interpolate(torch.from_numpy(maps).double()[:, None], size=size, **how)[:, 0].numpy()
     got = kernels.upsample(maps, size, mode)
     assert got.shape == want.shape and got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -99,3 +99,46 @@ def test_fuse_layers_is_the_sum_of_resized_layers() -> None:
     got = kernels.fuse_layers(normalized, grids, weights, (40, 37))
     assert got.shape == (2, 40, 37) and got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# ---- masks
+
+
+GATED = {
+    "tanh": torch.tanh,
+    "sigmoid_relu": lambda x: torch.sigmoid((x / 2).relu()),
+    "identity": lambda x: x,
+    "minmax": lambda x: (
+        (x - x.amin((1, 2), keepdim=True))
+        / (x.amax((1, 2), keepdim=True) - x.amin((1, 2), keepdim=True)).clamp(min=1e-30)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", kernels.GATES)
+@pytest.mark.parametrize(("grid", "size"), [((7, 7), (32, 32)), ((3, 5), (17, 41)), ((1, 1), (9, 4))])
+def test_masks_and_their_sums(kind: str, grid: tuple[int, int], size: tuple[int, int]) -> None:
+    """Against PyTorch in float64: masked images, gates, and their weighted sum, with and without the kept gates."""
+    rng = np.random.default_rng(0)
+    activations = (10 * rng.standard_normal((6, *grid))).astype(np.float32)
+    activations[2] = 0
+    image = rng.standard_normal((3, *size)).astype(np.float32)
+    raised = F.interpolate(torch.from_numpy(activations).double()[None], size, mode="bilinear")[0]
+    opened = GATED[kind](raised).numpy()
+    out, gates = np.full((6, 3, *size), np.nan, np.float32), np.full((6, *size), np.nan, np.float32)
+    masked = kernels.mask_batch(image, activations, kind, out=out, gates=gates)
+    assert masked is out
+    np.testing.assert_allclose(gates, opened, atol=1e-5)
+    np.testing.assert_allclose(masked, image * opened[:, None], atol=5e-5)
+    np.testing.assert_array_equal(masked, kernels.mask_batch(image, activations, kind))
+    scores = rng.standard_normal((2, 6)).astype(np.float32)
+    want = 1 + np.einsum("sk,khw->shw", scores.astype(np.float64), opened)
+    for kept in (None, gates):
+        total = np.ones((2, *size), np.float32)
+        kernels.accumulate_maps(total, scores, activations, kind, gates=kept)
+        np.testing.assert_allclose(total, want, atol=2e-4)
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match="gate 'relu': use tanh, sigmoid_relu, minmax, identity"):
+        kernels.mask_batch(np.zeros((3, 4, 4), np.float32), np.zeros((1, 2, 2), np.float32), "relu")

@@ -1,0 +1,66 @@
+"""What the benchmarks share: models, fair turns, summaries, the machine's description."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support import import_torchvision, warmed_up
+
+
+def build(name: str, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return warmed_up(import_torchvision().models.get_model(name, weights=None), (3, size, size))
+
+
+def take_turns(contenders: dict[str, Callable[[], Any]], runs: int, warm_up: int = 3) -> dict[str, np.ndarray]:
+    """Seconds of each contender in each turn, each after a pause in which its forerunner's threads stop spinning."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warm_up + runs):
+        for name, run in contenders.items():
+            time.sleep(0.1)
+            started = time.perf_counter()
+            run()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - started)
+    return {name: np.array(t) for name, t in times.items()}
+
+
+def summary(times: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1e3
+    return {"median_ms": round(middle, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}  # type: ignore[dict-item]
+
+
+def machine() -> dict[str, str]:
+    """The processor, the platform and Python."""
+    return {"cpu": cpu(), "platform": platform.platform(), "python": platform.python_version()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in ("camrt", "torch", "onnxruntime", "numpy", *packages)}
+
+
+def print_times(times: dict[str, Any], ratios: dict[str, float]) -> None:
+    for name, numbers in times.items():
+        low, high = numbers["quartiles_ms"]
+        print(f"{name:32}{numbers['median_ms']:10.2f} ms   quartiles {low:.2f} to {high:.2f}")
+    for name, ratio in ratios.items():
+        print(f"{name:32}{ratio:10.2f}")
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
