@@ -172,6 +172,11 @@ class Explainer:
                 )
         if not names:
             raise UnknownLayer("no layers were named: leave layers out for the method's own")
+        for name in names:
+            if method.layers == "last" and self.manifest.tap(name).grid == (1, 1):
+                raise UnknownLayer(
+                    f"layer {name!r} has no grid, it is 1 x 1: a map of it says nothing; name another layer"
+                )
         return names
 
 

@@ -24,8 +24,11 @@ SIZES = [
 @pytest.mark.parametrize("mode", ["bilinear", "align_corners", "nearest"])
 def test_upsample_is_torch_interpolate(grid: tuple[int, int], size: tuple[int, int], mode: str) -> None:
     maps = np.random.default_rng(0).standard_normal((2, *grid)).astype(np.float32)
-    how = {"mode": mode} if mode == "nearest" else {"mode": "bilinear", "align_corners": mode == "align_corners"}
-    want = F.interpolate(torch.from_numpy(maps).double()[:, None], size=size, **how)[:, 0].numpy()
+    corners = None if mode == "nearest" else mode == "align_corners"
+    kind = "nearest" if mode == "nearest" else "bilinear"
+    want = F.interpolate(torch.from_numpy(maps).double()[:, None], size=size, mode=kind, align_corners=corners)[
+        :, 0
+    ].numpy()
     got = kernels.upsample(maps, size, mode)
     assert got.shape == want.shape and got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=2e-6)

@@ -374,6 +374,44 @@ def test_one_class_has_a_probability(tmp_path: Path) -> None:
         explainer.explain(images, "integrative_cam", smooth="softmax")
 
 
+class Squeezed(nn.Module):
+    """Gates its channels by a convolution of their means, as squeeze-and-excitation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3, 1, 1)
+        self.gate = nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.fc((x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()).relu().mean((2, 3)))
+
+
+def test_a_layer_without_a_grid_is_refused_where_its_map_would_say_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = camrt.export_model(Squeezed().eval(), tmp_path / "net.camrt", (3, 16, 16), "conv")
+    explainer, images = camrt.load(path), smooth_images((3, 16, 16), 1)
+    assert explainer.explain(images, "winsor_cam", 1, percentile=0).layers == ("body", "gate")
+    for method in ("grad_cam", "score_cam_pp"):
+        with pytest.raises(camrt.CamrtError, match="layer 'gate' has no grid, it is 1 x 1"):
+            explainer.explain(images, method, layers=["body", "gate"])
+
+
+def test_a_bundle_without_the_methods_layers_says_how_to_get_them(tmp_path: Path) -> None:
+    conv = camrt.load(camrt.export_model(small_net(), tmp_path / "conv.camrt", (3, 32, 32), ["stem"]))
+    for method in ("score_cam_pp", "recipro_cam", "grad_cam"):
+        with pytest.raises(
+            camrt.CamrtError, match=rf"{method} needs the layers 'last', .* export it with --layers last"
+        ):
+            conv.explain(IMAGES, method)
+    last = camrt.load(camrt.export_model(small_net(), tmp_path / "last.camrt", (3, 32, 32), "last"))
+    with pytest.raises(
+        camrt.CamrtError, match=r"integrative_cam needs the layers 'conv', .* export it with --layers conv"
+    ):
+        last.explain(IMAGES, "integrative_cam")
+
+
 REFUSALS = [
     ("score_cam_pp", {"variant": "relu"}, "variant 'relu': use tanh, tanh_mask_only, sigmoid_relu"),
     ("score_cam_pp", {"baseline": "black"}, "baseline 'black': use none, zero"),
