@@ -128,10 +128,11 @@ def evaluate(
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     done = {(r["image"], r["method"]) for r in records}
+    identities = {image: _identity(image, of_image.get(image)) for image in images}
     fresh = []
     with file:
         for image in images:
-            key = _identity(image)
+            key = identities[image]
             missing = [m for m in methods if (key, m.text) not in done]
             for _ in range(len(methods) - len(missing)):
                 progress()
@@ -153,17 +154,20 @@ def evaluate(
                 fresh.append(record)
                 progress()
     chosen = {m.text for m in methods}
-    current = {_identity(image) for image in images}
+    current = set(identities.values())
     return [r for r in [*records, *fresh] if r["method"] in chosen and r["image"] in current]
 
 
-def _identity(image: Path) -> str:
-    """An image by its name and contents, so that a changed file is measured again."""
-    try:
-        with image.open("rb") as file:
-            return f"{image.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    except OSError:
-        return f"{image.name} unreadable"
+def _identity(image: Path, mask: Path | None) -> str:
+    """An image by its path and the contents of it and its mask, so that a changed file is measured again."""
+    parts = [str(image)]
+    for path in (image, *([mask] if mask is not None else [])):
+        try:
+            with path.open("rb") as file:
+                parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        except OSError:
+            parts.append("unreadable")
+    return " ".join(parts)
 
 
 def _earlier(path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

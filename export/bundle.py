@@ -124,6 +124,8 @@ def _externalise(model: ir.Model, weights: WeightsFile) -> None:
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes < _INLINE_BYTES:
+            if isinstance(tensor, ir.ExternalTensor):  # it lies beside the model that was exported
+                value.const_value = ir.tensor(tensor.numpy(), name=str(name))
             continue
         offset, length = weights.add(tensor)
         value.const_value = ir.ExternalTensor(

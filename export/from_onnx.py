@@ -19,7 +19,7 @@ from .graph import (
     modernise,
     strip_final_activation,
 )
-from .layouts import TAPPABLE, layouts, read_by_prefix_only, tap_at
+from .layouts import TAPPABLE, layouts, read_by_prefix_only, refuse_unread, tap_at
 from .taps import choose
 
 _POOLING = {"AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "Pad", "Dropout"}
@@ -75,6 +75,7 @@ def read_graph(
     taps = []
     for name, roles_of_tap in roles.items():
         y = spatial[name]
+        refuse_unread(name, y, blind)
         norm = "after" if batch_norm_after(y) else "none"
         taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation)

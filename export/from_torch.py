@@ -27,7 +27,7 @@ from .graph import (
     named_values,
     strip_final_activation,
 )
-from .layouts import TAPPABLE, layouts, read_by_prefix_only, tap_at
+from .layouts import TAPPABLE, layouts, read_by_prefix_only, refuse_unread, tap_at
 from .taps import check_names, choose
 
 _CONVOLUTIONS = (nn.Conv2d,)
@@ -244,11 +244,7 @@ def tap_outputs(model: ir.Model, layers: str | Sequence[str], modules: Modules, 
                 f"layer {name!r} has output {value.shape}, which is not known to be a feature map "
                 "(batch, channels, height, width), channels-last, or tokens of a grid: name other layers"
             )
-        if value in blind:
-            raise ExportError(
-                f"layer {name!r}: the logits read none of its grid, only its class token, so its gradient there is zero: "
-                "name a layer before the last attention"
-            )
+        refuse_unread(name, value, blind)
         norm = "after" if batch_norm_after(value) else "none"
         taps.append((tap_at(name, roles, value, known[value], norm), str(value.name)))
     assert logits.name in named_values(model.graph)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from ..runtime.errors import ExportError
 from ..runtime.manifest import Tap
 from .tape import Tape, attribute, constant_of, dims
 
@@ -102,7 +103,7 @@ def _result(node: ir.Node, found: dict[ir.Value, Layout]) -> Layout | None:
     if node.op_type == "Transpose":
         return _transposed(before, tuple(attribute(node, "perm", ())), y)
     if node.op_type in ("Reshape", "Flatten"):
-        return _reshaped(before, y)
+        return _reshaped(before, x, y)
     if node.op_type == "MatMul":
         linear = node.inputs[1] not in found and constant_of(node.inputs[1]) is not None
         return before if linear and before.kind in ("NHWC", "tokens") else None
@@ -128,9 +129,13 @@ def _transposed(before: Layout, perm: tuple[int, ...], y: ir.Value) -> Layout | 
     return _layout_of(turned, y) if turned else None
 
 
-def _reshaped(before: Layout, y: ir.Value) -> Layout | None:
-    """Channels split or joined, or the grid written out or joined; anything else is not followed."""
-    rank, sizes, pixels = len(dims(y)), dims(y), math.prod(before.grid)
+def _reshaped(before: Layout, x: ir.Value, y: ir.Value) -> Layout | None:
+    """Channels split or joined, or the grid written out or joined, an image staying one row of the batch; anything else is
+    not followed.
+    """
+    rank, sizes, inner = len(dims(y)), dims(y)[1:], dims(x)[1:]
+    if None in sizes or None in inner or math.prod(sizes) != math.prod(inner):  # type: ignore[arg-type]
+        return None
     candidates = {
         "NCHW": [("NCHW", 4), ("grouped", 5), ("flat", 3)],
         "grouped": [("NCHW", 4), ("grouped", 5), ("flat", 3)],
@@ -141,8 +146,7 @@ def _reshaped(before: Layout, y: ir.Value) -> Layout | None:
     for kind, wanted in candidates:
         layout = Layout(kind, before.grid)
         if rank == wanted and not before.prefix and _fits(y, layout):
-            # where height, width and channels agree in size, the order still follows from the kind
-            return layout if None not in sizes[1:] and pixels else None
+            return layout
     return None
 
 
@@ -221,6 +225,15 @@ def read_by_prefix_only(graph: ir.Graph, found: dict[ir.Value, Layout], target: 
                 grid = not (apart and layout is not None and found.get(node.outputs[0]) == layout)
             whole[x] = whole.get(x, False) or grid
     return {v for v in found if not whole.get(v, False)}
+
+
+def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:
+    """ExportError for a layer that `read_by_prefix_only` found."""
+    if value in unread:
+        raise ExportError(
+            f"layer {name!r}: the logits read none of its grid, only its class token, so its gradient there is zero: "
+            "name a layer before the last attention"
+        )
 
 
 def _takes_prefix(node: ir.Node, layout: Layout) -> bool:

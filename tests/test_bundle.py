@@ -247,6 +247,23 @@ class Roll(nn.Module):
         return torch.roll(x, (5, 3), (2, 3))
 
 
+class Regrouped(nn.Module):
+    """A block that makes two rows of the batch of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.block = Halves()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.conv(x)).mean((2, 3)).reshape(len(x), 4)
+
+
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, 2, *x.shape[2:]).relu()
+
+
 class ChannelsLast(nn.Module):
     """A block whose output is (batch, height, width, channels)."""
 
@@ -269,6 +286,7 @@ class ChannelsLast(nn.Module):
             {"layers": ["block"]},
             r"layer 'block' has output .*, which is not known to be a feature map \(batch, chan",
         ),
+        (Regrouped, {"layers": ["block"]}, "layer 'block' has output .*, which is not known to be a feature map"),
         (Twice, {}, "layer 'conv' cannot be tapped: it runs 2 times"),
         (Sorted, {}, r"no gradient rule for Atan \(node .*, between 'conv' and the logits\)"),
         (small_net, {"layers": ["block.9"]}, r"the model has no layer 'block\.9': did you mean 'block\."),

@@ -95,6 +95,15 @@ def test_other_settings_and_changed_images_are_measured_anew(scenes: Path) -> No
     Image.fromarray(picture).save(scenes / "images" / "scene-0.png")
     assert run(scenes, methods=["grad_cam"]) == 0
     assert len(records(scenes)) == 7
+    masks = ["--masks", str(scenes / "masks"), "--metrics", "iou"]
+    assert run(scenes, *masks, methods=["grad_cam"]) == 0
+    values = np.zeros((128, 128), np.uint8)
+    values[3:9, 3:9] = 1
+    Image.fromarray(values).save(scenes / "masks" / "scene-0.png")
+    assert run(scenes, *masks, methods=["grad_cam"]) == 0
+    assert len(records(scenes)) == 7 + 3 + 1
+    table = json.loads((scenes / "out" / "table.json").read_text())
+    assert table["grad_cam"]["iou"]["images"] == 3
 
 
 def test_unreadable_images_and_masks_are_named_and_the_rest_measured(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from support import import_torchvision, warmed_up
@@ -131,6 +132,29 @@ def test_a_norm_behind_the_last_attention_is_refused(tmp_path: Path) -> None:
     """Its gradient at the grid is zero: the head reads the class token alone."""
     with pytest.raises(camrt.CamrtError, match="the logits read none of its grid, only its class token"):
         camrt.export_model(vit().eval(), tmp_path / "model.camrt", (3, 64, 64), ["encoder.ln"])
+
+
+def test_a_transformer_from_onnx_is_tapped_where_its_grid_is_read(tmp_path: Path) -> None:
+    """The same choice of the last block without PyTorch's modules, and the same maps."""
+    torch.manual_seed(0)
+    model = vit().eval()
+    source = tmp_path / "vit.onnx"
+    torch.onnx.export(model, (torch.zeros(2, 3, 64, 64),), str(source), dynamo=True, dynamic_shapes=({0: "batch"},))
+    bundle = camrt.export_onnx(source, tmp_path / "onnx.camrt")
+    explainer = camrt.load(bundle)
+    (last,) = [t for t in explainer.manifest.taps if "last" in t.roles]
+    assert (last.layout, last.prefix, last.grid, last.channels) == ("tokens", 1, (4, 4), 48)
+    assert verify(bundle).passed
+    direct = camrt.load(camrt.export_model(model, tmp_path / "torch.camrt", (3, 64, 64)))
+    images = smooth_images((3, 64, 64), 2)
+    np.testing.assert_allclose(explainer.classify(images), direct.classify(images), atol=1e-5)
+    norms = [n for n in onnx.load(str(source)).graph.node if n.op_type == "LayerNormalization"]
+    assert last.name == norms[-3].name  # behind it: the last block's second norm, and the final one
+    for method in ("grad_cam", "recipro_cam"):
+        got, want = (ex.explain(images, method, 2).maps for ex in (explainer, direct))
+        assert largest_difference(got, want) < 1e-3, method
+    with pytest.raises(camrt.CamrtError, match="the logits read none of its grid"):
+        camrt.export_onnx(source, tmp_path / "x.camrt", [norms[-1].name])
 
 
 @pytest.mark.parametrize(("name", "size", "taps", "last"), FAMILIES, ids=[f[0] for f in FAMILIES])

@@ -68,8 +68,12 @@ def eigen_cam(layers: Gradients) -> Result:
     def layer(activation: np.ndarray) -> np.ndarray:
         rows = activation.reshape(*activation.shape[:2], -1).transpose(0, 2, 1).astype(np.float64)
         centred = rows - rows.mean(axis=1, keepdims=True)
-        values, vectors = np.linalg.eigh(centred @ centred.transpose(0, 2, 1))  # of h w, never of K
-        projection = vectors[:, :, -1] * np.sqrt(np.maximum(values[:, -1:], 0))
+        other = centred.transpose(0, 2, 1)
+        if rows.shape[1] <= rows.shape[2]:  # of the two matrices with the same eigenvalues, the smaller
+            values, vectors = np.linalg.eigh(centred @ other)
+            projection = vectors[:, :, -1] * np.sqrt(np.maximum(values[:, -1:], 0))
+        else:
+            projection = (centred @ np.linalg.eigh(other @ centred)[1][:, :, -1:])[:, :, 0]
         agreement = (projection * centred.mean(axis=2)).sum(axis=1, keepdims=True)
         signed = np.where(agreement < 0, -projection, projection)
         return signed.astype(np.float32).reshape(-1, *activation.shape[2:])
