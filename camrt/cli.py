@@ -94,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
     evaluate.add_argument("--steps", type=int, default=32, help="of insertion and deletion (default: 32)")
     evaluate.add_argument("--threshold", type=float, default=0.5, help="of the second IoU (default: 0.5)")
+    evaluate.add_argument(
+        "--void", type=int, help="mask value to leave out (default: 255 in palette pictures, else none)"
+    )
     evaluate.add_argument("--backend", default="auto")
     evaluate.set_defaults(module="evaluate", command="evaluate")
 

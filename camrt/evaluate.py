@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import __version__
 from .commands.methods import Chosen
 from .runtime import metrics
 from .runtime.errors import InputError, UnknownMethod
@@ -47,41 +49,53 @@ class Mask:
     valid: np.ndarray
 
 
-def read_mask(path: Path, image: Path, explainer: Explainer) -> Mask:
-    """A mask of the image's size, where 0 is background and anything else the object; 255 is void (left out) if other values
-    than 0 and 255 occur, as in Pascal VOC. InputError if it cannot be read, fits not the image, or holds no object.
+def read_mask(path: Path, image: Path, explainer: Explainer, void: int | None = None) -> Mask:
+    """A mask of the image's size: 0 is background, anything else the object, and `void` neither: by default 255 in a palette
+    picture, as in Pascal VOC, and nothing in a grey one. InputError if it cannot be read, fits not the image, or holds no
+    object where the network looks.
     """
     try:
         with Image.open(path) as opened:
-            mask = Image.fromarray(
-                np.asarray(opened if opened.mode in ("L", "P", "1") else opened.convert("L"), np.uint8)
-            )
-        with Image.open(image) as opened:
-            size = open_image(image, explainer.manifest.input_shape[0], str(image)).size
-    except (OSError, ValueError) as error:
+            if opened.mode not in ("1", "L", "P"):
+                raise InputError(f"{path}: mode {opened.mode}: save masks as palette or 8-bit grey pictures")
+            void = 255 if void is None and opened.mode == "P" else void
+            values = np.asarray(opened if opened.mode != "1" else opened.convert("L"), np.uint8)
+        size = open_image(image, explainer.manifest.input_shape[0], str(image)).size
+    except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{path}: not a readable mask ({error})") from None
-    if mask.size != size:
-        raise InputError(
-            f"{path}: {mask.size[0]} x {mask.size[1]}, its image is {size[0]} x {size[1]}: they must be alike"
-        )
+    if values.shape != size[::-1]:
+        width, height = values.shape[::-1]
+        raise InputError(f"{path}: {width} x {height}, its image is {size[0]} x {size[1]}: they must be alike")
     recipe = explainer.manifest.preprocess
     assert recipe is not None  # the image was preprocessed
-    values = np.asarray(fit(mask, recipe, "nearest"))
-    void = 255 if set(np.unique(values)) - {0, 255} else None
-    found = Mask((values > 0) & (values != void), values != void)
-    if not found.object.any():
+    kinds = np.where(values == void, 2, values > 0).astype(np.uint8)
+    fitted = np.asarray(fit(Image.fromarray(kinds), recipe, "nearest"))
+    if not (fitted == 1).any():
         raise InputError(f"{path}: holds no object where the network looks")
-    return found
+    return Mask(fitted == 1, fitted != 2)
+
+
+MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def find_masks(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Images with a mask of the same stem. InputError if there is no folder, or no image has one."""
+    """Images with a mask: of the same place below their folder, or else of the same stem, if only one image has it.
+
+    InputError if there is no folder, or no image has one.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of masks")
-    by_stem = {
-        p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in (".png", ".bmp", ".gif", ".tif", ".tiff")
-    }
-    found = {image: by_stem[image.stem] for image in images if image.stem in by_stem}
+    root = Path(os.path.commonpath([image.parent for image in images]))
+    masks = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in MASK_SUFFIXES]
+    by_place = {p.relative_to(folder).with_suffix(""): p for p in masks}
+    stems = Counter(image.stem for image in images)
+    found = {}
+    for image in images:
+        place = image.relative_to(root).with_suffix("")
+        if place in by_place:
+            found[image] = by_place[place]
+        elif stems[image.stem] == 1 and Path(image.stem) in by_place:
+            found[image] = by_place[Path(image.stem)]
     if not found:
         raise InputError(f"{folder}: no mask has the name of an image, e.g. {images[0].stem}.png")
     return found
@@ -96,6 +110,7 @@ def evaluate(
     wanted: Sequence[str] | None = None,
     steps: int = 32,
     threshold: float = 0.5,
+    void: int | None = None,
     progress: Callable[[], None] = lambda: None,
     problem: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
@@ -119,6 +134,8 @@ def evaluate(
         "metrics": sorted(set(names) - {"win"} | ({"average_drop"} if "win" in names else set())),
         "steps": steps,
         "threshold": threshold,
+        "void": void,
+        "camrt": __version__,
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -140,7 +157,7 @@ def evaluate(
                 continue
             try:
                 batch, _ = as_batch([image], explainer.manifest)
-                mask = read_mask(of_image[image], image, explainer) if image in of_image else None
+                mask = read_mask(of_image[image], image, explainer, void) if image in of_image else None
             except InputError as error:
                 problem(str(error))
                 for _ in missing:

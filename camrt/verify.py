@@ -18,6 +18,7 @@ from .runtime.bundle import Bundle, read_bundle
 from .runtime.cams import GridMaps
 from .runtime.cams.gradient import full_grad
 from .runtime.explainer import Explainer
+from .runtime.manifest import Program
 
 if TYPE_CHECKING:
     from .export.reference import Recorded
@@ -118,6 +119,8 @@ def verify_bundle(
         if program.kind == "trunk":
             cut = out  # what the head, which comes next, is given
         rows += _program_rows(program.file, out, program.taps, double, singles)
+        if program.kind == "head" and manifest.batch != 1:
+            rows += _head_rows(bundle, engine, program, batch, double, singles)
     rows += _use_rows(bundle, engine, batch, seed, double, singles)
     rows += _source_rows(bundle, engine, batch)
     rows += _graph_rows(bundle, batch, seed, double, progress)
@@ -197,6 +200,19 @@ def _program_rows(
     if "maps" in out:
         yield row("alphas", "alphas", lambda r: _side_by_side(r, taps)[0], False)
         yield row("maps", "maps", lambda r: _side_by_side(r, taps)[1], False)
+
+
+def _head_rows(
+    bundle: Bundle, engine: Backend, program: Program, batch: np.ndarray, double: Recorded, singles: Sequence[Recorded]
+) -> Iterator[Row]:
+    """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
+    trunk = bundle.program("trunk", program.taps)
+    out = engine.open(bundle.path / trunk.file).run({"image": batch[:1]})
+    given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
+    got = engine.open(bundle.path / program.file).run(given)["logits"]
+    want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
+    own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in singles[:1]]
+    yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
 
 
 def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
@@ -334,6 +350,8 @@ def _full_grad_rows(
 
     from .export.interpreter import Interpreter
 
+    if not any(p.kind == "full_grad" for p in explainer.manifest.programs):
+        return
     progress("checking full_grad")
     want = oracle.full_grad(batch, seed, True)
     own = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, FLOAT32_UNITS)]

@@ -69,9 +69,12 @@ def read_graph(
     grids = [
         n for n, y in spatial.items() if known[y].grid != (1, 1) and y not in blind and _producer(y) not in _POOLING
     ]
+    last = grids[-1] if grids else None
+    if last is not None and known[spatial[last]].kind == "tokens":  # a transformer is tapped at a layer norm
+        last = next((n for n in reversed(grids) if _producer(spatial[n]) == "LayerNormalization"), last)
     aliases = {str(y.name): n for n, y in spatial.items()}
     wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
-    roles = choose(wanted, convolutions, grids[-1] if grids else None, spatial)
+    roles = choose(wanted, convolutions, last, spatial)
     taps = []
     for name, roles_of_tap in roles.items():
         y = spatial[name]

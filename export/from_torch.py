@@ -27,7 +27,7 @@ from .graph import (
     named_values,
     strip_final_activation,
 )
-from .layouts import TAPPABLE, layouts, read_by_prefix_only, refuse_unread, tap_at
+from .layouts import TAPPABLE, Layout, layouts, read_by_prefix_only, refuse_unread, tap_at
 from .taps import check_names, choose
 
 _CONVOLUTIONS = (nn.Conv2d,)
@@ -109,9 +109,9 @@ def spatial_modules(model: nn.Module, image: torch.Tensor) -> Modules:
     once = [n for n in finished if not known[n]]
     grids = [n for n in once if outputs[n][0].dim() == 4 and outputs[n][0].shape[2:].numel() > 1]
     parents = [n for n in grids if any(True for _ in modules[n].children())]
-    if not parents:
-        parents = [n for n in grids if not is_a(modules[n], _POOLING)]
     blocks = [n for n in once if is_a(modules[n], (nn.LayerNorm,))]
+    if not parents and not blocks:
+        parents = [n for n in grids if not is_a(modules[n], _POOLING)]
     if parents:
         final = outputs[parents[-1]][0]
         blocks.append(next(n for n in parents if outputs[n][0] is final))
@@ -224,22 +224,17 @@ def tap_outputs(model: ir.Model, layers: str | Sequence[str], modules: Modules, 
     blind = read_by_prefix_only(model.graph, known, logits)
     tensors = dict(zip(traced, values, strict=True))
     order = {y: i for i, node in enumerate(model.graph) for y in node.outputs}
-    blocks = [
-        n
-        for n in modules.blocks
-        if n in tensors
-        and tensors[n] not in blind
-        and tensors[n] in known
-        and known[tensors[n]].kind in TAPPABLE
-        and known[tensors[n]].grid != (1, 1)
-    ]
-    last = max(blocks, key=lambda n: order.get(tensors[n], -1), default=None)
+    last = _last_block([n for n in modules.blocks if n in tensors], tensors, known, blind, order)
+    named, left_out = check_names(layers, modules.outputs), []
     taps = []
     for name, roles in choose(layers, modules.convolutions, last, modules.outputs).items():
         if modules.outputs[name]:
             raise ExportError(f"layer {name!r} cannot be tapped: {modules.outputs[name]}; name the layers to explain")
         value = tensors[name]
         if value not in known or known[value].kind not in TAPPABLE:
+            if name not in named:
+                left_out.append(name)
+                continue
             raise ExportError(
                 f"layer {name!r} has output {value.shape}, which is not known to be a feature map "
                 "(batch, channels, height, width), channels-last, or tokens of a grid: name other layers"
@@ -247,8 +242,42 @@ def tap_outputs(model: ir.Model, layers: str | Sequence[str], modules: Modules, 
         refuse_unread(name, value, blind)
         norm = "after" if batch_norm_after(value) else "none"
         taps.append((tap_at(name, roles, value, known[value], norm), str(value.name)))
+    if left_out:
+        warnings.warn(f"left out, because they are not known to be feature maps: {', '.join(left_out)}", stacklevel=4)
+    if not taps:
+        raise ExportError(f"layers={layers!r} finds no feature map in this model: name the layers to explain")
     assert logits.name in named_values(model.graph)
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+
+
+def _last_block(
+    blocks: Sequence[str],
+    tensors: dict[str, ir.Value],
+    known: dict[ir.Value, Layout],
+    unread: set[ir.Value],
+    order: dict[ir.Value, int],
+) -> str | None:
+    """The last of the blocks in the graph whose grid is larger than 1 x 1 and is read.
+
+    None, with a warning, if a later block is not known to be a feature map: an earlier one would pass for the last.
+    """
+
+    def usable(name: str) -> bool:
+        layout = known.get(tensors[name])
+        return layout is not None and layout.kind in TAPPABLE and layout.grid != (1, 1)
+
+    read = sorted((n for n in blocks if tensors[n] not in unread), key=lambda n: order.get(tensors[n], -1))
+    for name in reversed(read):
+        if usable(name):
+            return name
+        if tensors[name] not in known or known[tensors[name]].kind not in TAPPABLE:
+            warnings.warn(
+                f"the last block, {name!r}, is not known to be a feature map, so the bundle has no layer for the methods that "
+                "explain it: name one",
+                stacklevel=5,
+            )
+            return None
+    return None
 
 
 def _behind_identity(value: ir.Value) -> ir.Value:

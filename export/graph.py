@@ -206,15 +206,15 @@ def _settle_reshapes(graph: ir.Graph) -> None:
 
 def _open_size(x: ir.Value | None, y: ir.Value) -> dict[object, int | str]:
     """The symbol that is y's only open size besides the batch, and what it must be."""
-    if x is None or x.shape is None or y.shape is None or not len(x.shape) or not _is_batch(x.shape[0]):
+    if x is None or x.shape is None or y.shape is None or not len(x.shape) or not is_batch(x.shape[0]):
         return {}
     before = dims(x)[1:]
-    open_sizes = [d for d in y.shape if isinstance(d, ir.SymbolicDim) and not _is_batch(d)]
+    open_sizes = [d for d in y.shape if isinstance(d, ir.SymbolicDim) and not is_batch(d)]
     if None in before or len(open_sizes) != 1 or open_sizes[0].value is None:
         return {}
     elements = math.prod(before)  # type: ignore[arg-type]
     known = math.prod(d for d in y.shape if isinstance(d, int))
-    if any(_is_batch(d) for d in y.shape):
+    if any(is_batch(d) for d in y.shape):
         return {open_sizes[0].value: elements // known} if known and elements % known == 0 else {}
     return {open_sizes[0].value: "batch"} if known == elements else {}
 
@@ -275,10 +275,10 @@ def check_static(graph: ir.Graph) -> None:
 
 def keeps_batch_apart(values: set[ir.Value]) -> bool:
     """True if every value has the image batch, alone, as its first axis."""
-    return all(y.shape is not None and len(y.shape) > 0 and _is_batch(y.shape[0]) for y in values)
+    return all(y.shape is not None and len(y.shape) > 0 and is_batch(y.shape[0]) for y in values)
 
 
-def _is_batch(size: object) -> bool:
+def is_batch(size: object) -> bool:
     return str(size.value) == "batch" if isinstance(size, ir.SymbolicDim) else size == 1
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .graph import TappedGraph, finish, named_values
-from .layouts import from_maps, to_maps
+from .graph import TappedGraph, finish, is_batch, named_values
+from .layouts import from_maps, layouts, to_maps
 from .tape import Tape, constant_of, dims, output
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
@@ -90,7 +90,11 @@ def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> list[ir.Val
                 needed.add(x)  # type: ignore[arg-type]
             elif x is not None and x in of_image and constant_of(x) is None:
                 context[x] = None
+    known = layouts(graph)
     for x in context:
-        if x.dtype not in _FLOATS or x.shape is None or None in dims(x)[1:] or dims(x)[0] is not None:
+        if x.dtype not in _FLOATS or x.shape is None or None in dims(x)[1:] or not len(x.shape):
+            return None
+        # one row an image: a symbolic size that is not the batch itself may be a multiple of it
+        if not is_batch(x.shape[0]) and (x not in known or known[x].kind == "folded"):
             return None
     return list(context)

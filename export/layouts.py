@@ -14,23 +14,25 @@ from .tape import Tape, attribute, constant_of, dims
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor holds a feature map of a grid (height, width).
+    """How a tensor holds a feature map of a grid (height, width), one row of the batch for each image.
 
-    NCHW; NHWC; tokens: (batch, prefix + height * width, channels), the prefix being class and register tokens. Two more
-    are passed through and never tapped: grouped (NCHW with channels on two axes) and flat: (batch, channels, height * width).
+    NCHW; NHWC; tokens: (batch, prefix + height * width, channels), the prefix being class and register tokens. Three more
+    are passed through and never tapped: grouped (NCHW with channels on two axes), flat (batch, channels, height * width),
+    and folded: some other reshape of a map, whose layout and sizes are `origin`, as group norms make.
     """
 
     kind: str
     grid: tuple[int, int]
     prefix: int = 0
+    origin: tuple[Layout, tuple[int | None, ...]] | None = None
 
     @property
     def channel_axis(self) -> int:
-        return {"NCHW": 1, "grouped": 1, "flat": 1, "NHWC": 3, "tokens": 2}[self.kind]
+        return {"NHWC": 3, "tokens": 2}.get(self.kind, 1)
 
     @property
     def rank(self) -> int:
-        return {"NCHW": 4, "grouped": 5, "flat": 3, "NHWC": 4, "tokens": 3}[self.kind]
+        return {"grouped": 5, "flat": 3, "tokens": 3}.get(self.kind, 4)
 
 
 TAPPABLE = ("NCHW", "NHWC", "tokens")
@@ -48,17 +50,32 @@ _ELEMENTWISE = {
     ),
     *("LeakyRelu", "Log", "LpNormalization", "Max", "Mean", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal"),
     *("Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tanh"),
-    *("ThresholdedRelu", "Where"),
+    *(
+        "ThresholdedRelu",
+        "Where",
+        "Ceil",
+        "CumSum",
+        "DequantizeLinear",
+        "Floor",
+        "LogSoftmax",
+        "QuantizeLinear",
+        "Round",
+    ),
+    *("Sign", "Shrink", "Softsign", "Sin", "Cos", "Atan"),
 }
-_MAKES_MAPS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool"}
+_MAPS_TO_MAPS = {
+    *("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool"),
+    *("DepthToSpace", "SpaceToDepth", "Resize", "Upsample"),
+}
 
 
 def layouts(graph: ir.Graph) -> dict[ir.Value, Layout]:
     """The values that are known to hold feature maps, not merely shaped as if they did.
 
-    Convolutions and pooling make NCHW maps; transposing and reshaping between the layouts is followed; elementwise
-    operators, channel shuffles and linear maps of the channels keep them. What mixes positions (attention, rolling, cropping)
-    loses them, until a sum with a known map of the same shape, a residual connection, says what they are again.
+    Convolutions and pooling of maps make maps; transposing and reshaping between the layouts is followed; elementwise
+    operators, channel shuffles and linear maps of the channels keep them. What mixes or exchanges positions (attention,
+    rolling, other transposes) loses them, until a sum with a known map of the same shape, a residual connection, says what
+    they are again.
     """
     found: dict[ir.Value, Layout] = {}
     start = _layout_of("NCHW", graph.inputs[0])
@@ -82,6 +99,8 @@ def _layout_of(kind: str, value: ir.Value) -> Layout | None:
 
 
 def _fits(value: ir.Value, layout: Layout) -> bool:
+    if layout.kind == "folded":
+        return True
     if value.shape is None or len(value.shape) != layout.rank:
         return False
     sizes = dims(value)
@@ -93,10 +112,10 @@ def _fits(value: ir.Value, layout: Layout) -> bool:
 def _result(node: ir.Node, found: dict[ir.Value, Layout]) -> Layout | None:
     x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
     before = found.get(x) if x is not None else None
-    if node.op_type in _MAKES_MAPS:
-        return _layout_of("NCHW", y)
-    if node.op_type in _ELEMENTWISE:
-        known = {found[v] for v in node.inputs if v in found}
+    if node.op_type in _MAPS_TO_MAPS:
+        return _layout_of("NCHW", y) if before is not None and before.kind == "NCHW" else None
+    if node.op_type in _ELEMENTWISE:  # an operand that is broadcast, such as a gate of 1 x 1, says nothing
+        known = {found[v] for v in node.inputs if v in found and _fits(y, found[v])}
         return known.pop() if len(known) == 1 else None
     if before is None or x is None or y.shape is None:
         return _join(node, found) if node.op_type == "Concat" else None
@@ -105,18 +124,30 @@ def _result(node: ir.Node, found: dict[ir.Value, Layout]) -> Layout | None:
     if node.op_type in ("Reshape", "Flatten"):
         return _reshaped(before, x, y)
     if node.op_type == "MatMul":
-        linear = node.inputs[1] not in found and constant_of(node.inputs[1]) is not None
+        linear = before.kind != "folded" and node.inputs[1] not in found and constant_of(node.inputs[1]) is not None
         return before if linear and before.kind in ("NHWC", "tokens") else None
     if node.op_type in ("Slice", "Pad"):
         return _sliced(node, before) if node.op_type == "Slice" else _padded(node, before)
     if node.op_type == "Split":
-        return before if attribute(node, "axis", 0) % before.rank == before.channel_axis else None
-    if node.op_type in ("Resize", "Upsample"):
-        return _layout_of("NCHW", y) if before.kind == "NCHW" else None
+        return (
+            before
+            if before.kind != "folded" and attribute(node, "axis", 0) % before.rank == before.channel_axis
+            else None
+        )
+    if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceL2"):
+        return before if _reduces_channels(node, before) else None
     return _join(node, found) if node.op_type == "Concat" else None
 
 
+def _reduces_channels(node: ir.Node, before: Layout) -> bool:
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes")
+    kept = bool(attribute(node, "keepdims", 1)) and before.kind != "folded"
+    return kept and axes is not None and [int(a) % before.rank for a in axes] == [before.channel_axis]
+
+
 def _transposed(before: Layout, perm: tuple[int, ...], y: ir.Value) -> Layout | None:
+    if before.kind == "folded":
+        return None
     if before.kind == "grouped":
         return before if perm == (0, 2, 1, 3, 4) else None
     if before.kind in ("flat", "tokens") and perm == (0, 2, 1):
@@ -130,12 +161,16 @@ def _transposed(before: Layout, perm: tuple[int, ...], y: ir.Value) -> Layout | 
 
 
 def _reshaped(before: Layout, x: ir.Value, y: ir.Value) -> Layout | None:
-    """Channels split or joined, or the grid written out or joined, an image staying one row of the batch; anything else is
-    not followed.
+    """Channels split or joined, or the grid written out or joined, an image staying one row of the batch; else folded, which
+    a reshape to the original sizes undoes.
     """
-    rank, sizes, inner = len(dims(y)), dims(y)[1:], dims(x)[1:]
-    if None in sizes or None in inner or math.prod(sizes) != math.prod(inner):  # type: ignore[arg-type]
-        return None
+    if before.origin is not None:
+        layout, sizes = before.origin
+        return layout if dims(y)[1:] == sizes and len(dims(y)) == len(sizes) + 1 else before
+    sizes, inner = dims(y)[1:], dims(x)[1:]
+    folded = Layout("folded", before.grid, 0, (before, inner))
+    if None in sizes or None in inner or math.prod(sizes) != math.prod(inner) or before.prefix:  # type: ignore[arg-type]
+        return folded
     candidates = {
         "NCHW": [("NCHW", 4), ("grouped", 5), ("flat", 3)],
         "grouped": [("NCHW", 4), ("grouped", 5), ("flat", 3)],
@@ -143,15 +178,17 @@ def _reshaped(before: Layout, x: ir.Value, y: ir.Value) -> Layout | None:
         "NHWC": [("tokens", 3), ("NHWC", 4)],
         "tokens": [("NHWC", 4), ("tokens", 3)],
     }[before.kind]
-    for kind, wanted in candidates:
+    for kind, rank in candidates:
         layout = Layout(kind, before.grid)
-        if rank == wanted and not before.prefix and _fits(y, layout):
+        if len(dims(y)) == rank and _fits(y, layout):
             return layout
-    return None
+    return folded
 
 
 def _sliced(node: ir.Node, before: Layout) -> Layout | None:
-    """Channels taken, positions taken at a stride, or prefix tokens dropped. A crop is not followed."""
+    """Channels taken, positions taken at a stride, a border cropped, or prefix tokens dropped."""
+    if before.kind == "folded":
+        return None
     starts, ends = constant_of(node.inputs[1]), constant_of(node.inputs[2])
     extra = [constant_of(node.inputs[i]) if len(node.inputs) > i else None for i in (3, 4)]
     if starts is None or ends is None:
@@ -169,10 +206,14 @@ def _sliced(node: ir.Node, before: Layout) -> Layout | None:
             continue
         if before.kind == "tokens" and step == 1 and 0 < int(start) <= before.prefix and int(end) >= size:
             result = replace(result, prefix=before.prefix - int(start))
-        elif before.kind in ("NCHW", "NHWC") and step > 1 and 0 <= int(start) < step and int(end) >= size:
+        elif before.kind in ("NCHW", "NHWC"):
+            taken = range(*slice(int(start), int(end), int(step)).indices(size))
+            strided = step > 1 and taken.start < step and len(taken) * step >= size - step
+            if not strided and not (step == 1 and len(taken) >= 0.75 * size):
+                return None
             first = 1 if before.kind == "NHWC" else 2
             grid = list(result.grid)
-            grid[axis - first] = len(range(int(start), size, int(step)))
+            grid[axis - first] = len(taken)
             result = replace(result, grid=tuple(grid))  # type: ignore[arg-type]
         else:
             result = None
@@ -180,19 +221,21 @@ def _sliced(node: ir.Node, before: Layout) -> Layout | None:
 
 
 def _padded(node: ir.Node, before: Layout) -> Layout | None:
-    """Channels padded; positions only by nothing."""
+    """Channels padded, or a border around the grid of NCHW and NHWC."""
     pads = constant_of(node.inputs[1])
-    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+    if pads is None or before.kind == "folded" or (len(node.inputs) > 3 and node.inputs[3] is not None):
         return None
     touched = {i % before.rank for i, amount in enumerate(pads) if amount}
-    return before if touched <= {before.channel_axis} else None
+    if touched <= {before.channel_axis}:
+        return before
+    return _layout_of(before.kind, node.outputs[0]) if before.kind in ("NCHW", "NHWC") and 0 not in touched else None
 
 
 def _join(node: ir.Node, found: dict[ir.Value, Layout]) -> Layout | None:
     """Joined channels of maps alike; or tokens with others in front of them."""
     known = [found.get(x) for x in node.inputs if x is not None]
     last = known[-1]
-    if last is None:
+    if last is None or last.kind == "folded":
         return None
     axis = attribute(node, "axis", 0) % last.rank
     if all(k == last for k in known):

@@ -5,6 +5,7 @@ Feature maps leave and enter every program as (batch, channels, height, width), 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ..runtime.errors import UnsupportedOperator
 from ..runtime.manifest import Tap
 from . import vjp  # noqa: F401  registers the gradient rules
 from .autodiff import gradients as cotangents
 from .autodiff import on_path
 from .graph import TappedGraph, finish, fold_batch_norm, keeps_batch_apart, named_values
 from .head import head, trunk
-from .layouts import to_maps
+from .layouts import layouts, to_maps
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
 
@@ -49,7 +51,8 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
         add("activations", suffix, scope, activations)
         add("gradients", suffix, scope, gradients)
         add("layer_maps", suffix, scope, layer_maps)
-    add("full_grad", "", TappedGraph(graph.model, graph.logits, (), graph.final_activation), full_grad)
+    with contextlib.suppress(UnsupportedOperator):  # FullGrad alone needs all of the network to be differentiable maps
+        add("full_grad", "", TappedGraph(graph.model, graph.logits, (), graph.final_activation), full_grad)
     for i, (tap, value) in enumerate(graph.taps):
         if "last" not in tap.roles and "conv" in tap.roles:
             continue
@@ -152,7 +155,11 @@ def full_grad(graph: TappedGraph) -> ir.Model:
     def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
         image = tape.graph.inputs[0]
         path = on_path(tape.graph, [image], logits)
+        known = layouts(tape.graph)
         biased = [(y, b) for y, b in _biased(tape.graph) if y in path]
+        for y, _ in biased:
+            if y not in known or known[y].kind != "NCHW":
+                raise UnsupportedOperator(f"FullGrad needs every bias on the image's grid, and {y.name!r} is not")
         points = [image, *(y for y, _ in biased)]
         weights = [image, *(tape.floats(b.reshape(1, -1, 1, 1)) for _, b in biased)]
         seed = _seed(tape, logits)

@@ -15,7 +15,12 @@ _CUT = (
     "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be cut: "
     "export it with --layers last, or name another layer"
 )
-_MENDS = {"trunk": _CUT, "head": _CUT}
+_MENDS = {
+    "trunk": _CUT,
+    "head": _CUT,
+    "full_grad": "it needs a gradient rule for every operator down to the image and every bias on a grid of the image, which "
+    "this network lacks; or the bundle is old, then export it again",
+}
 
 
 @dataclass(frozen=True)

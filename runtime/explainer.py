@@ -122,18 +122,24 @@ class Explainer:
         classes = self.manifest.num_classes
         if target is None:
             return Targets(np.zeros((images, 1, classes), np.float32), np.full((images, 1), -1), False)
-        given = np.asarray(target)
+        try:
+            given = np.asarray(target)
+        except ValueError:
+            raise InputError(
+                "target: as many classes for each image, please: one, one per image, or (images, targets)"
+            ) from None
         if given.dtype.kind == "f":
             if given.ndim == 1:
                 given = np.repeat(given[None], images, axis=0)
             seeds = given[:, None] if given.ndim == 2 else given
-            if seeds.ndim != 3 or len(seeds) != images or seeds.shape[2] != classes:
+            seeds = seeds.astype(np.float32)  # before the check: what underflows to zero would stand for the top class
+            if seeds.ndim != 3 or len(seeds) != images or seeds.shape[2] != classes or not seeds.size:
                 raise InputError(
                     f"seed array of shape {given.shape}: pass ({images}, {classes}) or ({images}, targets, {classes})"
                 )
             if not np.isfinite(seeds).all() or not np.abs(seeds).max(axis=2, initial=0).all():
                 raise InputError("seed array: every row needs finite entries, not all of them zero")
-            return Targets(seeds.astype(np.float32), None, given.ndim == 3)
+            return Targets(seeds, None, given.ndim == 3)
         if given.dtype.kind not in "iu":
             raise InputError(f"target {target!r}: pass None, class numbers, or a float seed array")
         if given.ndim == 0:

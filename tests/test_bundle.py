@@ -256,7 +256,7 @@ class Regrouped(nn.Module):
         self.block = Halves()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(self.conv(x)).mean((2, 3)).reshape(len(x), 4)
+        return self.block(self.conv(x)).mean((2, 3)).reshape(-1, 4)
 
 
 class Halves(nn.Module):

@@ -279,3 +279,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and all(c in shown for c in ("export", "info", "explain", "verify", "demo"))
+
+
+def test_a_refused_run_leaves_earlier_results(folder: Path, exported: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save("photo.png")
+    assert main(["explain", str(exported), "photo.png"]) == 0
+    before = Path("explanations/explanations.jsonl").read_text()
+    assert before and main(["explain", str(exported), "photo.png", "--layers", "nope"]) == 2
+    assert main(["explain", str(exported), "photo.png", "--target=--5"]) == 2
+    assert Path("explanations/explanations.jsonl").read_text() == before
+    assert sorted(p.name for p in Path("explanations").iterdir()) == ["explanations.jsonl", "photo.npy", "photo.png"]

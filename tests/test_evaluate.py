@@ -128,22 +128,67 @@ def test_images_without_a_mask_have_no_localisation(scenes: Path) -> None:
 
 
 def test_void_pixels_of_a_voc_mask_are_left_out(scenes: Path) -> None:
+    """A palette picture's 255 is void, even where no other object is near; a grey picture's is the object, unless --void says so."""
     values = np.zeros((128, 128), np.uint8)
     values[40:80, 40:80] = 7
     values[38:40] = 255
-    Image.fromarray(values).save(scenes / "masks" / "scene-0.png")
+    palette = Image.fromarray(values).convert("P")
+    palette.putdata(values.ravel().tolist())
+    palette.save(scenes / "masks" / "scene-0.png")
     explainer = camrt.load(BUNDLE)
     images = sorted((scenes / "images").iterdir())
-    mask = read_mask(find_masks(images, scenes / "masks")[images[0]], images[0], explainer)
+    masks = find_masks(images, scenes / "masks")
+    mask = read_mask(masks[images[0]], images[0], explainer)
     np.testing.assert_array_equal(mask.object, values == 7)
     np.testing.assert_array_equal(mask.valid, values != 255)
-    binary = read_mask(find_masks(images, scenes / "masks")[images[1]], images[1], explainer)
+    binary = read_mask(masks[images[1]], images[1], explainer)
     assert binary.valid.all() and binary.object.any() and not binary.object.all()
+    with pytest.raises(camrt.CamrtError, match="holds no object where the network looks"):
+        read_mask(masks[images[1]], images[1], explainer, void=255)
+    values[values == 7] = 0
+    palette.putdata(values.ravel().tolist())
+    palette.save(scenes / "masks" / "scene-0.png")
+    with pytest.raises(camrt.CamrtError, match="holds no object where the network looks"):
+        read_mask(masks[images[0]], images[0], explainer)
+
+
+def test_masks_that_cannot_be_read_are_refused(scenes: Path) -> None:
+    explainer, image, mask = camrt.load(BUNDLE), scenes / "images" / "scene-0.png", scenes / "masks" / "scene-0.png"
+    Image.fromarray(np.full((128, 128), 300, np.uint16)).save(mask)
+    with pytest.raises(camrt.CamrtError, match="save masks as palette or 8-bit grey pictures"):
+        read_mask(mask, image, explainer)
+    mask.write_bytes(mask.read_bytes()[:50])
+    with pytest.raises(camrt.CamrtError, match=r"scene-0\.png: "):
+        read_mask(mask, image, explainer)
+
+
+def test_images_of_one_name_keep_their_own_masks(scenes: Path) -> None:
+    """By their place below the folder; a stem that two images share is not enough."""
+    for folder in ("a", "b"):
+        (scenes / "images" / folder).mkdir()
+    (scenes / "images" / "scene-0.png").rename(scenes / "images" / "a" / "scene.png")
+    (scenes / "images" / "scene-1.png").rename(scenes / "images" / "b" / "scene.png")
+    images = sorted((scenes / "images").rglob("*.png"))
+    (scenes / "masks" / "scene-0.png").rename(scenes / "masks" / "scene.png")
+    assert set(find_masks(images, scenes / "masks")) == {scenes / "images" / "scene-2.png"}
+    (scenes / "masks" / "a").mkdir()
+    (scenes / "masks" / "scene.png").rename(scenes / "masks" / "a" / "scene.png")
+    assert find_masks(images, scenes / "masks")[images[0]] == scenes / "masks" / "a" / "scene.png"
+
+
+def test_masks_and_results_below_the_images_are_no_images(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (scenes / "masks").rename(scenes / "images" / "masks")
+    arguments = ["--masks", str(scenes / "images" / "masks"), "--metrics", "iou"]
+    assert run(scenes, *arguments, methods=["grad_cam"]) == 0
+    assert "3 of 3 images" in capsys.readouterr().out
 
 
 REFUSALS = [
     (["--methods", "gradcam"], "no method 'gradcam': did you mean 'grad_cam'"),
     (["--methods", "grad_cam:depth=3"], "grad_cam has no option 'depth': it has none"),
+    (["--methods", "winsor_cam:low=abc"], "rescale bounds low='abc'"),
+    (["--methods", "finer_cam:alpha=abc"], "alpha 'abc': use a number"),
+    (["--methods", "recipro_cam:gaussian=no"], "gaussian 'no': use True or False"),
     (["--methods", "winsor_cam:50"], "write options as winsor_cam:option=value"),
     (["--metrics", "iou"], "metric 'iou' needs masks of the objects: pass --masks FOLDER"),
     (["--metrics", "beauty"], "no metric 'beauty': use average_drop"),

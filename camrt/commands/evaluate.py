@@ -22,7 +22,11 @@ def evaluate(options: argparse.Namespace) -> int:
     from ..runtime.explainer import load
 
     explainer = load(options.bundle, options.backend)
-    images = find_images([str(options.folder)])
+    inside = [folder.resolve() for folder in (options.masks, options.out) if folder is not None]
+    found = find_images([str(options.folder)])
+    images = [p for p in found if not any(p.resolve().is_relative_to(folder) for folder in inside)]
+    if not images:
+        raise InputError(f"{options.folder}: no images there besides masks and results")
     methods = [parse_method(text) for text in dict.fromkeys(options.methods)]
     problems: list[str] = []
     with tqdm(total=len(images) * len(methods), unit="map", disable=None) as bar, warnings.catch_warnings():
@@ -44,6 +48,7 @@ def evaluate(options: argparse.Namespace) -> int:
             options.metrics,
             options.steps,
             options.threshold,
+            options.void,
             progress=advance,
             problem=problem,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import json
 import sys
@@ -59,11 +60,12 @@ def explain(options: argparse.Namespace) -> int:
             raise InputError(f"{file}: its explanation would overwrite an image: choose another --out")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        lines = (options.out / "explanations.jsonl").open("w", encoding="utf-8")
+        part = options.out / "explanations.jsonl.part"
+        lines = part.open("w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{options.out}: cannot be written ({error.strerror})") from None
     failures = 0
-    with lines, tqdm(total=len(files), unit="image", disable=None) as bar:
+    with _kept(part), lines, tqdm(total=len(files), unit="image", disable=None) as bar:
         for start in range(0, len(files), options.batch):
             for group in _explained(
                 files[start : start + options.batch], explainer, options, target, layers, arguments
@@ -80,6 +82,18 @@ def explain(options: argparse.Namespace) -> int:
             bar.update(len(files[start : start + options.batch]))
     print(f"{len(files) - failures} of {len(files)} images explained with {options.method}: {options.out}")
     return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def _kept(part: Path) -> Iterator[None]:
+    """Afterwards what was written takes its final name; a run that wrote nothing leaves an earlier file as it was."""
+    try:
+        yield
+    finally:
+        if part.stat().st_size:
+            part.replace(part.with_suffix(""))
+        else:
+            part.unlink()
 
 
 def _explained(
@@ -111,7 +125,7 @@ def _explained(
 
 def _class_index(explainer: Explainer, text: str) -> int:
     manifest = explainer.manifest
-    if text.lstrip("-").isdecimal():
+    if text.removeprefix("-").isdecimal():
         return int(text)
     names = manifest.classes or ()
     matches = [i for i, n in enumerate(names) if text.lower() in [part.strip().lower() for part in n.split(",")]]

@@ -105,6 +105,8 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
         raise InputError("finer_cam explains classes, not seed arrays: pass class numbers")
     if not isinstance(comparisons, int) or comparisons < 1:
         raise InputError(f"comparisons {comparisons!r}: use a whole number from 1")
+    if not isinstance(alpha, int | float):
+        raise InputError(f"alpha {alpha!r}: use a number")
     result = np.empty(logits.shape, np.float64)
     for row, (z, seed) in enumerate(zip(logits.astype(np.float64), seeds, strict=True)):
         t = int(seed.argmax())
@@ -123,7 +125,10 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
         slope[others] += pull
         slope -= p * pull.sum()
         result[row] = slope / total
-    return result.astype(np.float32)
+    found = result.astype(np.float32)
+    if not found.any(axis=1).all():  # a row of zeros would stand for the top class
+        raise InputError("finer_cam: the rivals' probabilities vanish, there is nothing to compare with: use grad_cam")
+    return found
 
 
 @cam(

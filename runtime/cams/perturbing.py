@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import InputError
 from .baseline import combined
 from .data import Heads
 from .registry import Result, cam
@@ -52,6 +53,8 @@ def recipro_cam(heads: Heads, gaussian: bool = False) -> Result:
     gaussian: the position's activation is spread over its 3 x 3 neighbours with weights 1/4, 1/8, 1/16, as the paper offers.
     Tokens before the grid (a class token) keep theirs.
     """
+    if not isinstance(gaussian, bool):
+        raise InputError(f"gaussian {gaussian!r}: use True or False")
     per_layer = []
     for index, activation in enumerate(heads.activations):
         height, width = activation.shape[1:]

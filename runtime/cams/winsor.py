@@ -97,5 +97,5 @@ def check_options(percentile: float, layer_aggregation: str, interpolation: str,
         raise InputError(f"percentile {percentile!r} is outside 0..100")
     chosen(layer_aggregation, list(LAYER_AGGREGATIONS), "layer_aggregation")
     chosen(interpolation, ("bilinear", "nearest"), "interpolation")
-    if not 0 < low <= high:
+    if not all(isinstance(bound, int | float | np.number) for bound in (low, high)) or not 0 < low <= high:
         raise InputError(f"rescale bounds low={low!r}, high={high!r}: they need 0 < low <= high")
