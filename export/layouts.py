@@ -38,30 +38,62 @@ class Layout:
 TAPPABLE = ("NCHW", "NHWC", "tokens")
 
 _ELEMENTWISE = {
-    *("Abs", "Add", "BatchNormalization", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu"),
-    *(
-        "GroupNormalization",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "InstanceNormalization",
-        "LRN",
-        "LayerNormalization",
-    ),
-    *("LeakyRelu", "Log", "LpNormalization", "Max", "Mean", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal"),
-    *("Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tanh"),
-    *(
-        "ThresholdedRelu",
-        "Where",
-        "Ceil",
-        "CumSum",
-        "DequantizeLinear",
-        "Floor",
-        "LogSoftmax",
-        "QuantizeLinear",
-        "Round",
-    ),
-    *("Sign", "Shrink", "Softsign", "Sin", "Cos", "Atan"),
+    "Abs",
+    "Add",
+    "Atan",
+    "BatchNormalization",
+    "Cast",
+    "Ceil",
+    "Celu",
+    "Clip",
+    "Cos",
+    "CumSum",
+    "DequantizeLinear",
+    "Div",
+    "Dropout",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "GroupNormalization",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "InstanceNormalization",
+    "LRN",
+    "LayerNormalization",
+    "LeakyRelu",
+    "Log",
+    "LogSoftmax",
+    "LpNormalization",
+    "Max",
+    "Mean",
+    "Min",
+    "Mish",
+    "Mul",
+    "Neg",
+    "PRelu",
+    "Pow",
+    "QuantizeLinear",
+    "Reciprocal",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Softmax",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Sub",
+    "Sum",
+    "Swish",
+    "Tanh",
+    "ThresholdedRelu",
+    "Where",
 }
 _MAPS_TO_MAPS = {
     *("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool"),
@@ -119,21 +151,21 @@ def _result(node: ir.Node, found: dict[ir.Value, Layout]) -> Layout | None:
         return known.pop() if len(known) == 1 else None
     if before is None or x is None or y.shape is None:
         return _join(node, found) if node.op_type == "Concat" else None
-    if node.op_type == "Transpose":
-        return _transposed(before, tuple(attribute(node, "perm", ())), y)
     if node.op_type in ("Reshape", "Flatten"):
         return _reshaped(before, x, y)
+    if before.kind == "folded":  # nothing else is known of its axes
+        return None
+    if node.op_type == "Transpose":
+        return _transposed(before, tuple(attribute(node, "perm", ())), y)
     if node.op_type == "MatMul":
-        linear = before.kind != "folded" and node.inputs[1] not in found and constant_of(node.inputs[1]) is not None
+        linear = node.inputs[1] not in found and constant_of(node.inputs[1]) is not None
         return before if linear and before.kind in ("NHWC", "tokens") else None
-    if node.op_type in ("Slice", "Pad"):
-        return _sliced(node, before) if node.op_type == "Slice" else _padded(node, before)
+    if node.op_type == "Slice":
+        return _sliced(node, before)
+    if node.op_type == "Pad":
+        return _padded(node, before)
     if node.op_type == "Split":
-        return (
-            before
-            if before.kind != "folded" and attribute(node, "axis", 0) % before.rank == before.channel_axis
-            else None
-        )
+        return before if attribute(node, "axis", 0) % before.rank == before.channel_axis else None
     if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceL2"):
         return before if _reduces_channels(node, before) else None
     return _join(node, found) if node.op_type == "Concat" else None
@@ -141,13 +173,11 @@ def _result(node: ir.Node, found: dict[ir.Value, Layout]) -> Layout | None:
 
 def _reduces_channels(node: ir.Node, before: Layout) -> bool:
     axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes")
-    kept = bool(attribute(node, "keepdims", 1)) and before.kind != "folded"
+    kept = bool(attribute(node, "keepdims", 1))
     return kept and axes is not None and [int(a) % before.rank for a in axes] == [before.channel_axis]
 
 
 def _transposed(before: Layout, perm: tuple[int, ...], y: ir.Value) -> Layout | None:
-    if before.kind == "folded":
-        return None
     if before.kind == "grouped":
         return before if perm == (0, 2, 1, 3, 4) else None
     if before.kind in ("flat", "tokens") and perm == (0, 2, 1):
@@ -187,8 +217,6 @@ def _reshaped(before: Layout, x: ir.Value, y: ir.Value) -> Layout | None:
 
 def _sliced(node: ir.Node, before: Layout) -> Layout | None:
     """Channels taken, positions taken at a stride, a border cropped, or prefix tokens dropped."""
-    if before.kind == "folded":
-        return None
     starts, ends = constant_of(node.inputs[1]), constant_of(node.inputs[2])
     extra = [constant_of(node.inputs[i]) if len(node.inputs) > i else None for i in (3, 4)]
     if starts is None or ends is None:
@@ -223,7 +251,7 @@ def _sliced(node: ir.Node, before: Layout) -> Layout | None:
 def _padded(node: ir.Node, before: Layout) -> Layout | None:
     """Channels padded, or a border around the grid of NCHW and NHWC."""
     pads = constant_of(node.inputs[1])
-    if pads is None or before.kind == "folded" or (len(node.inputs) > 3 and node.inputs[3] is not None):
+    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
         return None
     touched = {i % before.rank for i, amount in enumerate(pads) if amount}
     if touched <= {before.channel_axis}:

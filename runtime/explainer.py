@@ -12,11 +12,11 @@ import numpy as np
 from .backends import Backend, create
 from .bundle import Bundle, read_bundle
 from .cams import Method, join, method_named
-from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
+from .errors import InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .manifest import Manifest
 from .preprocess import as_batch
-from .runs import GRADIENT_AGGREGATIONS, Runs, top_class_where_zero
+from .runs import GRADIENT_AGGREGATIONS, Runs, check_finite, top_class_where_zero
 from .scores import probabilities
 
 
@@ -85,8 +85,7 @@ class Explainer:
             logits[part.first : part.first + len(part.images)] = data.logits[: len(part.images)]
             results.append(chosen.function(data, **options))
         result = join(results)
-        if not np.isfinite(result.maps).all():
-            raise CamrtError("the network gave NaN or infinity: check its weights and the images' preprocessing")
+        check_finite(result.maps)
 
         count, several = seeds.shape[:2], targets.several
         lead = count if several else count[:1]

@@ -85,8 +85,7 @@ class Runs:
             "heads": lambda: self._heads(part, names),
         }
         data = readers[method.needs]()
-        if not np.isfinite(data.logits).all():
-            raise CamrtError("the network gave NaN or infinity: check its weights and the images' preprocessing")
+        check_finite(data.logits)
         return data
 
     def _taps(self, names: Sequence[str]) -> tuple[Tap, ...]:
@@ -104,8 +103,7 @@ class Runs:
             weighed = [_weigh(out, name, aggregation) for name in program.taps]
             alphas, maps = (np.concatenate(parts, axis=1) for parts in zip(*weighed, strict=True))
         joined = LayerMaps(self._taps(program.taps), *self._scores(out, part.seeds), alphas, maps, self.size)
-        if not (np.isfinite(alphas).all() and np.isfinite(maps).all()):
-            raise CamrtError("the network gave NaN or infinity: check its weights and the images' preprocessing")
+        check_finite(alphas, maps)
         return joined.select(names)
 
     def _gradients(self, part: Part, names: Sequence[str]) -> Gradients:
@@ -199,6 +197,12 @@ class Runs:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self.backend.lanes, thread_name_prefix="camrt-lane")
             return self._threads
+
+
+def check_finite(*arrays: np.ndarray) -> None:
+    """CamrtError if one holds NaN or infinity."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise CamrtError("the network gave NaN or infinity: check its weights and the images' preprocessing")
 
 
 def top_class_where_zero(seeds: np.ndarray, logits: np.ndarray) -> np.ndarray:

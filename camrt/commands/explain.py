@@ -68,7 +68,7 @@ def explain(options: argparse.Namespace) -> int:
     with _kept(part), lines, tqdm(total=len(files), unit="image", disable=None) as bar:
         for start in range(0, len(files), options.batch):
             for group in _explained(
-                files[start : start + options.batch], explainer, options, target, layers, arguments
+                files[start : start + options.batch], explainer, method.name, target, layers, arguments
             ):
                 if isinstance(group, InputError):
                     failures += 1
@@ -99,7 +99,7 @@ def _kept(part: Path) -> Iterator[None]:
 def _explained(
     files: list[Path],
     explainer: Explainer,
-    options: argparse.Namespace,
+    method: str,
     target: Any,
     layers: Any,
     arguments: dict[str, Any],
@@ -120,7 +120,7 @@ def _explained(
         kept.append(path)
     if kept:
         wanted = None if target is None else [target] * len(kept) if len(target) > 1 else target[0]
-        yield kept, explainer.explain(pictures, parse_method(options.method).name, wanted, layers, **arguments)
+        yield kept, explainer.explain(pictures, method, wanted, layers, **arguments)
 
 
 def _class_index(explainer: Explainer, text: str) -> int:
