@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+INTERPOLATIONS = ("bilinear", "align_corners", "nearest")
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,8 +37,7 @@ def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tupl
 def _columns(maps: np.ndarray, width: int, interpolation: str) -> np.ndarray:
     """maps (..., h, w) -> (..., h, width)."""
     low, high, weight = resize_taps(maps.shape[-1], width, interpolation)
-    first = maps[..., low]
-    return first + (maps[..., high] - first) * weight
+    return maps[..., low] * (1 - weight) + maps[..., high] * weight
 
 
 _BAND = 16  # rows that are resized together: small enough for the cache, and for a matrix product on one thread
@@ -111,7 +113,7 @@ def mask_batch(
 ) -> np.ndarray:
     """masked[k, c] = image[c] * gate(up(activations[k])).
 
-    image (C, H, W) float32; activations (K, h, w) float32 -> masked (K, C, H, W) float32, in `out` where it is given.
+    image (C, H, W) float32; activations (K, h, w) float32, finite -> masked (K, C, H, W) float32, in `out` where it is given.
     gates (K, H, W) float32, where given, receives gate(up(A)). ValueError for an unknown kind or interpolation.
     """
     count, (height, width) = len(activations), image.shape[1:]
@@ -123,8 +125,14 @@ def mask_batch(
             gate(gates[:, rows], kind, out=gates[:, rows])
             np.multiply(image[:, rows], gates[:, None, rows], out=out[:, :, rows])
     if not local:
-        np.multiply(image, gate(gates, kind, out=gates)[:, None], out=out)
+        np.multiply(image, gate(_within_range(gates, activations), kind, out=gates)[:, None], out=out)
     return out
+
+
+def _within_range(resized: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """In place: no rounding beyond the range of the map, or min-max scaling would make a map of a constant's rounding."""
+    low, high = activations.min(axis=(1, 2), keepdims=True), activations.max(axis=(1, 2), keepdims=True)
+    return np.clip(resized, low, high, out=resized)
 
 
 def accumulate_maps(
@@ -137,17 +145,23 @@ def accumulate_maps(
 ) -> None:
     """total[s] += sum_k scores[s, k] gate(up(activations[k])), in place.
 
-    total (S, H, W), scores (S, K), activations (K, h, w), all float32. gates: what mask_batch kept, to spare making them again.
+    total (S, H, W), scores (S, K), activations (K, h, w), all float32 and finite. gates: what mask_batch kept, to spare making them again.
     """
     if gates is None:
-        gates = gate(upsample(activations, total.shape[1:], interpolation), kind)
+        gates = upsample(activations, total.shape[1:], interpolation)
+        if kind == "minmax" and gates is not activations:
+            _within_range(gates, activations)
+        gates = gate(gates, kind)
     total += np.einsum("sk,khw->shw", scores, gates)
 
 
 def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:
     """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay."""
-    low = maps.min(axis=axes, keepdims=True)
-    span = maps.max(axis=axes, keepdims=True) - low
+    low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
+    with np.errstate(over="ignore"):
+        span = high - low
+    if maps.dtype != np.float64 and np.isinf(span).any():  # the difference is beyond the dtype
+        return minmax(maps.astype(np.float64), axes).astype(maps.dtype)
     return (maps - low) / np.where(span > 0, span, 1)
 
 
@@ -156,27 +170,37 @@ def winsorize(rows: np.ndarray, percentile: float, low: float = 0.1, high: float
 
     rows (..., L) float -> same shape, float32. Entries that are not positive become 0. Percentile 0 gives `high` to every
     positive entry, as do positive entries that are all equal. The percentile interpolates linearly between order
-    statistics (torch.quantile, numpy.quantile). Source: Winsor-CAM, arXiv 2507.10846. ValueError for NaN or a percentile
-    outside 0..100.
+    statistics (torch.quantile, numpy.quantile). Infinity is a value: seen from it, finite entries are all at `low`.
+    Source: Winsor-CAM, arXiv 2507.10846. ValueError for NaN or a percentile outside 0..100.
     """
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile {percentile} is outside 0..100")
     rows = np.asarray(rows, np.float64)
     if np.isnan(rows).any():
         raise ValueError("winsorize: a row holds NaN")
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
     result = np.zeros(flat.shape, np.float32)
     for row, out in zip(flat, result, strict=True):
         positive = row > 0
         values = row[positive]
         if not values.size:
             continue
-        if percentile > 0:
-            values = np.minimum(values, np.quantile(values, percentile / 100))
-        span = values.max() - values.min()
-        equal = percentile == 0 or not span > 0
-        out[positive] = high if equal else low + (values - values.min()) / span * (high - low)
+        limit = _quantile(values, percentile / 100)
+        least = values.min()
+        if percentile == 0 or not limit > least:
+            out[positive] = high
+        elif np.isinf(limit):
+            out[positive] = np.where(np.isinf(values), high, low)
+        else:
+            out[positive] = low + (np.minimum(values, limit) - least) / (limit - least) * (high - low)
     return result.reshape(rows.shape)
+
+
+def _quantile(values: np.ndarray, fraction: float) -> float:
+    """numpy.quantile, but between infinity and infinity there is infinity."""
+    position = fraction * (len(values) - 1)
+    below = int(position)
+    above = min(below + 1, len(values) - 1)
+    first, second = np.partition(values, (below, above))[[below, above]]
+    return first if first == second or position == below else first + (second - first) * (position - below)
 
 
 def _offsets(grids: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -201,12 +225,15 @@ def fuse_layers(
     weights: np.ndarray,
     size: Sequence[int],
     interpolation: str = "bilinear",
+    normalize: bool = False,
 ) -> np.ndarray:
     """sum_l weight_l up(up(M_l -> the largest height and width of any layer) -> size).
 
-    maps (B, sum h w), layers side by side, already normalised; weights (B, L) -> (B, *size) float32. Resizing is linear,
-    so layers of one grid are summed before they are resized.
+    maps (B, sum h w), layers side by side, finite; weights (B, L) -> (B, *size) float32. normalize: by `normalize_layers` first.
+    Resizing is linear, so layers of one grid are summed before they are resized.
     """
+    if normalize:
+        maps = normalize_layers(maps, grids)
     largest = max(h for h, _ in grids), max(w for _, w in grids)
     ends = _offsets(grids)
     sums = {grid: np.zeros((len(maps), grid[0] * grid[1]), np.float32) for grid in grids}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from emulator import EmulatedGpu, compile_server
 from support import small_net
 
 import camrt
+from camrt.kernels import DeviceError
+from camrt.kernels.build import build
 
 PREPROCESS = camrt.Preprocess(resize=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
@@ -30,3 +36,33 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def explainer(exported: Path) -> camrt.Explainer:
     return camrt.load(exported)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedGpu]:
+    """The CUDA kernels on the host."""
+    gpu = EmulatedGpu(compile_server(tmp_path_factory.mktemp("emulated")))
+    yield gpu
+    gpu.close()
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def queue(request: pytest.FixtureRequest) -> Any:
+    """A stream that runs the CUDA kernels: on the host everywhere, and on a GPU where there is one."""
+    if request.param == "gpu":
+        try:
+            from camrt.kernels.device import BINARIES, device
+
+            stream = device().stream()
+            if not (BINARIES / "build.json").is_file():
+                build()
+            return stream
+        except DeviceError as error:
+            pytest.skip(str(error))
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the emulated kernels are not tested")
+    gpu = request.getfixturevalue("emulated")
+    gpu.order, gpu.shared_limit = 0, EmulatedGpu.shared_limit
+    gpu.launched.clear()
+    gpu.write(gpu.fault, np.zeros(1, np.int32))
+    return gpu

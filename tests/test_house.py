@@ -29,7 +29,7 @@ ALLOWED = {
     "kernels": ("kernels",),
 }
 HEAVY = {"onnxruntime", "tensorrt", "tensorrt_rtx_bindings", "pycuda", "torch", "onnx", "onnx_ir", "onnxscript"}
-HOME_OF_HEAVY = {"onnxruntime": {"runtime/backends/ort.py"}}
+HOME_OF_HEAVY = {"onnxruntime": {"runtime/backends/ort.py"}, "pycuda": {"kernels/device.py"}}
 
 
 def sources() -> list[tuple[str, Path]]:

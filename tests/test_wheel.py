@@ -7,12 +7,16 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from support import ROOT
 
+from camrt.kernels.build import find_nvcc
+
+IGNORED = shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "__pycache__", "*.fatbin", "build.json")
 CHECK = """
 import importlib.util, sys
 import numpy as np
@@ -39,9 +43,14 @@ def call(*command: str, cwd: Path) -> str:
 
 def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a copy: a build folder left in the checkout would bring old modules along
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "__pycache__"))
+    shutil.copytree(ROOT, source, ignore=IGNORED)
     call(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source), cwd=tmp_path)
     (wheel,) = tmp_path.glob("camrt-*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"camrt/kernels/cuda/{f.name}" for f in (ROOT / "kernels" / "cuda").glob("*.cu")}
+    binaries = {s.replace(".cu", ".fatbin") for s in sources} | {"camrt/kernels/cuda/build.json"}
+    assert sources <= packed
+    assert binaries & packed == (binaries if find_nvcc() else set())
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")
     constraints = str(ROOT / "constraints.txt")
@@ -53,3 +62,14 @@ def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
     camrt = str(tmp_path / "env" / "bin" / "camrt")
     assert "demo.png" in call(camrt, "demo", cwd=tmp_path)
     assert (tmp_path / "camrt-demo" / "demo.png").is_file()
+
+
+def test_a_wheel_without_nvcc_says_that_it_has_no_kernels(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=IGNORED)
+    environment = {**os.environ, "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "camrt: this wheel has no CUDA kernels: no nvcc on the PATH" in done.stderr
+    assert not list(tmp_path.glob("lib/**/*.fatbin")) and list(tmp_path.glob("lib/**/mask_batch.cu"))

@@ -1,0 +1,208 @@
+// What the kernels share: positions of a resize, gates, reductions over a block, 16-byte access.
+#pragma once
+#include <cuda_fp16.h>
+
+#ifndef SHARED  // the tests' emulation brings its own
+#define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(type, name)                     \
+    extern __shared__ __align__(16) char name##_raw[]; \
+    type* name = reinterpret_cast<type*>(name##_raw)
+#endif
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+constexpr int THREADS = 256;  // of most blocks, in launches.py too
+constexpr int WARPS = THREADS / WARP;
+
+enum Gate { TANH, SIGMOID_RELU, MINMAX, IDENTITY };  // in reference.py: GATES
+
+// ---- resizing
+
+// Where a position of a resized axis lies: `weight` of the way from source position low to high. Tables of them come from
+// reference.resize_taps, one for each pair of sizes.
+struct Tap {
+    int low, high;
+    float weight;
+};
+
+// A neighbour that does not count is not looked at, and between equals there is exactly that: min-max scaling would make a
+// map of a constant's rounding.
+__device__ inline float between(float first, float second, float weight) {
+    return weight == 0.0f || first == second ? first : fmaf(weight, second, (1.0f - weight) * first);
+}
+
+// The source positions that `used` neighbouring taps read: all from the first to the last, or each tap's two.
+struct Sources {
+    int first, count;
+    bool contiguous;
+};
+
+__device__ inline Sources sources_of(const Tap* taps, int used) {
+    const int reach = taps[used - 1].high - taps[0].low + 1;
+    Sources sources = {taps[0].low, 2 * used, false};
+    if (reach <= 2 * used) sources = {taps[0].low, reach, true};
+    return sources;
+}
+
+__device__ inline int source(const Sources& sources, const Tap* taps, int i) {
+    if (sources.contiguous) return sources.first + i;
+    return i % 2 ? taps[i / 2].high : taps[i / 2].low;
+}
+
+__device__ inline int place(const Sources& sources, const Tap* taps, int tap, bool high) {
+    if (sources.contiguous) return (high ? taps[tap].high : taps[tap].low) - sources.first;
+    return 2 * tap + high;
+}
+
+// A warp's part of resized maps: a row of 32 V columns, V neighbours for each lane. Rows are resized first, once for all
+// lanes, into shared memory; then columns.
+template <int V>
+struct Strip {
+    static constexpr int COLUMNS = WARP * V, STAGED = 2 * COLUMNS;  // floats of shared memory for each warp
+
+    int x, columns;  // the lane's first column; how many the warp has
+    Tap row;
+    const Tap* taps;
+    Sources sources;
+    int low[V], high[V];
+    float weight[V];
+
+    __device__ Strip(const Tap* rows, const Tap* all_columns, int y, int left, int width) {
+        const int lane = threadIdx.x % WARP;
+        x = left + lane * V;
+        columns = width - left < COLUMNS ? width - left : COLUMNS;
+        row = rows[y];
+        taps = all_columns + left;
+        sources = sources_of(taps, columns);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int tap = lane * V + j < columns ? lane * V + j : columns - 1;
+            low[j] = place(sources, taps, tap, false);
+            high[j] = place(sources, taps, tap, true);
+            weight[j] = taps[tap].weight;
+        }
+    }
+
+    // Whether the lane has columns: all V, since V divides the width.
+    __device__ bool inside() const { return static_cast<int>(threadIdx.x % WARP) * V < columns; }
+
+    // Called by the whole warp; staged: its STAGED floats.
+    __device__ void resize(const float* map, int w, float* staged, float (&values)[V]) const {
+        const float* upper = map + static_cast<long long>(row.low) * w;
+        const float* lower = map + static_cast<long long>(row.high) * w;
+        for (int i = threadIdx.x % WARP; i < sources.count; i += WARP) {
+            const int column = source(sources, taps, i);
+            staged[i] = row.weight == 0.0f ? upper[column] : between(upper[column], lower[column], row.weight);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = between(staged[low[j]], staged[high[j]], weight[j]);
+        __syncwarp();  // before the next map overwrites it
+    }
+};
+
+// ---- gates
+
+// (value - low) / (high - low), 0 where all are equal, NaN where one is; halved where the difference overflows
+__device__ inline float scaled(float value, float low, float high) {
+    const float half = isinf(high - low) ? 0.5f : 1.0f;
+    const float span = high * half - low * half;
+    const float above = value * half - low * half;
+    return span > 0.0f ? above / span : above;
+}
+
+// In place. extremes: lowest and highest value of the resized map, read by MINMAX alone.
+template <int V>
+__device__ inline void open_gates(float (&values)[V], int gate, const float* extremes) {
+    if (gate == TANH) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = tanhf(values[j]);
+    } else if (gate == SIGMOID_RELU) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = 1.0f / (1.0f + expf(values[j] < 0.0f ? 0.0f : -0.5f * values[j]));
+    } else if (gate == MINMAX) {
+        const float low = extremes[0], high = extremes[1];
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = scaled(values[j], low, high);
+    }
+}
+
+// ---- 16-byte access; V = 1 is for what is not aligned
+
+template <int V>
+__device__ inline void load(const float* from, float (&values)[V]) {
+    if constexpr (V % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < V; j += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(from + j);
+            values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = from[j];
+    }
+}
+
+template <int V>
+__device__ inline void store(float* to, const float (&values)[V]) {
+    if constexpr (V % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < V; j += 4)
+            *reinterpret_cast<float4*>(to + j) = make_float4(values[j], values[j + 1], values[j + 2], values[j + 3]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) to[j] = values[j];
+    }
+}
+
+template <int V>
+__device__ inline void store(__half* to, const float (&values)[V]) {
+    if constexpr (V == 8) {
+        union {
+            __half2 pairs[4];
+            uint4 bytes;
+        } packed;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) packed.pairs[j] = __floats2half2_rn(values[2 * j], values[2 * j + 1]);
+        *reinterpret_cast<uint4*>(to) = packed.bytes;
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) to[j] = __float2half_rn(values[j]);
+    }
+}
+
+// ---- reductions over a block of whole warps; every thread gets the result
+
+struct Least {  // of floats with a NaN among them: NaN, as NumPy has it
+    template <typename T>
+    __device__ T operator()(T a, T b) const {
+        return b < a || b != b ? b : a;
+    }
+};
+struct Greatest {
+    template <typename T>
+    __device__ T operator()(T a, T b) const {
+        return a < b || b != b ? b : a;
+    }
+};
+struct Plus {
+    template <typename T>
+    __device__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+
+// shared: one place per warp, free for reuse after the call
+template <typename T, typename Operation>
+__device__ inline T reduce_block(T value, T* shared, Operation join) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    for (int distance = WARP / 2; distance > 0; distance /= 2)
+        value = join(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    if (lane == 0) shared[warp] = value;
+    __syncthreads();
+    value = shared[0];
+    for (int i = 1; i < warps; ++i) value = join(value, shared[i]);
+    __syncthreads();
+    return value;
+}

@@ -1,0 +1,157 @@
+"""A GPU: its primary context and the kernels on it. The only file that imports PyCUDA.
+
+The primary context is the one that TensorRT, ONNX Runtime and PyTorch use, so arrays and streams are theirs and ours.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .build import sources_hash
+from .driver import ordinal_of
+from .errors import DeviceError
+from .launches import Launch
+from .memory import Pool
+from .stream import Stream
+
+BINARIES = Path(__file__).parent / "cuda"
+BUILD = "python -m camrt.kernels.build"
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
+
+
+@functools.cache
+def _pycuda() -> Any:
+    try:
+        import pycuda.driver as cuda  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        if "libcuda" in str(error) or "undefined symbol" in str(error):
+            raise DeviceError(f"no GPU to use: the NVIDIA driver is missing or too old ({error})") from error
+        raise DeviceError(f"the kernels need PyCUDA: pip install 'camrt[cuda]' ({error})") from error
+    try:
+        cuda.init()
+    except cuda.Error as error:
+        raise DeviceError(f"no GPU to use: {error}") from error
+    return cuda
+
+
+class Device:
+    """GPU `ordinal`, by `device()`. DeviceError where there is none."""
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self._cuda = cuda = _pycuda()
+        count = cuda.Device.count()
+        if not 0 <= ordinal < count:
+            raise DeviceError(f"no GPU {ordinal}: this machine has {count}")
+        self.ordinal = ordinal
+        self._device = cuda.Device(ordinal)
+        self.name: str = self._device.name()
+        self.compute_capability: tuple[int, int] = self._device.compute_capability()
+        self.shared_limit: int = self._device.get_attribute(cuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+        self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+        self.closed = False
+        self._context = self._device.retain_primary_context()
+        self._modules: dict[str, Any] = {}
+        self._functions: dict[str, Any] = {}
+        self._followers: dict[int, Stream] = {}
+        self._lock = threading.Lock()
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """At the end of the process: from here on PyCUDA's objects die without calling the driver."""
+        self.closed = True
+        self._context.detach()
+
+    def __str__(self) -> str:
+        return f"GPU {self.ordinal} ({self.name}, compute capability {'.'.join(map(str, self.compute_capability))})"
+
+    @contextmanager
+    def active(self, what: str = "the GPU") -> Iterator[Any]:
+        """Makes the primary context this thread's, gives PyCUDA; its errors become DeviceError, with `what` in front."""
+        self._context.push()
+        try:
+            yield self._cuda
+        except (self._cuda.MemoryError, OverflowError) as error:
+            free, total = (size >> 20 for size in self._cuda.mem_get_info())
+            raise DeviceError(
+                f"{what}: out of memory on {self}, {free} of {total} MiB free: use a smaller batch"
+            ) from error
+        except self._cuda.Error as error:
+            raise DeviceError(f"{what}: {error}") from error
+        finally:
+            self._cuda.Context.pop()
+
+    def function(self, launch: Launch) -> Any:
+        """The kernel, loaded on first use. DeviceError where it does not run on this GPU. Needs `active`."""
+        with self._lock:
+            if launch.module not in self._modules:
+                self._modules[launch.module] = self._load(launch.module)
+            if launch.kernel not in self._functions:
+                function = self._modules[launch.module].get_function(launch.kernel)
+                if launch.shared:
+                    attribute = self._cuda.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    function.set_attribute(attribute, self.shared_limit - function.shared_size_bytes)
+                self._functions[launch.kernel] = function
+            return self._functions[launch.kernel]
+
+    def _load(self, module: str) -> Any:
+        file, described = BINARIES / f"{module}.fatbin", BINARIES / "build.json"
+        if not file.is_file() or not described.is_file():
+            raise DeviceError(f"this installation has no CUDA kernels ({file.name}): build them by `{BUILD}`")
+        built = json.loads(described.read_text())
+        if built.get("sources") != sources_hash():
+            raise DeviceError(f"{file.name} was not built from the sources that are here: build it again by `{BUILD}`")
+        try:
+            return self._cuda.module_from_buffer(file.read_bytes())
+        except self._cuda.Error as error:
+            version = self._cuda.get_driver_version()
+            raise DeviceError(
+                f"{file.name}, built by CUDA {built['cuda']} for compute capability {', '.join(built['architectures'])}, does "
+                f"not load on {self} with a driver for CUDA {version // 1000}.{version % 1000 // 10}: update the driver, "
+                f"or build it on this machine by `{BUILD}` ({error})"
+            ) from error
+
+    def stream(self) -> Stream:
+        """A stream of its own, which does not wait for the legacy default stream."""
+        with self.active() as cuda:
+            return Stream(self, cuda.Stream(_NON_BLOCKING))
+
+    def follower(self, handle: int) -> Stream:
+        """The stream whose work is queued in the order of another library's: one for each handle."""
+        with self._lock:
+            if handle not in self._followers:
+                with self.active() as cuda:
+                    own = None if handle == 0 else cuda.Stream(_NON_BLOCKING)
+                    self._followers[handle] = Stream(self, own)
+            return self._followers[handle]
+
+
+_devices: dict[int, Device] = {}
+_devices_lock = threading.Lock()
+
+
+def device(ordinal: int = 0) -> Device:
+    """GPU `ordinal`, once a process. DeviceError."""
+    with _devices_lock:
+        if ordinal not in _devices:
+            _devices[ordinal] = Device(ordinal)
+        return _devices[ordinal]
+
+
+@contextmanager
+def in_order_of(handle: int, pointer: int) -> Iterator[Stream]:
+    """A stream on the memory's GPU, for work that comes after what is queued on `handle` and before what will be."""
+    _pycuda()
+    queue = device(ordinal_of(pointer) if pointer else 0).follower(handle)
+    if queue.handle != handle:
+        queue.wait_for(handle)
+    yield queue
+    if queue.handle != handle:
+        queue.lead(handle)

@@ -1,0 +1,244 @@
+"""A queue of work on a GPU, its memory, and work captured to be queued again."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import driver
+from .arrays import CUDA, DeviceArray
+from .errors import DeviceError
+from .launches import Launch
+from .memory import HostMemory, Pool
+
+if TYPE_CHECKING:
+    from .device import Device
+
+
+class Stream:
+    """A queue of work on a GPU, with the memory that it uses. Made by `Device.stream`.
+
+    Arrays that nobody holds any more return to the stream's pool, and only this stream's later work gets them: whoever reads
+    one on another stream holds it until that is done. One thread at a time may use a stream.
+    """
+
+    def __init__(self, device: Device, stream: Any) -> None:
+        """stream: PyCUDA's, None for the legacy default stream."""
+        self.device = device
+        self._stream = stream
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], DeviceArray] = {}
+        self._graph: Graph | None = None  # that is being captured
+        with device.active() as cuda:
+            self._pool = Pool(cuda.mem_alloc, cuda.MemoryError, device.pools)
+            self._pinned = Pool(lambda size: cuda.pagelocked_empty(size, np.uint8), cuda.MemoryError, device.pools)
+            self._flag = cuda.pagelocked_empty(1, np.int32, mem_flags=cuda.host_alloc_flags.DEVICEMAP)
+            self._flag[:] = 0
+            pointer = int(self._flag.base.get_device_pointer())
+            self._fence = driver.Fence()
+        self.fault = DeviceArray(pointer, (1,), np.dtype(np.int32), owner=self._flag)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fault") and not self.device.closed:
+            with self.device.active():  # PyCUDA frees nothing outside the context's thread without it
+                self._fence.destroy()
+                self._constants.clear()
+                self._pool.clear()
+                self._pinned.clear()
+                del self.fault, self._flag, self._stream
+
+    @property
+    def handle(self) -> int:
+        """For TensorRT, ONNX Runtime, torch.cuda.ExternalStream."""
+        return 0 if self._stream is None else self._stream.handle
+
+    @property
+    def shared_limit(self) -> int:
+        return self.device.shared_limit
+
+    # ---- memory
+
+    def empty(self, shape: Sequence[int], dtype: Any = np.float32) -> DeviceArray:
+        """An array of unknown content. DeviceError where the GPU's memory does not suffice."""
+        shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        block = None
+        if size:
+            with self.device.active(f"an array {dtype}{list(shape)} of {size} bytes"):
+                block = self._pool.allocate(size)
+        self._hold(block)
+        pointer = 0 if block is None else int(block.memory)
+        place = CUDA, self.device.ordinal
+        return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.lead)
+
+    def pinned(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        """An array on the host that is copied without being staged. Not to be written while a copy from it is queued."""
+        shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
+        with self.device.active(f"a pinned array {dtype}{list(shape)}"):
+            block = self._pinned.allocate(max(1, math.prod(shape) * dtype.itemsize))
+        return np.asarray(HostMemory(block.memory.ctypes.data, shape, dtype, block))
+
+    def upload(self, array: np.ndarray, out: DeviceArray | None = None) -> DeviceArray:
+        """Queues a copy to the GPU, into `out` or a new array."""
+        array = np.asarray(array, order="C")
+        out = self.empty(array.shape, array.dtype) if out is None else out
+        if (out.shape, out.dtype) != (array.shape, array.dtype):
+            raise ValueError(f"upload: {array.dtype}{list(array.shape)} does not fit into {out.dtype}{list(out.shape)}")
+        if not array.size:
+            return out
+        with self.device.active("upload") as cuda:
+            cuda.memcpy_htod_async(out.pointer, array, self._stream)
+            if self._graph is not None:
+                self._hold((array, out))
+            elif isinstance(array.base, HostMemory):
+                array.base.block.busy = cuda.Event().record(self._stream)
+        return out
+
+    def copy(self, source: DeviceArray, target: DeviceArray) -> None:
+        """Queues a copy on the GPU."""
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise ValueError(f"copy: {source.dtype}{list(source.shape)} into {target.dtype}{list(target.shape)}")
+        if not source.nbytes:
+            return
+        with self.device.active("copy") as cuda:
+            cuda.memcpy_dtod_async(target.pointer, source.pointer, source.nbytes, self._stream)
+        self._hold((source, target))
+
+    def download(self, array: DeviceArray) -> np.ndarray:
+        """Copies to the host and waits for it, and so for all that was queued before."""
+        if array.stream not in (None, self.handle):
+            self.wait_for(array.stream)
+        result = self.pinned(array.shape, array.dtype)
+        if result.size:
+            with self.device.active("download") as cuda:
+                cuda.memcpy_dtoh_async(result, array.pointer, self._stream)
+        self.synchronize()
+        return result
+
+    def constant(self, array: np.ndarray) -> DeviceArray:
+        key = array.dtype.str, array.shape, array.tobytes()
+        if key not in self._constants:
+            if self._graph is not None:
+                raise DeviceError("capture: run the same work once before it is captured")
+            self._constants[key] = self.upload(array)
+        return self._constants[key]
+
+    def _hold(self, value: Any) -> None:
+        """Keeps what a captured graph will use."""
+        if self._graph is not None:
+            self._graph.held.append(value)
+
+    # ---- work
+
+    def launch(self, launch: Launch) -> None:
+        """Queues a kernel. DeviceError names it and its arrays."""
+        with self.device.active(str(launch)):
+            function = self.device.function(launch)
+            grid, block = (*launch.grid, 1), (launch.threads, 1, 1)
+            function(*launch.arguments, grid=grid, block=block, shared=launch.shared, stream=self._stream)
+        self._hold(launch.arguments)
+
+    def wait_for(self, stream: int) -> None:
+        if self._graph is not None:
+            self._graph.others.add(stream)
+            return
+        with self.device.active():
+            self._fence(stream, self.handle)
+
+    def lead(self, stream: int) -> None:
+        if self._graph is not None:
+            self._graph.others.add(stream)
+            return
+        with self.device.active():
+            self._fence(self.handle, stream)
+
+    def event(self) -> Moment:
+        """The moment in the queue that comes now."""
+        with self.device.active("event") as cuda:
+            return Moment(self.device, cuda.Event().record(self._stream))
+
+    def synchronize(self) -> None:
+        """Waits for all that is queued. ValueError if a row that winsorize got held NaN; DeviceError if a kernel failed."""
+        with self.device.active("the kernels queued before"):
+            if self._stream is None:
+                driver.synchronize(0)
+            else:
+                self._stream.synchronize()
+        if self._flag[0]:
+            self._flag[0] = 0
+            raise ValueError("winsorize: a row holds NaN")
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """Records what is queued inside as a CUDA graph, without running it. DeviceError on the default stream.
+
+        The same work must have run once: kernels are loaded and constants uploaded then.
+        """
+        if self._stream is None:
+            raise DeviceError("capture: the default stream cannot be captured, use Device.stream()")
+        if self._graph is not None:
+            raise DeviceError("capture: this stream is being captured already")
+        self._graph = graph = Graph(self)
+        try:
+            with self.device.active("capture"):
+                driver.begin_capture(self.handle)
+                try:
+                    yield graph
+                except BaseException:
+                    driver.abandon_capture(self.handle)
+                    raise
+                graph.executable = driver.end_capture(self.handle)
+        finally:
+            self._graph = None
+
+
+class Moment:
+    """A moment in a stream's queue."""
+
+    def __init__(self, device: Device, event: Any) -> None:
+        self._device, self._event = device, event
+
+    def synchronize(self) -> None:
+        """Waits until it has come."""
+        with self._device.active("the kernels queued before"):
+            self._event.synchronize()
+
+    def time_till(self, later: Moment) -> float:
+        """Milliseconds; both must have come."""
+        with self._device.active("event"):
+            return self._event.time_till(later._event)
+
+    def __del__(self) -> None:
+        if not self._device.closed:
+            with self._device.active():
+                del self._event
+
+
+class Graph:
+    """Work that was captured on a stream. Holds the arrays that it uses; waits for the streams that they came from."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.executable: ctypes.c_void_p | None = None
+        self.held: list[Any] = []
+        self.others: set[int] = set()
+
+    def launch(self) -> None:
+        """Queues all of it again, on the stream that it was captured on."""
+        if self.executable is None:
+            raise DeviceError("graph: nothing was captured")
+        with self._stream.device.active("graph"):
+            for stream in self.others:
+                self._stream.wait_for(stream)
+            driver.launch_graph(self.executable, self._stream.handle)
+            for stream in self.others:
+                self._stream.lead(stream)
+
+    def __del__(self) -> None:
+        if self.executable is not None and not self._stream.device.closed:
+            with self._stream.device.active():
+                driver.destroy_graph(self.executable)

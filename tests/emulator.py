@@ -1,0 +1,159 @@
+"""The CUDA kernels on the host: their own sources, compiled with the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support import ROOT
+
+from camrt.kernels.arrays import CUDA, DeviceArray
+from camrt.kernels.launches import Launch
+
+SOURCES = ROOT / "kernels" / "cuda"
+EMULATION = ROOT / "tests" / "emulated"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+ORDERS = (0, 1, 2)  # in which the threads of a block take turns: ascending, descending, shuffled
+
+
+def kernels_of(source: Path) -> list[str]:
+    """Names of a .cu file's kernels, as the preprocessor sees them."""
+    done = subprocess.run(
+        ["g++", "-E", "-P", "-x", "c++", f"-I{EMULATION}", str(source)], capture_output=True, text=True, check=True
+    )
+    return re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\s*\(', done.stdout)
+
+
+def compile_server(folder: Path, sources: Path = SOURCES, optimization: str = "-O1") -> Path:
+    """The server program with every kernel of `sources`, in `folder`."""
+    lines, kernels = ['#include "common.cuh"'], []
+    for source in sorted(sources.glob("*.cu")):
+        lines += [f"namespace {source.stem} {{", f'#include "{source}"', "}"]
+        kernels += [f"KERNEL({source.stem}, {name})" for name in kernels_of(source)]
+    listing = folder / "kernels.inc"
+    listing.write_text("\n".join([*lines, f"#define ALL_KERNELS {' '.join(kernels)}", ""]))
+    server = folder / "server"
+    options = ["-std=c++20", optimization, "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *SANITIZERS]
+    places = [f"-I{EMULATION}", f"-I{sources}", f'-DKERNELS_FILE="{listing}"']
+    command = ["g++", *options, *places, str(EMULATION / "server.cpp"), "-o", str(server)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return server
+
+
+class EmulatedGpu:
+    """A `Queue` whose memory and kernels are in the server's process. Its death, with the sanitizer's words, is an error."""
+
+    handle = 7  # neither the default stream nor none
+    shared_limit = 99 * 1024
+
+    def __init__(self, server: Path) -> None:
+        self._process = subprocess.Popen(
+            [server], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.order = 0
+        self.launched: list[Launch] = []
+        self.fault = self.upload(np.zeros(1, np.int32))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _send(self, *parts: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            for part in parts:
+                self._process.stdin.write(part)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail()
+
+    def _receive(self, size: int) -> bytes:
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(size)
+        if len(data) != size:
+            self._fail()
+        return data
+
+    def _fail(self) -> None:
+        assert self._process.stderr is not None
+        raise AssertionError(self._process.stderr.read().decode(errors="replace")[:6000])
+
+    # ---- memory
+
+    def empty(self, shape: Sequence[int], dtype: Any = np.float32, skew: int = 0) -> DeviceArray:
+        """skew: bytes by which the array lies off the 16 bytes that every allocation is aligned to."""
+        shape, dtype = tuple(shape), np.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        self._send(b"A", struct.pack("<Q", size + skew))
+        (pointer,) = struct.unpack("<Q", self._receive(8))
+        array = DeviceArray(pointer + skew, shape, dtype, self.handle, (CUDA, 0))
+        weakref.finalize(array, self._free, pointer)
+        return array
+
+    def _free(self, pointer: int) -> None:
+        if self._process.poll() is None:
+            self._send(b"F", struct.pack("<Q", pointer))
+
+    def upload(self, array: np.ndarray, skew: int = 0) -> DeviceArray:
+        out = self.empty(array.shape, array.dtype, skew)
+        self.write(out, array)
+        return out
+
+    def write(self, out: DeviceArray, array: np.ndarray) -> None:
+        assert (out.shape, out.dtype) == (array.shape, array.dtype)
+        self._send(b"W", struct.pack("<QQ", out.pointer, array.nbytes), np.ascontiguousarray(array).tobytes())
+
+    def download(self, array: DeviceArray) -> np.ndarray:
+        self._send(b"R", struct.pack("<QQ", array.pointer, array.nbytes))
+        return np.frombuffer(self._receive(array.nbytes), array.dtype).reshape(array.shape)
+
+    def constant(self, array: np.ndarray) -> DeviceArray:
+        return self.upload(array)
+
+    # ---- work
+
+    def launch(self, launch: Launch) -> None:
+        self.launched.append(launch)
+        name = launch.kernel.encode()
+        arguments = []
+        for argument in launch.arguments:
+            data = struct.pack("<Q", argument.pointer) if isinstance(argument, DeviceArray) else argument.tobytes()
+            arguments.append(struct.pack("<I", len(data)) + data)
+        shape = struct.pack("<IIIQI", *launch.grid, launch.threads, launch.shared, self.order)
+        self._send(b"L", struct.pack("<I", len(name)), name, shape, struct.pack("<I", len(arguments)), *arguments)
+        assert self._receive(1) == b"k"
+
+    def wait_for(self, stream: int) -> None:
+        raise AssertionError(f"nothing is queued elsewhere, but stream {stream} is waited for")
+
+    lead = wait_for
+
+
+class Ledger:
+    """A queue that only notes launches: for shapes that no memory holds."""
+
+    handle, shared_limit = 7, 99 * 1024
+
+    def __init__(self) -> None:
+        self.launched: list[Launch] = []
+        self.fault = self.empty((1,), np.int32)
+
+    def empty(self, shape: Any, dtype: Any = np.float32) -> DeviceArray:
+        return DeviceArray(1 << 20, tuple(shape), np.dtype(dtype), self.handle)
+
+    def constant(self, array: np.ndarray) -> DeviceArray:
+        return self.empty(array.shape, array.dtype)
+
+    def launch(self, launch: Launch) -> None:
+        self.launched.append(launch)
+
+    def wait_for(self, stream: int) -> None: ...
+
+    def lead(self, stream: int) -> None: ...
