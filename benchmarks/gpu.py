@@ -1,0 +1,213 @@
+"""The CUDA kernels on this machine's GPU: first right, then fast. One run, one JSON file.
+
+python benchmarks/gpu.py [--out gpu.json] [--check-only] [--sanitize] [--repeats 30]
+
+Needs camrt with its cuda extra and compiled kernels (python -m camrt.kernels.build). First every row of tests/kernel_table.py
+is compared with the NumPy specification; nothing is timed if one differs. Then each kernel is timed as a CUDA graph of ten
+launches, beside a device-to-device copy of as many bytes in the same run. Bandwidth counts the bytes that a kernel must read
+and write once; a copy's counts both its directions. --sanitize repeats a part of the table under compute-sanitizer's memcheck,
+racecheck, synccheck and initcheck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from kernel_table import RESNET50, TABLE, everything
+
+from camrt import kernels
+from camrt.kernels import device as gpu
+
+LAUNCHES = 10  # per graph: a graph's own start is spread over them
+SIDE = 224
+
+
+@dataclass
+class Case:
+    """run queues the work once; moved: bytes that it must read and write; aim: what the project wants of it."""
+
+    name: str
+    run: Callable[[], Any]
+    moved: int
+    aim: str
+
+
+def check(stream: gpu.Stream) -> list[str]:
+    """Names of the rows that differ, with their first line of words."""
+    wrong = []
+    for row in TABLE:
+        try:
+            row.check(stream)
+        except AssertionError as error:
+            wrong.append(f"{row}: {str(error).strip().splitlines()[0]}")
+            print("differs:", wrong[-1], flush=True)
+    for a, b in zip(everything(stream), everything(stream), strict=True):
+        if not np.array_equal(a, b):
+            wrong.append("two runs give different bits")
+    return wrong
+
+
+def seconds(stream: gpu.Stream, run: Callable[[], Any], repeats: int) -> np.ndarray:
+    """Of one run, from events around graphs of several."""
+    run()
+    with stream.capture() as graph:
+        for _ in range(LAUNCHES):
+            run()
+    for _ in range(3):
+        graph.launch()
+    times = []
+    for _ in range(repeats):
+        before = stream.event()
+        graph.launch()
+        after = stream.event()
+        stream.synchronize()
+        times.append(before.time_till(after) / 1e3 / LAUNCHES)
+    return np.array(times)
+
+
+def cases(stream: gpu.Stream) -> list[Case]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> kernels.DeviceArray:
+        return stream.upload(rng.standard_normal(shape, np.float32))
+
+    plane = SIDE * SIDE
+    image = normal(3, SIDE, SIDE)
+    found = []
+    for dtype in (np.float32, np.float16):
+        for count, side in ((256, 7), (64, 56)):
+            out, activations = stream.empty((count, 3, SIDE, SIDE), dtype), normal(count, side, side)
+            moved = out.nbytes + activations.nbytes + image.nbytes
+            for kind in ("tanh", "minmax"):
+
+                def mask(activations: Any = activations, kind: str = kind, out: Any = out) -> None:
+                    kernels.mask_batch(image, activations, kind, out=out, stream=stream)
+
+                name = f"mask_batch {count} x {side}x{side} {kind} {np.dtype(dtype).name}"
+                found.append(Case(name, mask, moved, "85 % of the copy" if kind == "tanh" else ""))
+    scores, total = normal(1, 512), normal(1, SIDE, SIDE)
+    for count, side, kind in ((512, 7, "tanh"), (512, SIDE, "identity"), (512, SIDE, "tanh")):
+        activations = normal(count, side, side)
+
+        def add(activations: Any = activations, kind: str = kind) -> None:
+            kernels.accumulate_maps(total, scores, activations, kind, stream=stream)
+
+        moved = activations.nbytes + scores.nbytes + 2 * total.nbytes
+        aim = "85 % of the copy" if side == SIDE else ""
+        found.append(Case(f"accumulate_maps {count} x {side}x{side} {kind}", add, moved, aim))
+    for rows, length in ((64, plane), (64, 53), (1, 2**24)):
+        values = normal(rows, length)
+
+        def clamp(values: Any = values) -> None:
+            kernels.winsorize(values, 90, stream=stream)
+
+        aim = "3 times one read" if (rows, length) == (64, plane) else ""
+        found.append(Case(f"winsorize {rows} x {length}", clamp, 2 * values.nbytes, aim))
+    for images in (1, 16):
+        maps, weights = normal(images, sum(h * w for h, w in RESNET50)), normal(images, len(RESNET50))
+
+        def fuse(maps: Any = maps, weights: Any = weights) -> None:
+            kernels.fuse_layers(maps, RESNET50, weights, (SIDE, SIDE), normalize=True, stream=stream)
+
+        aim = "20 microseconds" if images == 1 else ""
+        found.append(Case(f"fuse_layers ResNet-50, {images}", fuse, maps.nbytes + 4 * images * plane, aim))
+    return found
+
+
+def copy_seconds(stream: gpu.Stream, size: int, repeats: int) -> float:
+    """Median time of a device-to-device copy that moves `size` bytes: half of them read, half written."""
+    arrays = [stream.empty((size // 2,), np.uint8) for _ in range(2 * LAUNCHES)]  # so that no cache helps
+    pairs = itertools.cycle(zip(arrays[::2], arrays[1::2], strict=True))
+    return float(np.median(seconds(stream, lambda: stream.copy(*next(pairs)), repeats)))
+
+
+def measure(stream: gpu.Stream, repeats: int) -> list[dict[str, Any]]:
+    measured = []
+    for case in cases(stream):
+        times = seconds(stream, case.run, repeats)
+        copy = copy_seconds(stream, case.moved, repeats)
+        low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
+        row = {
+            **{k: v for k, v in asdict(case).items() if k in ("name", "moved", "aim")},
+            "median_us": middle * 1e6,
+            "quartiles_us": [low * 1e6, high * 1e6],
+            "gb_per_s": case.moved / middle / 1e9,
+            "copy_gb_per_s": case.moved / copy / 1e9,
+            "of_the_copy": copy / middle,
+        }
+        if case.name.startswith("winsorize"):
+            row["reads"] = middle / (copy / 2)  # its bytes counted are one read and one write
+        measured.append(row)
+        print(
+            f"{case.name:46}{middle * 1e6:10.1f} us  {row['gb_per_s']:7.0f} GB/s  {row['of_the_copy']:6.1%} of the copy"
+            f"{'  ' + format(row['reads'], '.1f') + ' reads' if 'reads' in row else ''}  {case.aim}",
+            flush=True,
+        )
+    return measured
+
+
+def sanitize() -> dict[str, str]:
+    """compute-sanitizer's last line on every kernel, by tool."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"skipped": "no compute-sanitizer on the PATH"}
+    code = "from kernel_table import everything\nfrom camrt.kernels.device import device\neverything(device().stream())"
+    found = {}
+    for check_name in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent / "tests")
+        found[check_name] = f"exit {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+        print(f"{check_name}: {found[check_name]}", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    try:
+        card = gpu.device()
+        stream = card.stream()
+        print(card, flush=True)
+        report: dict[str, Any] = {
+            "gpu": card.name,
+            "compute_capability": card.compute_capability,
+            "build": json.loads((gpu.BINARIES / "build.json").read_text()),  # with the sources' hash
+            "platform": platform.platform(),
+            "versions": {p: importlib.metadata.version(p) for p in ("numpy", "pycuda")},
+            "rows": len(TABLE),
+            "differing": check(stream),
+        }
+        print(f"{len(TABLE)} rows compared, {len(report['differing'])} differ", flush=True)
+        if not report["differing"] and not arguments.check_only:
+            report["kernels"] = measure(stream, arguments.repeats)
+        if arguments.sanitize:
+            report["sanitizer"] = sanitize()
+    except (kernels.DeviceError, FileNotFoundError) as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        return 2
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(arguments.out)
+    failed = any(not said.startswith(("exit 0", "no ")) for said in report.get("sanitizer", {}).values())
+    return 1 if report["differing"] or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
