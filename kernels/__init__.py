@@ -5,21 +5,41 @@ build.py compiles them, launches.py plans their launches and device.py owns the 
 """
 
 from .arrays import DeviceArray
-from .calls import accumulate_maps, fuse_layers, mask_batch, winsorize
-from .errors import DeviceError
-from .reference import GATES, gate, minmax, normalize_layers, resize_taps, upsample
+from .calls import (
+    accumulate_maps,
+    channel_extremes,
+    check_finite,
+    class_scores,
+    fuse_layers,
+    layer_importance,
+    mask_batch,
+    resize_picture,
+    take_channels,
+    winsorize,
+)
+from .errors import DeviceError, OutOfMemory
+from .reference import AGGREGATIONS, GATES, class_probabilities, gate, minmax, normalize_layers, resize_taps, upsample
 
 __all__ = [
+    "AGGREGATIONS",
     "GATES",
     "DeviceArray",
     "DeviceError",
+    "OutOfMemory",
     "accumulate_maps",
+    "channel_extremes",
+    "check_finite",
+    "class_probabilities",
+    "class_scores",
     "fuse_layers",
     "gate",
+    "layer_importance",
     "mask_batch",
     "minmax",
     "normalize_layers",
+    "resize_picture",
     "resize_taps",
+    "take_channels",
     "upsample",
     "winsorize",
 ]

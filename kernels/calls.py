@@ -17,7 +17,16 @@ import numpy as np
 from . import launches, reference
 from .arrays import DeviceArray, device_array, is_device_array
 from .launches import Queue
-from .shapes import check_accumulate_maps, check_fuse_layers, check_mask_batch, check_winsorize
+from .shapes import (
+    check_accumulate_maps,
+    check_activations,
+    check_class_scores,
+    check_fuse_layers,
+    check_layer_importance,
+    check_mask_batch,
+    check_resize_picture,
+    check_winsorize,
+)
 
 Stream = Queue | int | None
 
@@ -142,3 +151,95 @@ def fuse_layers(
     with _on_gpu(stream, "fuse_layers", maps=maps, weights=weights) as (queue, (maps, weights)):
         check_fuse_layers(maps, grids, weights, size, interpolation, on_gpu=True)
         return launches.fuse_layers(queue, maps, grids, weights, size, interpolation, normalize)
+
+
+def layer_importance(alphas: Any, channels: Sequence[int], kind: str = "mean", *, stream: Stream = None) -> Any:
+    """ReLU of the layers' aggregated alphas; conventions as in reference.layer_importance.
+
+    alphas (B, sum K) float32, layers side by side -> (B, L) float32. kind: mean, max, min, absmean, absmax, l2. ValueError for
+    what does not fit; DeviceError.
+    """
+    if not is_device_array(alphas):
+        check_layer_importance(alphas, channels, kind)
+        return reference.layer_importance(alphas, channels, kind)
+    with _on_gpu(stream, "layer_importance", alphas=alphas) as (queue, (alphas,)):
+        check_layer_importance(alphas, channels, kind)
+        return launches.layer_importance(queue, alphas, channels, kind)
+
+
+def class_scores(
+    logits: Any, seeds: Any, kind: str = "softmax", offset: Any = None, weights: Any = None, *, stream: Stream = None
+) -> Any:
+    """weights_n (sum_c seeds[s, c] p(logits)[n, c] - offset_s), p the softmax, each class's sigmoid, or the logits themselves.
+
+    logits (N, classes), seeds (S, classes), offset (S,), weights (N,), float32 -> (S, N) float32. ValueError for what does not
+    fit; DeviceError.
+    """
+    if not any(map(is_device_array, (logits, seeds, offset, weights))):
+        check_class_scores(logits, seeds, kind, offset, weights)
+        return reference.class_scores(logits, seeds, kind, offset, weights)
+    values = {"logits": logits, "seeds": seeds, "offset": offset, "weights": weights}
+    with _on_gpu(stream, "class_scores", **values) as (queue, (logits, seeds, offset, weights)):
+        check_class_scores(logits, seeds, kind, offset, weights)
+        return launches.class_scores(queue, logits, seeds, kind, offset, weights)
+
+
+def channel_extremes(activations: Any, *, stream: Stream = None) -> Any:
+    """Lowest and highest value of each channel: (K, h, w) float32 -> (K, 2) float32. ValueError; DeviceError."""
+    if not is_device_array(activations):
+        check_activations("channel_extremes", activations)
+        return reference.channel_extremes(activations)
+    with _on_gpu(stream, "channel_extremes", activations=activations) as (queue, (activations,)):
+        check_activations("channel_extremes", activations)
+        return launches.channel_extremes(queue, activations)
+
+
+def take_channels(activations: Any, index: Any, *, stream: Stream = None) -> Any:
+    """activations[index]: (K, h, w) float32, index (n,) int32, within range -> (n, h, w). ValueError; DeviceError."""
+    if not any(map(is_device_array, (activations, index))):
+        check_activations("take_channels", activations, index)
+        return activations[index]
+    with _on_gpu(stream, "take_channels", activations=activations, index=index) as (queue, (activations, index)):
+        check_activations("take_channels", activations, index)
+        return launches.take_channels(queue, activations, index)
+
+
+def check_finite(values: Any, *, stream: Stream = None) -> None:
+    """Refuses NaN and infinity: ValueError, for a GPU's array from the stream's `synchronize`. float32. DeviceError."""
+    if not is_device_array(values):
+        if not np.isfinite(values).all():
+            raise ValueError("NaN or infinity")
+        return
+    with _on_gpu(stream, "check_finite", values=values) as (queue, (values,)):
+        if values.dtype != np.float32:
+            raise ValueError(f"check_finite: values {values.shape} is {values.dtype}, needed float32")
+        launches.check_finite(queue, values)
+
+
+def resize_picture(
+    picture: Any,
+    size: Sequence[int],
+    crop: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    filter: str = "bilinear",
+    rows_first: bool = False,
+    out: Any = None,
+    *,
+    stream: Stream = None,
+) -> Any:
+    """(pixel / 255 - mean) / std of a picture that is resized to (height, width) as Pillow does, bit by bit, and cropped.
+
+    picture (H, W, C) uint8; crop: (top, left, height, width) -> (C, height, width) float32, in `out` where it is given (a GPU's).
+    filter: bilinear, bicubic, lanczos; rows_first: which axis Pillow takes first. ValueError; DeviceError.
+    """
+    if not any(map(is_device_array, (picture, out))):
+        check_resize_picture(picture, size, crop, mean, std, filter, out)
+        image = reference.resize_picture(picture, size, crop, mean, std, filter, rows_first)
+        if out is None:
+            return image
+        out[:] = image
+        return out
+    with _on_gpu(stream, "resize_picture", "out", picture=picture, out=out) as (queue, (picture, out)):
+        check_resize_picture(picture, size, crop, mean, std, filter, out)
+        return launches.resize_picture(queue, picture, size, crop, mean, std, filter, rows_first, out)

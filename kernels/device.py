@@ -17,7 +17,7 @@ from typing import Any
 
 from .build import sources_hash
 from .driver import ordinal_of
-from .errors import DeviceError
+from .errors import DeviceError, OutOfMemory
 from .launches import Launch
 from .memory import Pool
 from .stream import Stream
@@ -80,7 +80,7 @@ class Device:
             yield self._cuda
         except (self._cuda.MemoryError, OverflowError) as error:
             free, total = (size >> 20 for size in self._cuda.mem_get_info())
-            raise DeviceError(
+            raise OutOfMemory(
                 f"{what}: out of memory on {self}, {free} of {total} MiB free: use a smaller batch"
             ) from error
         except self._cuda.Error as error:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from .arrays import DeviceArray
-from .reference import GATES, resize_taps
+from .reference import AGGREGATIONS, CANCELLED, GATES, PROBABILITIES, resize_spans, resize_taps
 
 LARGEST = 2**31 - 1
 MAX_GRID = (LARGEST, 65535)  # blocks along x and y; every kernel strides over what a grid does not cover
@@ -66,6 +66,8 @@ class Queue(Protocol):
     def constant(self, array: np.ndarray) -> DeviceArray:
         """A small array on the GPU, uploaded once."""
         ...
+
+    def upload(self, array: np.ndarray) -> DeviceArray: ...
 
     def launch(self, launch: Launch) -> None: ...
 
@@ -256,3 +258,111 @@ def _layer_tables(
                 tables.append(tap_table(*key, interpolation))
     rows = [(w, begins[h, largest[0]], begins[w, largest[1]]) for h, w in grids]
     return np.array(rows, np.int32), np.concatenate(tables), largest
+
+
+def layer_importance(queue: Queue, alphas: DeviceArray, channels: Sequence[int], kind: str) -> DeviceArray:
+    importance = queue.empty((alphas.shape[0], len(channels)))
+    if alphas.shape[0] == 0:
+        return importance
+    images, layers, _ = _ints("layer_importance", images=alphas.shape[0], layers=len(channels), channels=sum(channels))
+    offsets = queue.constant(np.cumsum([0, *channels], dtype=np.int32))
+    settings = np.int32(AGGREGATIONS.index(kind)), np.float64(CANCELLED)
+    arguments = (alphas, offsets, importance, images, layers, *settings)
+    grid = _blocks(int(images) * int(layers), 1), 1
+    queue.launch(Launch("layer_importance", "layer_importance", grid, THREADS, 0, arguments))
+    return importance
+
+
+def class_scores(
+    queue: Queue,
+    logits: DeviceArray,
+    seeds: DeviceArray,
+    kind: str,
+    offset: DeviceArray | None,
+    weights: DeviceArray | None,
+) -> DeviceArray:
+    (rows, classes), count = logits.shape, seeds.shape[0]
+    scores = queue.empty((count, rows))
+    if rows == 0 or count == 0:
+        return scores
+    sizes = _ints("class_scores", rows=rows, seeds=count, classes=classes)
+    optional = (_NOTHING if offset is None else offset), (_NOTHING if weights is None else weights)
+    arguments = (logits, seeds, *optional, scores, *sizes, np.int32(PROBABILITIES.index(kind)))
+    queue.launch(Launch("class_scores", "class_scores", (_blocks(rows, 1), 1), THREADS, 0, arguments))
+    return scores
+
+
+def channel_extremes(queue: Queue, activations: DeviceArray) -> DeviceArray:
+    count, h, w = activations.shape
+    extremes = queue.empty((count, 2))
+    if count == 0:
+        return extremes
+    arguments = (activations, extremes, *_ints("channel_extremes", channels=count), np.int64(h * w))
+    queue.launch(Launch("channels", "channel_extremes", (_blocks(count, 1), 1), THREADS, 0, arguments))
+    return extremes
+
+
+def take_channels(queue: Queue, activations: DeviceArray, index: DeviceArray) -> DeviceArray:
+    _, h, w = activations.shape
+    taken = queue.empty((index.shape[0], h, w))
+    entries = math.prod(taken.shape)
+    if entries:
+        arguments = (activations, index, taken, np.int64(entries), np.int64(h * w))
+        queue.launch(Launch("channels", "take_channels", (_blocks(entries, THREADS), 1), THREADS, 0, arguments))
+    return taken
+
+
+NOT_FINITE = 2
+FAULTS = {1: "winsorize: a row holds NaN", NOT_FINITE: "NaN or infinity"}  # what a kernel says in the queue's fault
+
+
+def check_finite(queue: Queue, values: DeviceArray) -> None:
+    count = math.prod(values.shape)
+    if count:
+        arguments = (values, queue.fault, np.int64(count), np.int32(NOT_FINITE))
+        queue.launch(Launch("check_finite", "check_finite", (_blocks(count, 4 * THREADS), 1), THREADS, 0, arguments))
+
+
+SPAN = np.dtype([("first", np.int32), ("count", np.int32), ("weights", np.int32)])
+
+
+def resize_picture(
+    queue: Queue,
+    picture: DeviceArray,
+    size: Sequence[int],
+    crop: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    filter: str,
+    rows_first: bool,
+    out: DeviceArray | None,
+) -> DeviceArray:
+    top, left, height, width = crop
+    channels = picture.shape[2]
+    pixels = picture
+    for axis in (0, 1) if rows_first else (1, 0):
+        start, length = ((top, height), (left, width))[axis]
+        spans, weights = _span_tables(picture.shape[axis], size[axis], filter, start, length)
+        shape = list(pixels.shape)
+        inner, before = math.prod(shape[axis + 1 :]), shape[axis]
+        shape[axis] = length
+        resized = queue.empty(shape, np.uint8)
+        entries = math.prod(shape)
+        sides = _ints("resize_picture", size=before, target=length, inner=inner)
+        arguments = (pixels, queue.upload(spans), queue.upload(weights), resized, np.int64(entries), *sides)
+        queue.launch(Launch("resize_picture", "resize_axis", (_blocks(entries, THREADS), 1), THREADS, 0, arguments))
+        pixels = resized
+    image = queue.empty((channels, height, width)) if out is None else out
+    shades = queue.constant(np.array(mean, np.float32)), queue.constant(np.array(std, np.float32))
+    arguments = (pixels, *shades, image, np.int64(height * width), *_ints("resize_picture", channels=channels))
+    grid = _blocks(height * width * channels, THREADS), 1
+    queue.launch(Launch("resize_picture", "normalize_picture", grid, THREADS, 0, arguments))
+    return image
+
+
+def _span_tables(size: int, target: int, filter: str, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The spans of `length` positions from `start` on, and their weights one after the other."""
+    first, count, weights = (table[start : start + length] for table in resize_spans(size, target, filter))
+    spans = np.empty(length, SPAN)
+    spans["first"], spans["count"], spans["weights"] = first, count, np.arange(length) * weights.shape[1]
+    return spans, weights.ravel()

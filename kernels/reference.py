@@ -243,3 +243,136 @@ def fuse_layers(
     for grid, summed in sums.items():
         total += upsample(summed.reshape(-1, *grid), largest, interpolation)
     return upsample(total, size, interpolation)
+
+
+# ---- what methods read of gradients, activations and logits
+
+AGGREGATIONS = ("mean", "max", "min", "absmean", "absmax", "l2")
+CANCELLED = 1e-6  # a mean below this part of the mean magnitude is rounding noise: float32 leaves about 1e-8
+
+
+def layer_importance(alphas: np.ndarray, channels: Sequence[int], kind: str = "mean") -> np.ndarray:
+    """ReLU(aggregate_k alpha_k) of each layer: alphas (B, sum K), layers side by side -> (B, L) float32.
+
+    The mean is exactly 0 where the channels cancel. They do behind a layer norm (ConvNeXt): it makes gradients sum to zero
+    over channels, so that the mean's sign, and with it the layers that Winsor-CAM keeps, would be decided by rounding.
+    """
+    parts = np.split(alphas.astype(np.float64), np.cumsum(channels)[:-1], axis=1)
+    return np.maximum(np.stack([_aggregated(part, kind) for part in parts], axis=1), 0).astype(np.float32)
+
+
+def _aggregated(alphas: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "mean":
+        mean = alphas.mean(axis=1)
+        return np.where(np.abs(mean) <= CANCELLED * np.abs(alphas).mean(axis=1), 0, mean)
+    if kind in ("max", "min"):
+        return getattr(alphas, kind)(axis=1)
+    if kind in ("absmean", "absmax"):
+        return getattr(np.abs(alphas), kind.removeprefix("abs"))(axis=1)
+    return np.sqrt((alphas * alphas).sum(axis=1))
+
+
+PROBABILITIES = ("softmax", "sigmoid", "logits")
+
+
+def class_probabilities(logits: np.ndarray, kind: str) -> np.ndarray:
+    """(N, classes) -> the same, float64: the softmax over classes, each one's sigmoid, or the logits as they are."""
+    z = logits.astype(np.float64)
+    if kind == "logits":
+        return z
+    if kind == "sigmoid":
+        return 0.5 * (1 + np.tanh(z / 2))  # without overflow
+    shifted = np.exp(z - z.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def class_scores(
+    logits: np.ndarray,
+    seeds: np.ndarray,
+    kind: str = "softmax",
+    offset: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """weights_n (sum_c seeds[s, c] p(logits)[n, c] - offset_s): logits (N, classes), seeds (S, classes) -> (S, N) float32."""
+    scores = seeds.astype(np.float64) @ class_probabilities(logits, kind).T
+    if offset is not None:
+        scores -= offset[:, None]
+    return (scores if weights is None else scores * weights).astype(np.float32)
+
+
+def channel_extremes(activations: np.ndarray) -> np.ndarray:
+    """Lowest and highest value of each channel: (K, h, w) -> (K, 2) float32."""
+    return np.stack([activations.min(axis=(1, 2)), activations.max(axis=(1, 2))], axis=1)
+
+
+# ---- from pictures to inputs
+
+FRACTION_BITS = 22  # of Pillow's weights
+FILTERS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # their reach
+
+
+@functools.lru_cache(maxsize=64)
+def resize_spans(size: int, target: int, filter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `target` positions: its first source position, how many there are, and their weights in fixed point.
+
+    (target,) int32, (target,) int32, (target, most) int32. As Pillow resizes with antialiasing: the filter is stretched by
+    size / target where that is above 1. Where the sizes are equal nothing is filtered.
+    """
+    if size == target:
+        ones = np.ones(target, np.int32)
+        return np.arange(target, dtype=np.int32), ones, ones[:, None] << FRACTION_BITS
+    scale = size / target
+    stretch = max(scale, 1.0)
+    reach = FILTERS[filter] * stretch
+    centres = (np.arange(target) + 0.5) * scale
+    first = np.maximum((centres - reach + 0.5).astype(np.int64), 0)
+    count = np.minimum((centres + reach + 0.5).astype(np.int64), size) - first
+    steps = np.arange(count.max())
+    distance = (steps + first[:, None] - centres[:, None] + 0.5) * (1 / stretch)
+    weights = np.where(steps < count[:, None], _filter(distance, filter), 0)
+    weights *= 1 / weights.sum(axis=1, keepdims=True)
+    fixed = np.trunc(weights * (1 << FRACTION_BITS) + np.where(weights < 0, -0.5, 0.5))
+    return first.astype(np.int32), count.astype(np.int32), fixed.astype(np.int32)
+
+
+def _filter(x: np.ndarray, name: str) -> np.ndarray:
+    """Triangle; Keys' cubic with a = -1/2; sinc windowed by its own third."""
+    x = np.abs(x)
+    if name == "bilinear":
+        return np.maximum(1 - x, 0)
+    if name == "bicubic":
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        return np.where(x < 1, near, np.where(x < 2, far, 0))
+    return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)
+
+
+def resize_picture(
+    picture: np.ndarray,
+    size: Sequence[int],
+    crop: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    filter: str = "bilinear",
+    rows_first: bool = False,
+) -> np.ndarray:
+    """(pixel / 255 - mean) / std of the resized and cropped picture.
+
+    picture (H, W, C) uint8; size: (height, width) to resize to; crop: (top, left, height, width) of that -> (C, height, width)
+    float32. Resized as Pillow does, bit by bit: one axis, then the other, each rounded to 8 bits.
+    """
+    top, left, height, width = crop
+    pixels = picture
+    axes = ((1, (left, width)), (0, (top, height)))
+    for axis, (start, length) in axes[::-1] if rows_first else axes:
+        first, count, weights = (
+            table[start : start + length] for table in resize_spans(picture.shape[axis], size[axis], filter)
+        )
+        moved = np.moveaxis(pixels, axis, 0).astype(np.int64)
+        rows = [
+            np.tensordot(w[:n].astype(np.int64), moved[f : f + n], 1)
+            for f, n, w in zip(first, count, weights, strict=True)
+        ]
+        summed = np.stack(rows) + (1 << (FRACTION_BITS - 1)) >> FRACTION_BITS
+        pixels = np.moveaxis(np.clip(summed, 0, 255).astype(np.uint8), 0, axis)
+    scaled = (pixels.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1), np.float32)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .reference import GATES, INTERPOLATIONS
+from .reference import AGGREGATIONS, FILTERS, GATES, INTERPOLATIONS, PROBABILITIES
 
 
 def _expect(
@@ -88,3 +88,53 @@ def check_fuse_layers(
     _expect_sides(kernel, size=size)
     _expect(kernel, "maps", maps, ("B", sum(h * w for h, w in grids)))
     _expect(kernel, "weights", weights, (maps.shape[0], len(grids)), ("float32",) if on_gpu else ("float32", "float64"))
+
+
+def check_layer_importance(alphas: Any, channels: Sequence[int], kind: str) -> None:
+    kernel = "layer_importance"
+    _expect_choice(kernel, "aggregation", kind, AGGREGATIONS)
+    if len(channels) == 0 or min(channels) < 1:
+        raise ValueError(f"{kernel}: layers of {list(channels)} channels, needed one or more of at least one")
+    _expect(kernel, "alphas", alphas, ("B", sum(channels)))
+
+
+def check_class_scores(logits: Any, seeds: Any, kind: str, offset: Any, weights: Any) -> None:
+    kernel = "class_scores"
+    _expect_choice(kernel, "probability", kind, PROBABILITIES)
+    _expect(kernel, "logits", logits, ("N", "C"))
+    _expect(kernel, "seeds", seeds, ("S", logits.shape[1]))
+    if logits.shape[1] < 1:
+        raise ValueError(f"{kernel}: logits of no classes")
+    if offset is not None:
+        _expect(kernel, "offset", offset, (seeds.shape[0],))
+    if weights is not None:
+        _expect(kernel, "weights", weights, (logits.shape[0],))
+
+
+def check_activations(kernel: str, activations: Any, index: Any = None) -> None:
+    _expect(kernel, "activations", activations, ("K", "h", "w"))
+    _expect_sides(kernel, activations=activations.shape[1:])
+    if index is not None:
+        _expect(kernel, "index", index, ("n",), ("int32",))
+
+
+def check_resize_picture(
+    picture: Any,
+    size: Sequence[int],
+    crop: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    filter: str,
+    out: Any,
+) -> None:
+    kernel = "resize_picture"
+    _expect_choice(kernel, "filter", filter, list(FILTERS))
+    _expect(kernel, "picture", picture, ("H", "W", len(mean)), ("uint8",))
+    _expect_sides(kernel, picture=picture.shape[:2], size=size, crop=crop[2:])
+    top, left, height, width = crop
+    if min(top, left) < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"{kernel}: crop {tuple(crop)} lies outside {tuple(size)}")
+    if len(std) != len(mean):
+        raise ValueError(f"{kernel}: {len(mean)} means and {len(std)} deviations")
+    if out is not None:
+        _expect(kernel, "out", out, (len(mean), height, width))

@@ -13,7 +13,7 @@ import numpy as np
 from . import driver
 from .arrays import CUDA, DeviceArray
 from .errors import DeviceError
-from .launches import Launch
+from .launches import FAULTS, Launch
 from .memory import HostMemory, Pool
 
 if TYPE_CHECKING:
@@ -162,15 +162,16 @@ class Stream:
             return Moment(self.device, cuda.Event().record(self._stream))
 
     def synchronize(self) -> None:
-        """Waits for all that is queued. ValueError if a row that winsorize got held NaN; DeviceError if a kernel failed."""
+        """Waits for all that is queued. ValueError for NaN in a row that winsorize got, or where check_finite looked; DeviceError if a kernel failed."""
         with self.device.active("the kernels queued before"):
             if self._stream is None:
                 driver.synchronize(0)
             else:
                 self._stream.synchronize()
         if self._flag[0]:
+            problem = FAULTS[int(self._flag[0])]
             self._flag[0] = 0
-            raise ValueError("winsorize: a row holds NaN")
+            raise ValueError(problem)
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:

@@ -14,7 +14,7 @@ import numpy as np
 from support import ROOT
 
 from camrt.kernels.arrays import CUDA, DeviceArray
-from camrt.kernels.launches import Launch
+from camrt.kernels.launches import FAULTS, Launch
 
 SOURCES = ROOT / "kernels" / "cuda"
 EMULATION = ROOT / "tests" / "emulated"
@@ -130,6 +130,12 @@ class EmulatedGpu:
         self._send(b"L", struct.pack("<I", len(name)), name, shape, struct.pack("<I", len(arguments)), *arguments)
         assert self._receive(1) == b"k"
 
+    def synchronize(self) -> None:
+        fault = int(self.download(self.fault)[0])
+        if fault:
+            self.write(self.fault, np.zeros(1, np.int32))
+            raise ValueError(FAULTS[fault])
+
     def wait_for(self, stream: int) -> None:
         raise AssertionError(f"nothing is queued elsewhere, but stream {stream} is waited for")
 
@@ -150,6 +156,8 @@ class Ledger:
 
     def constant(self, array: np.ndarray) -> DeviceArray:
         return self.empty(array.shape, array.dtype)
+
+    upload = constant
 
     def launch(self, launch: Launch) -> None:
         self.launched.append(launch)

@@ -5,6 +5,7 @@ Needs NumPy and camrt.kernels alone, so that benchmarks/gpu.py can run it where 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,6 +249,75 @@ def resnet50(queue: Any) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+# ---- what methods read of gradients, activations and logits
+
+
+def importances(content: str, queue: Any) -> None:
+    channels = [1, 7, 31, 32, 33, 600]
+    alphas = filled(content, (3, sum(channels)))
+    alphas[1, 8:39] -= alphas[1, 8:39].mean(dtype=np.float64)  # cancels but for rounding
+    for kind in kernels.AGGREGATIONS:
+        with np.errstate(over="ignore"):
+            want = reference.layer_importance(alphas, channels, kind)
+        got = queue.download(kernels.layer_importance(queue.upload(alphas), channels, kind, stream=queue))
+        assert got.shape == want.shape == (3, 6) and got.dtype == want.dtype == np.float32
+        np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=kind)
+
+
+def importance_of_nan(queue: Any) -> None:
+    alphas = filled("random", (2, 40))
+    alphas[1, 5] = np.nan
+    for kind in kernels.AGGREGATIONS:
+        got = queue.download(kernels.layer_importance(queue.upload(alphas), [10, 30], kind, stream=queue))
+        assert np.isnan(got).tolist() == [[False, False], [True, False]], kind
+
+
+def scores(classes: int, content: str, queue: Any) -> None:
+    logits, seeds = filled(content, (5, classes)), np.zeros((3, classes), np.float32)
+    seeds[0, classes // 2] = 1
+    seeds[1] = filled("random", (classes,), seed=1)
+    seeds[2, [0, -1]] = 1, -1
+    offset, weights = filled("random", (3,)), filled("random", (5,))
+    on_gpu = queue.upload(logits), queue.upload(seeds)
+    for kind in reference.PROBABILITIES:
+        if content == "huge" and kind == "logits":
+            continue  # sums beyond float32
+        for extra in ({}, {"offset": offset, "weights": weights}, {"offset": offset}):
+            want = reference.class_scores(logits, seeds, kind, **extra)
+            sent = {name: queue.upload(array) for name, array in extra.items()}
+            got = queue.download(kernels.class_scores(*on_gpu, kind, **sent, stream=queue))
+            assert got.shape == want.shape == (3, 5) and got.dtype == want.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=rounding(want), err_msg=f"{kind} {list(extra)}")
+
+
+def channels(count: int, size: Size, content: str, queue: Any) -> None:
+    activations = filled(content, (count, *size))
+    on_gpu = queue.upload(activations)
+    got = queue.download(kernels.channel_extremes(on_gpu, stream=queue))
+    np.testing.assert_array_equal(got, reference.channel_extremes(activations))
+    index = np.random.default_rng(0).integers(0, count, 2 * count + 1).astype(np.int32)
+    got = queue.download(kernels.take_channels(on_gpu, queue.upload(index), stream=queue))
+    np.testing.assert_array_equal(got, activations[index])
+
+
+# ---- from pictures to inputs
+
+
+def pictures(size: Size, target: Size, queue: Any) -> None:
+    """Bit by bit."""
+    rng = np.random.default_rng(0)
+    for channels, filter in itertools.product((1, 3), reference.FILTERS):
+        picture = rng.integers(0, 256, (*size, channels), dtype=np.uint8)
+        shades = rng.uniform(0, 1, channels).tolist(), rng.uniform(0.1, 1, channels).tolist()
+        for crop in ((0, 0, *target), (target[0] // 3, target[1] // 4, -(-target[0] // 2), -(-target[1] // 3))):
+            for rows_first in (False, True):
+                arguments = target, crop, *shades, filter, rows_first
+                want = reference.resize_picture(picture, *arguments)
+                out = queue.empty(want.shape)
+                kernels.resize_picture(queue.upload(picture), *arguments, out=out, stream=queue)
+                np.testing.assert_array_equal(queue.download(out), want, err_msg=f"{channels} {filter} {crop}")
+
+
 TABLE = [
     *(Row(f"mask_batch-{g}-{s}-{c}", partial(masks, g, s, c)) for g, s, c in PLACES),
     Row("mask_batch-below-float16", masks_below_float16),
@@ -268,6 +338,25 @@ TABLE = [
         for c in (CONTENTS if s == (7, 31) else ("random",))
     ),
     Row("fuse_layers-resnet50", resnet50),
+    *(Row(f"layer_importance-{c}", partial(importances, c)) for c in CONTENTS),
+    Row("layer_importance-nan", importance_of_nan),
+    *(Row(f"class_scores-{n}-random", partial(scores, n, "random")) for n in (1, 2, 31, 1000)),
+    *(Row(f"class_scores-33-{c}", partial(scores, 33, c)) for c in CONTENTS[1:]),
+    *(
+        Row(f"channels-{k}-{s}", partial(channels, k, s, "random"))
+        for k, s in [(1, (1, 1)), (33, (7, 7)), (5, (31, 33))]
+    ),
+    *(Row(f"channels-3-{c}", partial(channels, 3, (4, 5), c)) for c in CONTENTS[1:]),
+    *(
+        Row(f"resize_picture-{s}-{t}", partial(pictures, s, t))
+        for s, t in [
+            ((1, 1), (1, 1)),
+            ((7, 33), (31, 5)),
+            ((40, 31), (40, 12)),
+            ((3, 5), (32, 33)),
+            ((99, 64), (9, 64)),
+        ]
+    ),
 ]
 
 
@@ -286,4 +375,12 @@ def everything(queue: Any) -> list[np.ndarray]:
             found.append(kernels.winsorize(queue.upload(rows), 70, stream=queue))
     layers = queue.upload(maps), GRIDS["ragged"], queue.upload(weights), (50, 70)
     found.append(kernels.fuse_layers(*layers, normalize=True, stream=queue))
+    found.append(kernels.layer_importance(queue.upload(rows), [1, 2000, 1000], "l2", stream=queue))
+    found.append(kernels.class_scores(queue.upload(rows), queue.upload(rows), stream=queue))
+    found.append(kernels.channel_extremes(queue.upload(activations), stream=queue))
+    index = queue.upload(np.arange(40, dtype=np.int32)[::-1].copy())
+    found.append(kernels.take_channels(queue.upload(activations), index, stream=queue))
+    kernels.check_finite(queue.upload(rows), stream=queue)
+    picture = queue.upload(rng.integers(0, 256, (45, 40, 3), dtype=np.uint8))
+    found.append(kernels.resize_picture(picture, (30, 60), (5, 8, 21, 33), [0.5] * 3, [0.2] * 3, stream=queue))
     return [queue.download(f) for f in found]
