@@ -27,7 +27,7 @@ from torch import nn
 
 import camrt
 from camrt.oracle import module_oracle
-from camrt.runtime.backends import create
+from camrt.runtime.backends import Settings, create
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import smooth_images, verify_bundle
 
@@ -90,12 +90,13 @@ def main() -> None:
     image = smooth_images((3, size, size), 1)
     with tempfile.TemporaryDirectory() as folder:
         path = camrt.export_model(model, Path(folder) / "model.camrt", (3, size, size), layers="conv")
-        report = verify_bundle(read_bundle(path), module_oracle(model, arguments.model))
+        bundle = read_bundle(path)
+        report = verify_bundle(bundle, module_oracle(model, arguments.model))
         if not report.passed:
             raise SystemExit(f"not timed, because it is wrong: {[r for r in report.rows if not r.passed][:3]}")
-        backend = create("onnxruntime", arguments.threads)
-        classify = backend.open(path / "classify.onnx")
-        layer_maps = backend.open(path / "layer_maps.onnx")
+        backend = create("onnxruntime", Settings(threads=arguments.threads))
+        classify = backend.open(bundle, bundle.program("classify"))
+        layer_maps = backend.open(bundle, bundle.program("layer_maps", [t.name for t in bundle.manifest.taps]))
         explainer = camrt.load(path, threads=arguments.threads)
         target = int(explainer.classify(image).argmax())
         seed = np.eye(explainer.manifest.num_classes, dtype=np.float32)[[target]]

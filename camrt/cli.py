@@ -1,4 +1,4 @@
-"""The command line: camrt export | info | methods | explain | evaluate | verify | demo."""
+"""The command line: camrt export | info | build | cache | methods | explain | evaluate | verify | demo."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="where the source does not say"
     )
     export.add_argument("--layers", nargs="+", default=["default"], help="conv, last, default (both) or names")
+    export.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "fp16"),
+        default=["fp32"],
+        help="of the programs: one or both (default: fp32)",
+    )
     export.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one a line")
     export.add_argument("--resize", type=int, nargs="+", metavar="N", help="shorter side, or height and width")
     export.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="centre crop after resizing")
@@ -58,10 +65,42 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--force", action="store_true", help="replace an existing bundle")
     export.set_defaults(module="export", command="export")
 
-    info = commands.add_parser("info", help="show what a bundle holds")
-    info.add_argument("bundle", type=Path)
+    info = commands.add_parser("info", help="show what a bundle holds, or what can run it here")
+    info.add_argument("bundle", type=Path, nargs="?")
     info.add_argument("--json", action="store_true", help="print the manifest")
-    info.set_defaults(module="export", command="info")
+    info.add_argument("--backends", action="store_true", help="which backends can be used here, and why not the others")
+    info.set_defaults(module="info", command="info")
+
+    build = commands.add_parser("build", help="build TensorRT engines, for this GPU or ahead of time for others")
+    build.add_argument("bundle", type=Path)
+    build.add_argument(
+        "--compute-capability",
+        nargs="+",
+        metavar="X.Y",
+        help="GPUs to build for, e.g. 8.6 8.9 12.0 (default: this one's)",
+    )
+    build.add_argument(
+        "--precision", choices=("fp32", "fp16"), help="which programs (default: all that the bundle has)"
+    )
+    build.add_argument("--max-batch", type=int, default=16, help="images or masks in one run (default: 16)")
+    build.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=("single", "batch", "targets"),
+        default=["single", "batch"],
+        help="one image, several, or several targets of one image (default: single batch)",
+    )
+    build.add_argument(
+        "--programs",
+        nargs="+",
+        metavar="FILE",
+        help="'all', or files as 'camrt info' lists them (default: the leading methods')",
+    )
+    build.set_defaults(module="engines", command="build")
+
+    cache = commands.add_parser("cache", help="list or clear the engines that were built")
+    cache.add_argument("action", choices=("list", "clear"))
+    cache.set_defaults(module="engines", command="cache")
 
     explain = commands.add_parser("explain", help="write overlays and maps of images")
     explain.add_argument("bundle", type=Path)
@@ -74,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--percentile", type=float, help="Winsor-CAM's percentile, 0..100 (default: 90)")
     explain.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")
     explain.add_argument("--batch", type=int, default=8, help="images in one run (default: 8)")
-    explain.add_argument("--backend", default="auto")
+    explain.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
+    explain.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
     explain.add_argument("--no-overlay", action="store_true", help="write no PNG")
     explain.add_argument("--no-maps", action="store_true", help="write no .npy")
     explain.set_defaults(module="explain", command="explain")

@@ -30,3 +30,13 @@ def largest_difference(got: np.ndarray, want: np.ndarray) -> float:
     """max |got - want|. ValueError as `comparable`."""
     comparable(got, want)
     return float(np.abs(got - want).max())
+
+
+def cosine_distance(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest 1 - cosine of the rows along the first axis; 0 where both are zero, 1 where one is. ValueError as `comparable`."""
+    comparable(got, want)
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, want))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = np.where(lengths > 0, (a * b).sum(axis=1) / np.where(lengths > 0, lengths, 1), 0)
+    neither = ~a.any(axis=1) & ~b.any(axis=1)
+    return float(np.where(neither, 0, 1 - cosine).max())

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compare import largest_difference, relative_l2
+from .compare import cosine_distance, largest_difference, relative_l2
 from .kernels import minmax
 from .oracle import Oracle, open_oracle
+from .rounding import RoundingBackend
 from .runtime.backends import Backend, create
 from .runtime.bundle import Bundle, read_bundle
 from .runtime.cams import GridMaps
@@ -28,6 +29,8 @@ FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and
 SOURCE_LIMIT = 1e-4  # relative L2 from another float32 program
 ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
 MAP_LIMIT = 1e-3  # largest difference after min-max
+HALF_LIMIT = 1e-3  # 1 - cosine of maps after min-max, of programs in float16
+CLASS_LIMIT = 0.02  # part of the range of an image's logits within which classes are tied to float16
 PERCENTILES = (0, 50, 90, 100)
 FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled,
 FULL_GRAD_RUNS = 3  # FullGrad's, a whole backward pass each,
@@ -97,7 +100,6 @@ def verify_bundle(
     from .export.reference import as_maps
 
     engine = create(backend)
-    explainer = Explainer(bundle, engine)
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images
     layers = [t.name for t in manifest.taps]
@@ -113,20 +115,54 @@ def verify_bundle(
     rows: list[Row] = []
     cut: dict[str, np.ndarray] = {}
     for program in manifest.programs:
+        if program.precision != "float32":
+            continue
         progress(f"checking {program.file}")
         given = cut | {"image": batch, "seed": seed}
-        out = engine.open(bundle.path / program.file).run({name: given[name] for name in program.inputs})
+        out = engine.open(bundle, program).run({name: given[name] for name in program.inputs})
         if program.kind == "trunk":
             cut = out  # what the head, which comes next, is given
         rows += _program_rows(program.file, out, program.taps, double, singles)
         if program.kind == "head" and manifest.batch != 1:
             rows += _head_rows(bundle, engine, program, batch, double, singles)
-    rows += _use_rows(bundle, engine, batch, seed, double, singles)
-    rows += _source_rows(bundle, engine, batch)
-    rows += _graph_rows(bundle, batch, seed, double, progress)
-    rows += _method_rows(explainer, batch, seed, double, singles, progress)
-    rows += _full_grad_rows(explainer, oracle, batch, seed, progress)
+    if "fp32" in bundle.precisions:
+        rows += _use_rows(bundle, engine, batch, seed, double, singles)
+        rows += _source_rows(bundle, engine, batch)
+    full_grads = _full_grads(bundle, oracle, batch, seed)
+    for precision in bundle.precisions:
+        rows += _graph_rows(bundle, precision, batch, seed, double, progress)
+        rows += _full_grad_graph_rows(bundle, precision, batch, seed, full_grads)
+        for run_by in [engine] if precision == "fp32" else [engine, RoundingBackend()]:
+            explainer = Explainer(bundle, run_by, precision=precision)
+            what = _Compared.of(precision, str(run_by.name))
+            if precision == "fp16":
+                rows += _class_rows(explainer, what, batch, double)
+            rows += _method_rows(explainer, what, batch, seed, double, singles, progress)
+            rows += _full_grad_rows(explainer, what, batch, seed, full_grads)
     return Report(oracle.name, tuple(rows))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """How maps of a precision are compared: what the rows say, the distance, and what is allowed of it."""
+
+    label: str
+    distance: Callable[[np.ndarray, np.ndarray], float]
+    limit: float
+
+    @classmethod
+    def of(cls, precision: str, engine: str) -> _Compared:
+        if precision == "fp32":
+            return cls("methods", largest_difference, MAP_LIMIT)
+        return cls(f"methods fp16 {engine}", cosine_distance, HALF_LIMIT)
+
+
+def _class_rows(explainer: Explainer, what: _Compared, batch: np.ndarray, double: Recorded) -> Iterator[Row]:
+    """By how much of the range of its logits the top class in float16 falls short of the reference's."""
+    want = double.logits.numpy()
+    found = explainer.classify(batch).argmax(axis=1)
+    short = want.max(axis=1) - want[np.arange(len(want)), found]
+    yield Row(what.label, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
 
 
 def smooth_images(shape: Sequence[int], count: int = 2, seed: int = 0) -> np.ndarray:
@@ -207,9 +243,9 @@ def _head_rows(
 ) -> Iterator[Row]:
     """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
     trunk = bundle.program("trunk", program.taps)
-    out = engine.open(bundle.path / trunk.file).run({"image": batch[:1]})
+    out = engine.open(bundle, trunk).run({"image": batch[:1]})
     given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
-    got = engine.open(bundle.path / program.file).run(given)["logits"]
+    got = engine.open(bundle, program).run(given)["logits"]
     want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
     own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in singles[:1]]
     yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
@@ -233,7 +269,7 @@ def _use_rows(
     The second target is twice the first, whose maps must be twice the first's.
     """
     program = max((p for p in bundle.manifest.programs if p.kind == "layer_maps"), key=lambda p: len(p.taps))
-    executable = engine.open(bundle.path / program.file)
+    executable = engine.open(bundle, program)
     want, own = ([_side_by_side(r, program.taps)[1][:1].numpy() for r in runs] for runs in ([double], singles))
     got = executable.run({"image": batch[:1], "seed": seed[:1]})["maps"]
     yield _row(program.file, "single image", got, want[0], own, relative_l2, ACTIVATION_LIMIT)
@@ -260,9 +296,7 @@ def _source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator
     fed = batch.transpose(0, 2, 3, 1) if channels_last else batch
     output = [manifest.source["output"] or session.get_outputs()[0].name]
     want = np.concatenate([np.asarray(session.run(output, {entry.name: fed[i : i + 1]})[0]) for i in range(len(fed))])
-    logits = (
-        engine.open(bundle.path / bundle.program("classify").file).run({"image": batch})["logits"].astype(np.float64)
-    )
+    logits = engine.open(bundle, bundle.program("classify")).run({"image": batch})["logits"].astype(np.float64)
     if manifest.final_activation == "Softmax":
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
@@ -274,14 +308,19 @@ def _source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator
 
 
 def _graph_rows(
-    bundle: Bundle, batch: np.ndarray, seed: np.ndarray, double: Recorded, progress: Callable[[str], None]
+    bundle: Bundle,
+    precision: str,
+    batch: np.ndarray,
+    seed: np.ndarray,
+    double: Recorded,
+    progress: Callable[[str], None],
 ) -> Iterator[Row]:
     """The widest gradient program's arithmetic, in float64, without ONNX Runtime."""
     import torch
 
     from .export.interpreter import Interpreter
 
-    program = max((p for p in bundle.manifest.programs if p.kind == "gradients"), key=lambda p: len(p.taps))
+    program = bundle.program("gradients", [t.name for t in bundle.manifest.taps], precision)
     progress(f"checking {program.file} in float64")
     names = [f"gradient:{tap}" for tap in program.taps]
     feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
@@ -298,6 +337,7 @@ def _graph_rows(
 
 def _method_rows(
     explainer: Explainer,
+    what: _Compared,
     batch: np.ndarray,
     seed: np.ndarray,
     double: Recorded,
@@ -314,7 +354,7 @@ def _method_rows(
 
     def row(subject: str, got: np.ndarray, compute: Callable[[Recorded], Any]) -> Row:
         want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
-        return _row("methods", subject, minmax(got), want, own, largest_difference, MAP_LIMIT)
+        return _row(what.label, subject, minmax(got), want, own, what.distance, what.limit)
 
     if roles["conv"]:
         progress("checking winsor_cam")
@@ -342,26 +382,45 @@ def _method_rows(
             yield row(name, got, lambda r, m=method: m(select(r, roles["last"]), size))
 
 
+@dataclass(frozen=True)
+class _FullGrads:
+    """FullGrad's maps in float64, and PyTorch float32's."""
+
+    double: np.ndarray
+    singles: list[np.ndarray]
+
+
+def _full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray) -> _FullGrads | None:
+    """None where the bundle has no program for it."""
+    if not any(p.kind == "full_grad" for p in bundle.manifest.programs):
+        return None
+    singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, FLOAT32_UNITS)]
+    return _FullGrads(oracle.full_grad(batch, seed, True), singles)
+
+
 def _full_grad_rows(
-    explainer: Explainer, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, progress: Callable[[str], None]
+    explainer: Explainer, what: _Compared, batch: np.ndarray, seed: np.ndarray, reference: _FullGrads | None
 ) -> Iterator[Row]:
-    """FullGrad as it runs, and its program's own arithmetic in float64."""
+    if reference is not None:
+        got = explainer.explain(batch, "full_grad", seed).maps
+        yield _row(what.label, "full_grad", got, reference.double, reference.singles, what.distance, what.limit)
+
+
+def _full_grad_graph_rows(
+    bundle: Bundle, precision: str, batch: np.ndarray, seed: np.ndarray, reference: _FullGrads | None
+) -> Iterator[Row]:
+    """The program's own arithmetic in float64."""
     import torch
 
     from .export.interpreter import Interpreter
 
-    if not any(p.kind == "full_grad" for p in explainer.manifest.programs):
+    if reference is None:
         return
-    progress("checking full_grad")
-    want = oracle.full_grad(batch, seed, True)
-    own = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, FLOAT32_UNITS)]
-    got = explainer.explain(batch, "full_grad", seed).maps
-    yield _row("methods", "full_grad", got, want, own, largest_difference, MAP_LIMIT)
-    program = explainer.bundle.program("full_grad")
+    program = bundle.program("full_grad", (), precision)
     names = [name for name in program.outputs if name.startswith("grid:")]
     feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
     with torch.no_grad():
-        out = Interpreter(explainer.bundle.path / program.file).run(feeds, names)
+        out = Interpreter(bundle.path / program.file).run(feeds, names)
     maps = tuple(out[name].numpy() for name in names)
     precise = full_grad(GridMaps((), seed, seed, maps, batch.shape[2:])).maps
-    yield _row(program.file, "float64 full_grad", precise, want, [], largest_difference, FULL_GRAD_LIMIT)
+    yield _row(program.file, "float64 full_grad", precise, reference.double, [], largest_difference, FULL_GRAD_LIMIT)

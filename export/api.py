@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import CamrtError, ExportError, InputError
-from ..runtime.manifest import Manifest, Preprocess
+from ..runtime.manifest import PRECISIONS, Manifest, Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ def export_model(
     input_shape: Sequence[int],
     layers: str | Sequence[str] = "default",
     *,
+    precision: str | Sequence[str] = "fp32",
     name: str | None = None,
     classes: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
@@ -39,7 +41,7 @@ def export_model(
     """Exports a PyTorch classifier, in eval mode and float32, and returns the bundle's path.
 
     input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last", or
-    module names. classes: names in logit order. preprocess: how a picture becomes the input; without it the bundle takes
+    module names. precision: "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses. classes: names in logit order. preprocess: how a picture becomes the input; without it the bundle takes
     preprocessed arrays only. progress is called with a line for every stage.
 
     ExportError: the output is not (batch, classes), or PyTorch cannot export the model. UnsupportedOperator: no gradient
@@ -57,10 +59,12 @@ def export_model(
         raise ExportError(f"export_model takes a torch.nn.Module, not {type(model).__name__}")
     _check_path(path, overwrite)
     _check_preprocess(preprocess, shape)
+    precisions = _precisions(precision)
     graph = trace_module(model, shape, layers, progress)
     origin = {"kind": "torch", "spec": source, "weights_sha256": weights_digest(model)}
     label = name or type(model).__name__.lower()
-    return _write(graph, path, label, origin, ("torch", "onnx", "onnxscript"), classes, preprocess, overwrite, progress)
+    tools = ("torch", "onnx", "onnxscript")
+    return _write(graph, precisions, path, label, origin, tools, classes, preprocess, overwrite, progress)
 
 
 def export_onnx(
@@ -69,6 +73,7 @@ def export_onnx(
     layers: str | Sequence[str] = "default",
     *,
     input_shape: Sequence[int] | None = None,
+    precision: str | Sequence[str] = "fp32",
     output: str | None = None,
     name: str | None = None,
     classes: Sequence[str] | None = None,
@@ -86,15 +91,27 @@ def export_onnx(
     from .from_onnx import read_graph
 
     _check_path(path, overwrite)
+    precisions = _precisions(precision)
     graph = read_graph(model, None if input_shape is None else _shape(input_shape), layers, output, progress)
     origin = {"kind": "onnx", "spec": str(model), "output": output}
-    return _write(
-        graph, path, name or Path(model).stem, origin, ("onnx", "onnxscript"), classes, preprocess, overwrite, progress
-    )
+    label, tools = name or Path(model).stem, ("onnx", "onnxscript")
+    return _write(graph, precisions, path, label, origin, tools, classes, preprocess, overwrite, progress)
+
+
+def _precisions(given: str | Sequence[str]) -> list[str]:
+    """As programs record them. InputError for another."""
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        if name not in PRECISIONS:
+            raise InputError(f"precision {name!r}: use {', '.join(PRECISIONS)}")
+    if not names:
+        raise InputError(f"no precision was given: use {', '.join(PRECISIONS)}")
+    return list(dict.fromkeys(PRECISIONS[name] for name in names))
 
 
 def _write(
     graph: TappedGraph,
+    precisions: Sequence[str],
     path: str | Path,
     name: str,
     source: dict[str, Any],
@@ -132,7 +149,11 @@ def _write(
         classes=None if classes is None else tuple(classes),
         preprocess=preprocess,
     )
-    return write_bundle(path, manifest, build_programs(graph, progress), overwrite, progress)
+    programs = {}
+    for precision in precisions:
+        for built in build_programs(replace(graph, precision=precision), progress):
+            programs.setdefault(built.file, built)
+    return write_bundle(path, manifest, list(programs.values()), overwrite, progress)
 
 
 def check_packages(*packages: str) -> None:

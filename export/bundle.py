@@ -90,6 +90,7 @@ def write_bundle(
                     taps=built.taps,
                     inputs={str(v.name): _shape(v) for v in built.model.graph.inputs},
                     outputs={str(v.name): _shape(v) for v in built.model.graph.outputs},
+                    precision=built.precision,
                 )
             )
         complete = replace(manifest, programs=tuple(written), weights=weights.close())

@@ -23,13 +23,14 @@ OPSET = 18  # the oldest opset whose forms the gradient rules read; older models
 class TappedGraph:
     """A prepared model. Values are referred to by name, so that the graph can be cloned for each program.
 
-    `model` has input `image` (batch, C, H, W) float32; `logits` (batch, classes); `taps` pairs each tap with its value.
+    precision: of the programs that are built from it. `model` has input `image` (batch, C, H, W) float32; `logits` (batch, classes); `taps` pairs each tap with its value.
     """
 
     model: ir.Model
     logits: str
     taps: tuple[tuple[Tap, str], ...]
     final_activation: str | None
+    precision: str = "float32"
 
     def select(self, role: str) -> TappedGraph:
         return replace(self, taps=tuple(t for t in self.taps if role in t[0].roles))
@@ -150,7 +151,7 @@ def _free_batch(graph: ir.Graph) -> None:
                 continue
             del node.attributes["allowzero"]
         freed = np.array([0 if copied else -1, *target[1:]], np.int64)
-        value = _initializer(graph, name, freed)
+        value = initializer(graph, name, freed)
         node.replace_input_with(1, value)
 
 
@@ -183,7 +184,7 @@ def _pool_globally(graph: ir.Graph) -> None:
         nodes, result = [pooled], pooled.outputs[0]
         if not attribute(node, "keepdims", 1):
             pooled.outputs[0].shape, pooled.outputs[0].type = ir.Shape([*y.shape, 1, 1]), y.type
-            sizes = _initializer(graph, f"{y.name}_sizes", np.array([-1, *dims(y)[1:]], np.int64))
+            sizes = initializer(graph, f"{y.name}_sizes", np.array([-1, *dims(y)[1:]], np.int64))
             nodes.append(ir.node("Reshape", [result, sizes]))
             result = nodes[-1].outputs[0]
         name, shape, kind = y.name, y.shape, y.type
@@ -201,7 +202,7 @@ def _settle_reshapes(graph: ir.Graph) -> None:
         y = node.outputs[0]
         if y.shape is not None and dims(y).count(None) <= 1:
             target = np.array([-1 if d is None else d for d in dims(y)], np.int64)
-            node.replace_input_with(1, _initializer(graph, f"{y.name}_shape", target))
+            node.replace_input_with(1, initializer(graph, f"{y.name}_shape", target))
 
 
 def _open_size(x: ir.Value | None, y: ir.Value) -> dict[object, int | str]:
@@ -288,9 +289,17 @@ def batch_norm_after(value: ir.Value) -> ir.Node | None:
     if len(consumers) != 1 or consumers[0].op_type != "BatchNormalization" or value.is_graph_output():
         return None
     node = consumers[0]
-    if node.inputs[0] is not value or any(constant_of(x) is None for x in node.inputs[1:5]):
+    return node if node.inputs[0] is value and batch_norm_affine(node) is not None else None
+
+
+def batch_norm_affine(norm: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Per channel, float64: y = scale x + shift, of a BatchNormalization with constant statistics; None for another."""
+    constants = [constant_of(x) for x in norm.inputs[1:5]]
+    if any(c is None for c in constants):
         return None
-    return node
+    gamma, beta, mean, variance = (c.astype(np.float64) for c in constants)  # type: ignore[union-attr]
+    scale = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
+    return scale, beta - scale * mean
 
 
 def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
@@ -305,19 +314,19 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
         norm = batch_norm_after(conv.outputs[0]) if conv.op_type == "Conv" else None
         if norm is None:
             continue
-        gamma, beta, mean, variance = (constant_of(x).astype(np.float64) for x in norm.inputs[1:5])  # type: ignore[union-attr]
-        scale = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
-        shift = beta - scale * mean
+        affine = batch_norm_affine(norm)
+        assert affine is not None
+        scale, shift = affine
         given = conv.inputs[2] if len(conv.inputs) > 2 else None
         bias = constant_of(given)
         if given is not None and bias is None:
             continue  # a computed bias stays where it is
         weight, y = conv.inputs[1], norm.outputs[0]
         assert weight is not None
-        column = _initializer(
+        column = initializer(
             graph, f"{y.name}_scale", scale.reshape(-1, *[1] * (len(weight.shape or ()) - 1)).astype(np.float32)
         )
-        total = _initializer(
+        total = initializer(
             graph, f"{y.name}_bias", (shift if bias is None else shift + scale * bias).astype(np.float32)
         )
         scaled = ir.node("Mul", [weight, column])
@@ -333,7 +342,7 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
     return folded
 
 
-def _initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
     value = ir.Value(
         name=name,
         shape=ir.Shape(data.shape),
@@ -348,6 +357,16 @@ def finish(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
     """Makes `outputs` the graph's outputs and drops what none of them needs."""
     model.graph.outputs.clear()
     model.graph.outputs.extend(outputs)
+    return tidy(model)
+
+
+def infer_types(model: ir.Model) -> None:
+    """Gives every value its type and what can be known of its shape."""
+    _run(model, passes.ShapeInferencePass())
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """Sorts the graph, drops what no output needs, gives every value a name of its own."""
     _run(model, passes.TopologicalSortPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():

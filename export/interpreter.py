@@ -35,11 +35,15 @@ def operator(*op_types: str) -> Callable[[Operator], Operator]:
 
 
 class Interpreter:
-    """A graph whose floating-point constants are held in `dtype`."""
+    """A graph whose floating-point numbers are held in `dtype`.
 
-    def __init__(self, model: ir.Model | str | Path, dtype: torch.dtype = torch.float64):
+    rounding: what the graph calls float16 is rounded to it after every node, as a GPU does whose units add in float32.
+    """
+
+    def __init__(self, model: ir.Model | str | Path, dtype: torch.dtype = torch.float64, rounding: bool = False):
         self.model = ir.load(model) if isinstance(model, str | Path) else model
         self.dtype = dtype
+        self.rounding = rounding
         self._constants = {
             str(name): self._tensor(value.const_value.numpy())  # type: ignore[union-attr]
             for name, value in self.model.graph.initializers.items()
@@ -67,7 +71,9 @@ class Interpreter:
             else:
                 outputs = function(attributes, *inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            values.update({str(y.name): v for y, v in zip(node.outputs, outputs, strict=False)})
+            for y, value in zip(node.outputs, outputs, strict=False):
+                rounded = self.rounding and y.dtype == ir.DataType.FLOAT16
+                values[str(y.name)] = value.half().to(self.dtype) if rounded else value
         return {name: values[name] for name in fetches}
 
     def biased(self) -> dict[str, torch.Tensor]:

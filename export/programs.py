@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,10 +18,17 @@ from ..runtime.manifest import Tap
 from . import vjp  # noqa: F401  registers the gradient rules
 from .autodiff import gradients as cotangents
 from .autodiff import on_path
-from .graph import TappedGraph, finish, fold_batch_norm, keeps_batch_apart, named_values
+from .graph import TappedGraph, batch_norm_affine, finish, fold_batch_norm, keeps_batch_apart, named_values
 from .head import head, trunk
 from .layouts import layouts, to_maps
+from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
+
+ONCE = (
+    "activations",
+    "trunk",
+)  # they run once an explanation, which rests on the activation and the class that they find
+SEED_SCALE = 256.0  # in mixed precision the largest entry of a seed: of gradients, 2e-7 to 250 for a seed of ones are normal numbers
 
 
 @dataclass(frozen=True)
@@ -32,37 +39,44 @@ class Built:
     file: str
     taps: tuple[str, ...]
     model: ir.Model
+    precision: str
 
 
 def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[Built]:
     """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient programs;
-    and for the last block and every layer that is no convolution the network cut there: trunk and head.
+    and for the last block and every layer that is no convolution the network cut there: trunk and head. In the graph's
+    precision; the programs of ONCE are always float32.
     """
-    last = graph.select("last")
+    last, whole = graph.select("last"), replace(graph, taps=())
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
     built = []
 
-    def add(kind: str, suffix: str, scope: TappedGraph, build: Callable[[TappedGraph], ir.Model]) -> None:
-        progress(f"building {kind}{suffix}")
-        built.append(Built(kind, f"{kind}{suffix}.onnx", tuple(t.name for t, _ in scope.taps), build(scope)))
+    def add(kind: str, suffix: str, scope: TappedGraph, build: Callable[[TappedGraph], ir.Model | None]) -> None:
+        half = graph.precision == "float16" and kind not in ONCE
+        name = f"{kind}{suffix}{'.fp16' if half else ''}"
+        progress(f"building {name}")
+        model = build(scope)
+        if model is not None:
+            taps = tuple(t.name for t, _ in scope.taps)
+            model = to_half(model) if half else model
+            built.append(Built(kind, f"{name}.onnx", taps, model, "float16" if half else "float32"))
 
-    add("classify", "", TappedGraph(graph.model, graph.logits, (), graph.final_activation), classify)
+    add("classify", "", whole, classify)
     for suffix, scope in scopes:
         add("activations", suffix, scope, activations)
         add("gradients", suffix, scope, gradients)
         add("layer_maps", suffix, scope, layer_maps)
     with contextlib.suppress(UnsupportedOperator):  # FullGrad alone needs all of the network to be differentiable maps
-        add("full_grad", "", TappedGraph(graph.model, graph.logits, (), graph.final_activation), full_grad)
+        add("full_grad", "", whole, full_grad)
     for i, (tap, value) in enumerate(graph.taps):
         if "last" not in tap.roles and "conv" in tap.roles:
             continue
-        progress(f"cutting the network at {tap.name}")
         suffix = "" if "last" in tap.roles else f".{i}"
-        cut = TappedGraph(graph.model, graph.logits, ((tap, value),), graph.final_activation)
-        after = head(cut)
-        if after is not None:
-            built.append(Built("trunk", f"trunk{suffix}.onnx", (tap.name,), trunk(cut)))
-            built.append(Built("head", f"head{suffix}.onnx", (tap.name,), after))
+        cut = replace(graph, taps=((tap, value),))
+        add("trunk", suffix, cut, trunk)
+        add("head", suffix, cut, head)
+        if built[-1].kind == "trunk":  # of no use without its head
+            built.pop()
     return built
 
 
@@ -96,12 +110,12 @@ def gradients(graph: TappedGraph) -> ir.Model:
     """
 
     def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
-        seed = _seed(tape, logits)
+        seed, restored = _seed(tape, logits, graph.precision)
         outputs = []
         for (tap, _), v, g in zip(graph.taps, values, cotangents(tape, values, logits, seed), strict=True):
             sizes = [tap.channels, *tap.grid]
             outputs.append(output(tape, to_maps(tape, v, tap), f"activation:{tap.name}", ["batch", *sizes]))
-            outputs.append(output(tape, to_maps(tape, g, tap), f"gradient:{tap.name}", ["seeds", *sizes]))
+            outputs.append(output(tape, restored(to_maps(tape, g, tap), 4), f"gradient:{tap.name}", ["seeds", *sizes]))
         return outputs
 
     return _program(graph, build)
@@ -118,7 +132,7 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
     def build(
         tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: list[tuple[np.ndarray, np.ndarray] | None]
     ) -> list[ir.Value]:
-        seed = _seed(tape, logits)
+        seed, restored = _seed(tape, logits, graph.precision)
         pooled = [_pool_behind(v, values) for v in values]
         sources = [v if p is None else p for v, p in zip(values, pooled, strict=True)]
         alphas, maps, scales = [], [], []
@@ -135,7 +149,7 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
             alphas.append(alpha)
             maps.append(_weighted_sum(tape, alpha, v, tap, shift))
         scale = tape.floats(np.concatenate(scales))
-        joined = [tape.Mul(_flat(tape, alphas), scale), _flat(tape, maps)]
+        joined = [restored(tape.Mul(_flat(tape, alphas), scale), 2), restored(_flat(tape, maps), 2)]
         widths = [sum(t.channels for t, _ in graph.taps), sum(math.prod(t.grid) for t, _ in graph.taps)]
         return [
             output(tape, value, name, ["seeds", width])
@@ -162,10 +176,10 @@ def full_grad(graph: TappedGraph) -> ir.Model:
                 raise UnsupportedOperator(f"FullGrad needs every bias on the image's grid, and {y.name!r} is not")
         points = [image, *(y for y, _ in biased)]
         weights = [image, *(tape.floats(b.reshape(1, -1, 1, 1)) for _, b in biased)]
-        seed = _seed(tape, logits)
+        seed, restored = _seed(tape, logits, graph.precision)
         sums: dict[tuple[int, ...], ir.Value] = {}
         for point, weight, g in zip(points, weights, cotangents(tape, points, logits, seed), strict=True):
-            magnitude = tape.Abs(tape.Mul(g, weight))
+            magnitude = tape.Abs(tape.Mul(restored(g, 4), weight))
             shifted = tape.Sub(magnitude, tape.ReduceMin(magnitude, [2, 3], keepdims=1))
             span = tape.Add(tape.ReduceMax(shifted, [2, 3], keepdims=1), tape.floats(1e-7))
             summed = tape.ReduceSum(tape.Div(shifted, span), [1], keepdims=0)
@@ -185,9 +199,10 @@ def _biased(graph: ir.Graph) -> list[tuple[ir.Value, np.ndarray]]:
             continue
         if node.op_type == "Conv" and len(node.inputs) > 2 and constant_of(node.inputs[2]) is not None:
             found.append((y, constant_of(node.inputs[2])))
-        elif node.op_type == "BatchNormalization" and all(constant_of(x) is not None for x in node.inputs[1:5]):
-            gamma, beta, mean, variance = (constant_of(x).astype(np.float64) for x in node.inputs[1:5])  # type: ignore[union-attr]
-            found.append((y, beta - mean * gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))))
+        elif node.op_type == "BatchNormalization":
+            affine = batch_norm_affine(node)
+            if affine is not None:
+                found.append((y, affine[1]))
     return found
 
 
@@ -269,12 +284,26 @@ def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: boo
     return finish(model, [output(tape, logits, "logits", ["batch", dims(logits)[1]]), *outputs])
 
 
-def _seed(tape: Tape, logits: ir.Value) -> ir.Value:
-    """The program's `seed` input; rows of zeros become the one-hot row of the image's top class (the first, in a tie)."""
+def _seed(tape: Tape, logits: ir.Value, precision: str) -> tuple[ir.Value, Callable[[ir.Value, int], ir.Value]]:
+    """The program's `seed` input; rows of zeros become the one-hot row of the image's top class (the first, in a tie).
+
+    In mixed precision the seed is scaled, so that no gradient underflows. Returned with it: (what is linear in the seed, its
+    rank) -> the same for the seed that was given, in float32.
+    """
     classes = dims(logits)[1]
     assert classes is not None
-    seed = ir.Value(name="seed", shape=ir.Shape(["seeds", classes]), type=ir.TensorType(ir.DataType.FLOAT))
-    tape.graph.inputs.append(seed)
-    given = tape.Greater(tape.ReduceMax(tape.Abs(seed), [1], keepdims=1), tape.floats(0))
+    given = ir.Value(name="seed", shape=ir.Shape(["seeds", classes]), type=ir.TensorType(ir.DataType.FLOAT))
+    tape.graph.inputs.append(given)
+    said = tape.Greater(tape.ReduceMax(tape.Abs(given), [1], keepdims=1), tape.floats(0))
     top = tape.Equal(tape.value(list(range(classes))), tape.ArgMax(logits, axis=1, keepdims=1))
-    return tape.Where(given, seed, tape.Cast(top, to=ir.DataType.FLOAT))
+    seed = tape.Where(said, given, tape.Cast(top, to=ir.DataType.FLOAT))
+    if precision == "float32":
+        return seed, lambda value, rank: value
+    largest = tape.ReduceMax(tape.Abs(seed), [1], keepdims=1)
+    scale = tape.floats(SEED_SCALE)
+
+    def restored(value: ir.Value, rank: int) -> ir.Value:
+        factor = tape.Div(largest, scale)
+        return tape.Mul(value, factor if rank == 2 else tape.Reshape(factor, [-1, *[1] * (rank - 1)]))
+
+    return tape.Mul(seed, tape.Div(scale, largest)), restored

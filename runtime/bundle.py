@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BundleError, CamrtError
-from .manifest import MANIFEST, Manifest, Program, parse
+from .manifest import MANIFEST, PRECISIONS, Manifest, Program, parse
 
 _AGAIN = "export the bundle again"
 _CUT = (
@@ -30,9 +30,20 @@ class Bundle:
     path: Path
     manifest: Manifest
 
-    def program(self, kind: str, layers: Sequence[str] = ()) -> Program:
-        """The smallest program of a kind that covers the layers. CamrtError if there is none."""
+    @property
+    def precisions(self) -> list[str]:
+        """Precisions that it can be run in, as users say it, float32 first."""
+        classify = {p.precision for p in self.manifest.programs if p.kind == "classify"}
+        return [name for name, recorded in PRECISIONS.items() if recorded in classify]
+
+    def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
+        """The smallest program of a kind that covers the layers, in a precision; in fp16 some kinds are float32 all the same.
+
+        CamrtError if there is none.
+        """
         fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
+        wanted = [p for p in fitting if p.precision == PRECISIONS[precision]]
+        fitting = wanted or [p for p in fitting if p.precision == "float32"]
         if not fitting:
             of = f" for {', '.join(layers)}" if layers else ""
             raise CamrtError(f"{self.path}: has no program {kind!r}{of}: {_MENDS.get(kind, _AGAIN)}")

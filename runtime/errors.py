@@ -38,6 +38,10 @@ class BackendUnavailable(CamrtError):
     """The package or device that a backend needs is not there."""
 
 
+class EngineError(CamrtError):
+    """An engine cannot be built, kept or run."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

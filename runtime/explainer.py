@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .backends import Backend, create
+from .backends import Backend, Settings, create
 from .bundle import Bundle, read_bundle
 from .cams import Method, join, method_named
 from .errors import InputError, UnknownLayer, UnknownMethod, near
@@ -32,12 +32,18 @@ class Targets:
 class Explainer:
     """Explains images with the programs of one bundle. May be used from several threads."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16):
+    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16, precision: str | None = None):
         if max_batch < 1:
             raise InputError(f"max_batch {max_batch}: use 1 or more")
+        if precision is not None and precision not in bundle.precisions:
+            raise InputError(
+                f"{bundle.path} has no {precision} programs, it has {' and '.join(bundle.precisions)}: export it with "
+                f"precision={precision!r} (--precision {precision})"
+            )
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
-        self._runs = Runs(bundle, backend, max_batch)
+        self.precision = precision or bundle.precisions[0]
+        self._runs = Runs(bundle, backend, max_batch, self.precision)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -185,10 +191,23 @@ class Explainer:
         return names
 
 
-def load(path: str | Path, backend: str = "auto", max_batch: int = 16, threads: int | None = None) -> Explainer:
-    """Opens a bundle. max_batch: images or targets in one run; threads: CPU threads of a run, by default one per core.
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    max_batch: int = 16,
+    precision: str | None = None,
+    threads: int | None = None,
+    device: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Explainer:
+    """Opens a bundle.
+
+    backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto", the first of them that can be used here. max_batch:
+    images, targets or masked images in one run; precision: "fp32" or "fp16", by default the first that the bundle has; threads: CPU threads of a run, by default one per core; device: which GPU.
+    progress is called with a line before work that takes seconds, such as building an engine.
 
     BundleError if it is damaged; BackendUnavailable if nothing here can run it.
     """
-    bundle = read_bundle(path)
-    return Explainer(bundle, create(backend, threads), max_batch)
+    return Explainer(
+        read_bundle(path), create(backend, Settings(threads, device, max_batch, progress)), max_batch, precision
+    )

@@ -12,6 +12,7 @@ from .errors import BundleError
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # what users say -> what programs record
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Tap:
 
 @dataclass(frozen=True)
 class Program:
-    """One ONNX file: what it computes (`kind`), for which taps, and its interface."""
+    """One ONNX file: what it computes (`kind`), for which taps, and its interface, which is float32 in any precision.
+
+    precision: float32, or float16, where convolutions and matrix products are in float16 and the rest where that is safe.
+    """
 
     kind: str
     file: str

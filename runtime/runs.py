@@ -40,9 +40,10 @@ class Part:
 class Runs:
     """The programs of one bundle, opened when they are first needed. May be used from several threads."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int):
+    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int, precision: str):
         self.bundle = bundle
         self.backend = backend
+        self.precision = precision
         self.max_batch = 1 if bundle.manifest.batch == 1 else max_batch
         self._opened: dict[tuple[str, bool], Executable] = {}
         self._lock = threading.Lock()
@@ -58,7 +59,7 @@ class Runs:
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """(B, C, H, W) -> (B, classes)."""
-        program = self._open(self.bundle.program("classify"))
+        program = self._open(self._program("classify"))
         return np.concatenate([program.run({"image": part})["logits"] for _, part in _chunks(batch, self.max_batch)])
 
     def parts(self, batch: np.ndarray, seeds: np.ndarray, by_image: bool) -> Iterator[Part]:
@@ -95,7 +96,7 @@ class Runs:
     def _layer_maps(self, part: Part, names: Sequence[str], aggregation: str) -> LayerMaps:
         """An aggregation of gradients other than the mean takes whole gradients out of the network."""
         mean = aggregation == "mean"
-        program = self.bundle.program("layer_maps" if mean else "gradients", names)
+        program = self._program("layer_maps" if mean else "gradients", names)
         out = self._run(program, part, self.manifest.seeds_share_image)
         if mean:
             alphas, maps = out["alphas"], out["maps"]
@@ -107,20 +108,20 @@ class Runs:
         return joined.select(names)
 
     def _gradients(self, part: Part, names: Sequence[str]) -> Gradients:
-        out = self._run(self.bundle.program("gradients", names), part, self.manifest.seeds_share_image)
+        out = self._run(self._program("gradients", names), part, self.manifest.seeds_share_image)
         taps, rows = self._taps(names), len(part.seeds)
         activations = tuple(_repeated(out[f"activation:{t.name}"], rows) for t in taps)
         gradients = tuple(out[f"gradient:{t.name}"] for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, gradients, self.size)
 
     def _activations(self, part: Part, names: Sequence[str], concurrent: bool = False) -> Gradients:
-        out = self._open(self.bundle.program("activations", names), concurrent).run({"image": part.images})
+        out = self._open(self._program("activations", names), concurrent).run({"image": part.images})
         taps, rows = self._taps(names), len(part.seeds)
         activations = tuple(_repeated(out[f"activation:{t.name}"], rows) for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, (), self.size)
 
     def _full_grad(self, part: Part) -> GridMaps:
-        program = self.bundle.program("full_grad")
+        program = self._program("full_grad")
         out = self._run(program, part, share_image=False)
         maps = tuple(out[name] for name in program.outputs if name.startswith("grid:"))
         return GridMaps((), *self._scores(out, part.seeds), maps, self.size)
@@ -129,7 +130,7 @@ class Runs:
         concurrent = self.backend.lanes > 1  # for both: the threads of a run that is over would spin and slow the lanes
         data = self._activations(part, names, concurrent)
         activations = tuple(a[0] for a in data.activations)
-        classify = self._open(self.bundle.program("classify"), concurrent)
+        classify = self._open(self._program("classify"), concurrent)
 
         def run(masked: np.ndarray) -> np.ndarray:
             return classify.run({"image": masked})["logits"]
@@ -156,9 +157,9 @@ class Runs:
     def _heads(self, part: Part, names: Sequence[str]) -> Heads:
         taps, heads, activations, logits = self._taps(names), [], [], None
         for tap in taps:
-            out = self._open(self.bundle.program("trunk", [tap.name])).run({"image": part.images})
+            out = self._open(self._program("trunk", [tap.name])).run({"image": part.images})
             context = {name: array for name, array in out.items() if name.startswith("context:")}
-            head = self._open(self.bundle.program("head", [tap.name]))
+            head = self._open(self._program("head", [tap.name]))
 
             def run(changed: np.ndarray, head: Executable = head, context: dict = context) -> np.ndarray:
                 repeated = {name: np.repeat(array, len(changed), axis=0) for name, array in context.items()}
@@ -185,11 +186,14 @@ class Runs:
             images = np.repeat(images, len(part.seeds), axis=0)
         return self._open(program).run({"image": images, "seed": part.seeds})
 
+    def _program(self, kind: str, layers: Sequence[str] = ()) -> Program:
+        return self.bundle.program(kind, layers, self.precision)
+
     def _open(self, program: Program, concurrent: bool = False) -> Executable:
         with self._lock:
             key = (program.file, concurrent)
             if key not in self._opened:
-                self._opened[key] = self.backend.open(self.bundle.path / program.file, concurrent)
+                self._opened[key] = self.backend.open(self.bundle, program, concurrent)
             return self._opened[key]
 
     def _pool(self) -> ThreadPoolExecutor:

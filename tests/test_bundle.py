@@ -183,7 +183,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> N
 def test_progress_is_told(tmp_path: Path) -> None:
     stages: list[str] = []
     camrt.export_model(small_net(), tmp_path / "small.camrt", (3, 32, 32), progress=stages.append)
-    assert stages[0] == "tracing the model with 4 taps" and stages[-1] == "writing the weights" and len(stages) == 12
+    assert stages[0] == "tracing the model with 4 taps" and stages[-1] == "writing the weights" and len(stages) == 13
 
 
 # ---- models that cannot be exported

@@ -270,7 +270,7 @@ def test_exported_gradients_give_the_golden_winsor_cam(
     batch, _ = as_batch(DATA / "photos" / file, explainer.manifest)
     program = explainer.bundle.program("gradients", convolutions)
     seed = np.eye(1000, dtype=np.float32)[[label]]
-    out = create().open(explainer.bundle.path / program.file).run({"image": batch, "seed": seed})
+    out = create().open(explainer.bundle, program).run({"image": batch, "seed": seed})
     alphas, maps, grids = [], [], []
     for name in convolutions:
         activation, gradient = as_published(out[f"activation:{name}"]), as_published(out[f"gradient:{name}"])

@@ -28,7 +28,9 @@ ALLOWED = {
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),
 }
-HEAVY = {"onnxruntime", "tensorrt", "tensorrt_rtx_bindings", "pycuda", "torch", "onnx", "onnx_ir", "onnxscript"}
+HEAVY = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"} | {
+    *("pycuda", "torch", "onnx", "onnx_ir", "onnxscript")
+}
 HOME_OF_HEAVY = {"onnxruntime": {"runtime/backends/ort.py"}, "pycuda": {"kernels/device.py"}}
 
 
@@ -129,10 +131,14 @@ def test_a_missing_extra_is_named(missing: str, tmp_path: Path) -> None:
 def test_a_missing_backend_is_named(exported: Path) -> None:
     code = (
         "import sys\nsys.modules['onnxruntime'] = None\nimport camrt\n"
-        f"try: camrt.load({str(exported)!r})\nexcept camrt.CamrtError as error: print(error)"
+        f"for name in ('onnxruntime', 'auto'):\n"
+        f"    try: camrt.load({str(exported)!r}, name)\n    except camrt.CamrtError as error: print(error)"
     )
-    assert python(code) == "onnxruntime is not installed: pip install 'camrt[cpu]'"
-    with pytest.raises(camrt.CamrtError, match="no backend 'cuda9': use 'auto', 'onnxruntime'"):
+    named, auto = python(code).splitlines()
+    assert named == "onnxruntime is not installed: pip install 'camrt[cpu]'"
+    assert auto.startswith("no backend can be used here; tensorrt: ")
+    assert auto.endswith("onnxruntime: onnxruntime is not installed: pip install 'camrt[cpu]'")
+    with pytest.raises(camrt.CamrtError, match="no backend 'cuda9': use 'auto', 'tensorrt', 'onnxruntime-cuda', 'onnx"):
         camrt.load(exported, backend="cuda9")
 
 

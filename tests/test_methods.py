@@ -198,7 +198,7 @@ def test_dead_channels_never_run_and_change_nothing(
     result = dying.explain(image, method, 1)
     assert result.details["channels"][0] == 16 and result.details["masked_runs"][0] == 8
     backend = dying._runs.backend
-    program = backend.open(dying.bundle.path / "activations.last.onnx").run({"image": image})
+    program = backend.open(dying.bundle, dying.bundle.program("activations", ["body"])).run({"image": image})
     activation = program["activation:body"][0]
     assert (activation.max((1, 2)) == 0).sum() == 8
     raised = torch.nn.functional.interpolate(torch.from_numpy(activation)[None], (32, 32), mode="bilinear")[0].numpy()

@@ -1,14 +1,14 @@
-"""One network of each torchvision classification family, and DeiT: export, then every comparison of `camrt verify`.
+"""One network of each torchvision classification family, and small transformers: exported in float32 and float16, put to
+every comparison of `camrt verify`, and built into TensorRT engines.
 
-Weights are random, batch norm statistics warmed up; sizes are small and some odd. The comparisons are of activations,
-gradients and maps with PyTorch in float64, per tap, by the limits in camrt.verify.
+The comparisons are of activations, gradients and maps with PyTorch in float64, per tap, by the limits in camrt.verify.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import import_torchvision, warmed_up
+from families import FAMILIES, TRANSFORMERS, network
 from torch import nn
 
 import camrt
@@ -24,99 +24,71 @@ from camrt.compare import largest_difference
 from camrt.export import reference_runs
 from camrt.export.reference import LAYER_METHODS
 from camrt.oracle import module_oracle
-from camrt.runtime.bundle import read_bundle
-from camrt.verify import smooth_images, verify, verify_bundle
-
-# name, input size, taps (convolutions and the last block), last block
-FAMILIES = [
-    ("alexnet", 224, 6, "features"),
-    ("vgg11_bn", 224, 9, "features"),
-    ("resnet18", 97, 21, "layer4.1"),
-    ("resnext50_32x4d", 96, 54, "layer4.2"),
-    ("wide_resnet50_2", 64, 54, "layer4.2"),
-    ("densenet121", 96, 121, "features"),
-    ("googlenet", 96, 58, "inception5b"),
-    ("inception_v3", 107, 95, "Mixed_7c"),
-    ("squeezenet1_1", 97, 27, "features.12"),
-    ("shufflenet_v2_x0_5", 96, 57, "conv5"),
-    ("mobilenet_v2", 96, 53, "features.18"),
-    ("mobilenet_v3_small", 96, 53, "features.12"),
-    ("mnasnet0_5", 96, 53, "layers"),
-    ("efficientnet_b0", 96, 82, "features.8"),
-    ("efficientnet_v2_s", 64, 171, "features.7"),
-    ("regnet_y_400mf", 96, 86, "trunk_output.block4.block4-5"),
-    ("convnext_tiny", 96, 23, "features.7.2"),
-]
-OPTIONS = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": False, "aux_logits": False}}
+from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, find_library
+from camrt.runtime.bundle import Bundle, read_bundle
+from camrt.verify import Report, smooth_images, verify, verify_bundle
 
 
-def vit() -> nn.Module:
-    models = import_torchvision().models
-    network = models.VisionTransformer(64, 16, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7)
-    head: Any = network.heads.head
-    nn.init.normal_(head.weight)  # torchvision starts it at zero, where every gradient is zero
-    return network
+@dataclass
+class Exported:
+    name: str
+    model: nn.Module
+    bundle: Bundle
 
 
-def deit() -> nn.Module:
-    import_torchvision()
-    return importlib.import_module("timm").create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=7)
-
-
-def deit_distilled() -> nn.Module:
-    import_torchvision()
-    create = importlib.import_module("timm").create_model
-    return create("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=7)
-
-
-def vit_pooled() -> nn.Module:
-    """Its head reads the mean of all tokens, so that its final norm can be explained."""
-    import_torchvision()
-    create = importlib.import_module("timm").create_model
-    return create(
-        "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7, global_pool="avg", class_token=False, fc_norm=False
+@pytest.fixture(scope="module")
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+    """A network's bundle in both precisions, for all of the tests that want it."""
+    model, shape = network(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "model.camrt"
+    yield Exported(
+        request.param, model, read_bundle(camrt.export_model(model, path, shape, precision=["fp32", "fp16"]))
     )
+    shutil.rmtree(path)
 
 
-def swin(window: int) -> nn.Module:
-    models = import_torchvision().models
-    return models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [window, window], num_classes=7)
+def each(names: Sequence[str]) -> Any:
+    """Once for each network; the tests of one network in one process, where there are several."""
+    params = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    return pytest.mark.parametrize("exported", params, indirect=True)
 
 
-def swin_v2() -> nn.Module:
-    module = import_torchvision().models.swin_transformer
-    parts = {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
-    return module.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7, **parts)
+def failures(report: Report) -> list[Any]:
+    return [r for r in report.rows if not r.passed][:5]
 
 
-# make, last tap, its layout, prefix, channels and grid; swin with windows of 7 pads a grid of 16
-TRANSFORMERS: list[tuple[Callable[[], nn.Module], str, str, int, int, tuple[int, int]]] = [
-    (vit, "encoder.layers.encoder_layer_2.ln_1", "tokens", 1, 48, (4, 4)),
-    (deit, "blocks.2.norm1", "tokens", 1, 192, (4, 4)),
-    (deit_distilled, "blocks.2.norm1", "tokens", 2, 192, (4, 4)),
-    (vit_pooled, "norm", "tokens", 0, 192, (4, 4)),
-    (functools.partial(swin, 4), "norm", "NHWC", 0, 48, (8, 8)),
-    (functools.partial(swin, 7), "norm", "NHWC", 0, 48, (8, 8)),
-    (swin_v2, "norm", "NHWC", 0, 48, (8, 8)),
-]
-NAMES = ["vit", "deit", "deit_distilled", "vit_pooled", "swin", "swin_padded", "swin_v2"]
+@each([f[0] for f in FAMILIES])
+def test_family(exported: Exported) -> None:
+    _, _, taps, last = next(f for f in FAMILIES if f[0] == exported.name)
+    manifest = exported.bundle.manifest
+    assert len(manifest.taps) == taps
+    assert [t.name for t in manifest.taps if "last" in t.roles] == [last]
+    assert manifest.batch == "dynamic" and manifest.seeds_share_image
+    report = verify_bundle(exported.bundle, module_oracle(exported.model, exported.name))
+    assert report.passed, failures(report)
+    compared = {row.subject.split()[0] for row in report.rows if "fp16" not in row.program}
+    methods = {"winsor_cam", "integrative_cam", "full_grad", *LAYER_METHODS}
+    assert compared == {"logits", "activation", "gradient", "float64", "alphas", "maps", "single", "several", *methods}
+    for file in ("gradients.onnx", "gradients.fp16.onnx"):
+        rows = {r.subject for r in report.rows if r.program == file and r.subject.startswith("float64 gradient")}
+        assert len(rows) == taps
+    for backend in ("onnxruntime", "rounding"):
+        rows = {r.subject.split()[0] for r in report.rows if r.program == f"methods fp16 {backend}"}
+        assert rows == {"top", *methods}
 
 
-@pytest.mark.parametrize(("make", "last", "layout", "prefix", "channels", "grid"), TRANSFORMERS, ids=NAMES)
-def test_transformer(
-    make: Callable, last: str, layout: str, prefix: int, channels: int, grid: tuple[int, int], tmp_path: Path
-) -> None:
-    """Exported and verified like the others; and the methods that run the network again, against PyTorch."""
-    torch.manual_seed(0)
-    model = make().eval()
-    path = camrt.export_model(model, tmp_path / "model.camrt", (3, 64, 64))
-    bundle = read_bundle(path)
+@each(list(TRANSFORMERS))
+def test_transformer(exported: Exported) -> None:
+    """Verified like the others; and the methods that run the network again, against PyTorch."""
+    bundle, model = exported.bundle, exported.model
+    _, last, layout, prefix, channels, grid = TRANSFORMERS[exported.name]
     (tap,) = [t for t in bundle.manifest.taps if "last" in t.roles]
     assert (tap.name, tap.layout, tap.prefix, tap.channels, tap.grid) == (last, layout, prefix, channels, grid)
     report = verify_bundle(bundle, module_oracle(model, "the model"))
-    assert report.passed, [r for r in report.rows if not r.passed][:5]
-    assert verify(path).passed, "by its own graph"
-    explainer = camrt.load(path)
+    assert report.passed, failures(report)
+    report = verify(bundle.path)
+    assert report.passed, ("by its own graph", failures(report))
+    explainer = camrt.load(bundle.path)
     image = smooth_images((3, 64, 64), 1)
     label = int(explainer.classify(image).argmax())
     said = 0
@@ -128,16 +100,33 @@ def test_transformer(
     assert said >= 3, "maps that say nothing test nothing"
 
 
+@each([f[0] for f in FAMILIES] + list(TRANSFORMERS))
+def test_every_program_becomes_an_engine(exported: Exported) -> None:
+    """By TensorRT for RTX: float32 for batches, float16 for single images; without a word of warning."""
+    bundle, library = exported.bundle, find_library("tensorrt_rtx")
+    layers = [t.name for t in bundle.manifest.taps]
+    built = []
+    for precision, shapes in (("fp32", Shapes("batch", 16)), ("fp16", Shapes("single"))):
+        for kind in ("classify", "activations", "gradients", "layer_maps"):
+            program = bundle.program(kind, () if kind == "classify" else layers, precision)
+            if program.file in built:
+                continue  # activations are the same file
+            made = build_engine(library, bundle.path / program.file, program, Target((8, 9), None), shapes)
+            assert len(made.engine) > 1000
+            assert made.warnings == [], program.file
+            built.append(program.file)
+    assert len(built) == 7
+
+
 def test_a_norm_behind_the_last_attention_is_refused(tmp_path: Path) -> None:
     """Its gradient at the grid is zero: the head reads the class token alone."""
     with pytest.raises(camrt.CamrtError, match="the logits read none of its grid, only its class token"):
-        camrt.export_model(vit().eval(), tmp_path / "model.camrt", (3, 64, 64), ["encoder.ln"])
+        camrt.export_model(network("vit")[0], tmp_path / "model.camrt", (3, 64, 64), ["encoder.ln"])
 
 
 def test_a_transformer_from_onnx_is_tapped_where_its_grid_is_read(tmp_path: Path) -> None:
     """The same choice of the last block without PyTorch's modules, and the same maps."""
-    torch.manual_seed(0)
-    model = vit().eval()
+    model = network("vit")[0]
     source = tmp_path / "vit.onnx"
     torch.onnx.export(model, (torch.zeros(2, 3, 64, 64),), str(source), dynamo=True, dynamic_shapes=({0: "batch"},))
     bundle = camrt.export_onnx(source, tmp_path / "onnx.camrt")
@@ -155,24 +144,3 @@ def test_a_transformer_from_onnx_is_tapped_where_its_grid_is_read(tmp_path: Path
         assert largest_difference(got, want) < 1e-3, method
     with pytest.raises(camrt.CamrtError, match="the logits read none of its grid"):
         camrt.export_onnx(source, tmp_path / "x.camrt", [norms[-1].name])
-
-
-@pytest.mark.parametrize(("name", "size", "taps", "last"), FAMILIES, ids=[f[0] for f in FAMILIES])
-def test_family(name: str, size: int, taps: int, last: str, tmp_path: Path) -> None:
-    models = import_torchvision().models
-    torch.manual_seed(0)
-    model = models.get_model(name, weights=None, **OPTIONS.get(name, {}))
-    model = warmed_up(model, (3, size, size))
-    path = camrt.export_model(model, tmp_path / "model.camrt", (3, size, size))
-    bundle = read_bundle(path)
-    manifest = bundle.manifest
-    assert len(manifest.taps) == taps
-    assert [t.name for t in manifest.taps if "last" in t.roles] == [last]
-    assert manifest.batch == "dynamic" and manifest.seeds_share_image
-    report = verify_bundle(bundle, module_oracle(model, name))
-    assert report.passed, [r for r in report.rows if not r.passed][:5]
-    compared = {row.subject.split()[0] for row in report.rows}
-    methods = {"winsor_cam", "integrative_cam", "full_grad", *LAYER_METHODS}
-    assert compared == {"logits", "activation", "gradient", "float64", "alphas", "maps", "single", "several", *methods}
-    gradients = {r.subject for r in report.rows if r.subject.startswith("float64 gradient")}
-    assert len(gradients) == taps

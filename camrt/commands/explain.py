@@ -43,7 +43,7 @@ def explain(options: argparse.Namespace) -> int:
 
     from ..runtime.explainer import load
 
-    explainer = load(options.bundle, options.backend, max_batch=options.batch)
+    explainer = load(options.bundle, options.backend, max_batch=options.batch, precision=options.precision)
     files = find_images(options.images)
     target = None if options.target is None else [_class_index(explainer, t) for t in options.target]
     method = parse_method(options.method)

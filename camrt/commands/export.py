@@ -19,6 +19,7 @@ def export(options: argparse.Namespace) -> int:
     layers: Any = options.layers[0] if options.layers in (["conv"], ["last"], ["default"]) else options.layers
     common: dict[str, Any] = {
         "layers": layers,
+        "precision": options.precision,
         "name": options.name,
         "classes": None if options.classes is None else _class_names(options.classes),
         "overwrite": options.force,
@@ -119,32 +120,3 @@ def _preprocess(
         crop=tuple(options.crop) if options.crop else (known.crop if known and options.resize is None else None),
         interpolation=options.interpolation or (known.interpolation if known else "bilinear"),
     )
-
-
-def info(options: argparse.Namespace) -> int:
-    from ..runtime.bundle import read_bundle
-
-    manifest = read_bundle(options.bundle).manifest
-    if options.json:
-        print(manifest.to_json(), end="")
-        return 0
-    print(f"{manifest.name}: {' x '.join(map(str, manifest.input_shape))} -> {manifest.num_classes} classes")
-    spec = manifest.source.get("spec")
-    print(f"from {manifest.source['kind']}{f' {spec}' if spec else ''}, {_versions(manifest.tools)}")
-    if manifest.final_activation:
-        print(f"logits are taken before the final {manifest.final_activation}")
-    print(f"preprocessing: {manifest.preprocess or 'none recorded, it takes float32 arrays'}")
-    print(f"batch: {manifest.batch}; weights: {manifest.weights['bytes'] / 1e6:.1f} MB")
-    print("programs:")
-    for program in manifest.programs:
-        print(f"  {program.file:24} {program.precision}, {len(program.taps)} layers")
-    print("layers:")
-    for tap in manifest.taps:
-        grid = f"{tap.grid[0]} x {tap.grid[1]}"
-        norm = ", before batch norm" if tap.batch_norm == "after" else ""
-        print(f"  {tap.name:32} {tap.channels:5} channels, {grid:9} {' '.join(tap.roles)}{norm}")
-    return 0
-
-
-def _versions(tools: dict[str, str]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in tools.items())

@@ -11,13 +11,17 @@ class Stages:
     def __enter__(self) -> Stages:
         from tqdm import tqdm
 
-        self._bar = tqdm(bar_format="{elapsed} {desc}", leave=False, disable=None)
+        self._bar = tqdm(bar_format="{elapsed} {desc} {postfix}", leave=False, disable=None)
         return self
 
     def __call__(self, stage: str) -> None:
         if self._bar.disable:
             print(stage, file=sys.stderr)
         self._bar.set_description_str(stage)
+
+    def detail(self, text: str) -> None:
+        """What the stage is at: shown where there is a terminal, and not kept."""
+        self._bar.set_postfix_str(text)
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

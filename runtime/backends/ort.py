@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU and on a GPU by its CUDA provider."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BackendUnavailable, BundleError, InputError, first_line
+from ...kernels import DeviceArray, OutOfMemory
+from ..bundle import Bundle
+from ..errors import BackendUnavailable, BundleError, EngineError, InputError, first_line
+from ..manifest import Program
+from .gpu import Gpu, GpuProgram, open_gpu
 
+if TYPE_CHECKING:
+    from . import Settings
+
+_CUDA = "CUDAExecutionProvider"
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -50,14 +58,18 @@ class OrtBackend:
     """Sessions on the CPU provider, one thread per core unless told."""
 
     name = "onnxruntime"
+    gpu = None
 
     def __init__(self, runtime: Any, threads: int | None):
         self._runtime = runtime
         self._threads = threads
         self.lanes = threads or _cores()
 
-    def open(self, path: Path, concurrent: bool = False) -> OrtExecutable:
-        return OrtExecutable(self, path, concurrent)
+    def __str__(self) -> str:
+        return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
+
+    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
+        return OrtExecutable(self, bundle.path / program.file, concurrent)
 
     def session(self, path: Path, single: bool, concurrent: bool = False) -> Any:
         """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread.
@@ -81,10 +93,90 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def create(threads: int | None = None) -> OrtBackend:
-    """BackendUnavailable if onnxruntime is not installed."""
+class OrtCudaEngine:
+    """A session of the CUDA provider, bound to a GPU's arrays."""
+
+    def __init__(self, runtime: Any, session: Any, file: str, gpu: Gpu, place: tuple[str, int]) -> None:
+        """place: where the arrays lie, as ONNX Runtime names it."""
+        self._session = session
+        self._file = file
+        self._gpu = gpu
+        self._place = place
+        self._options = runtime.RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream orders all
+
+    def enqueue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        binding = self._session.io_binding()
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, a in arrays.items():
+                bind(name, *self._place, a.dtype.type, a.shape, a.pointer)
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as error:
+            said = first_line(error)
+            if "allocate memory" in said or "out of memory" in said:
+                raise OutOfMemory(f"{self._file}: {said}") from error
+            shapes = ", ".join(f"{k} {v.shape}" for k, v in inputs.items())
+            raise EngineError(f"{self._file}: ONNX Runtime refused {shapes}: {said}") from error
+
+
+class OrtCudaBackend:
+    """Sessions of the CUDA provider, whose work is queued on the GPU's stream with that of our kernels."""
+
+    name = "onnxruntime-cuda"
+    lanes = 1
+
+    def __init__(self, runtime: Any, gpu: Gpu) -> None:
+        self._runtime = runtime
+        self.gpu = gpu
+
+    def __str__(self) -> str:
+        return f"onnxruntime {self._runtime.__version__}, {_CUDA}, on {self.gpu.stream.device}"
+
+    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> GpuProgram:
+        """BundleError if the program cannot be loaded; BackendUnavailable where the provider is left out."""
+        path, device = bundle.path / program.file, self.gpu.stream.device.ordinal
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        settings = {
+            "device_id": str(device),
+            "user_compute_stream": str(self.gpu.stream.handle),
+            "use_tf32": "0",
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        with self.gpu.lock, self.gpu.stream.device.active(program.file):
+            try:
+                session = self._runtime.InferenceSession(str(path), options, providers=[(_CUDA, settings)])
+            except Exception as error:
+                raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
+        if session.get_providers()[0] != _CUDA:  # it falls back to the CPU without a word
+            raise BackendUnavailable(f"ONNX Runtime did not take {_CUDA}: its CUDA or cuDNN libraries are missing")
+        engine = OrtCudaEngine(self._runtime, session, program.file, self.gpu, ("cuda", device))
+        return GpuProgram(program, engine, self.gpu)
+
+
+def _onnxruntime(extra: str) -> Any:
     try:
         import onnxruntime
+
+        return onnxruntime
     except ImportError:
-        raise BackendUnavailable("onnxruntime is not installed: pip install 'camrt[cpu]'") from None
-    return OrtBackend(onnxruntime, threads)
+        raise BackendUnavailable(f"onnxruntime is not installed: pip install 'camrt[{extra}]'") from None
+
+
+def create(settings: Settings) -> OrtBackend:
+    """BackendUnavailable if onnxruntime is not installed."""
+    return OrtBackend(_onnxruntime("cpu"), settings.threads)
+
+
+def create_cuda(settings: Settings) -> OrtCudaBackend:
+    """BackendUnavailable if onnxruntime-gpu is not installed, or there is no GPU."""
+    runtime = _onnxruntime("cuda")
+    if _CUDA not in runtime.get_available_providers():
+        raise BackendUnavailable(
+            f"onnxruntime {runtime.__version__} was built without CUDA: pip uninstall onnxruntime, then pip install 'camrt[cuda]'"
+        )
+    gpu = open_gpu(settings.device)
+    if hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()  # CUDA and cuDNN from the wheels that lie beside it
+    return OrtCudaBackend(runtime, gpu)

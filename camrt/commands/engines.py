@@ -1,0 +1,154 @@
+"""camrt build, camrt cache."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import time
+from typing import TYPE_CHECKING
+
+from ..runtime.errors import EngineError, InputError, UnknownMethod, near
+from .stages import Stages
+
+if TYPE_CHECKING:
+    from ..runtime.backends.tensorrt import Capability, Library, Shapes, Target
+    from ..runtime.bundle import Bundle
+    from ..runtime.manifest import Program
+
+_LEADING = ("classify", "layer_maps", "activations")  # what winsor_cam and score_cam_pp run
+
+
+def build(options: argparse.Namespace) -> int:
+    from ..runtime.backends.tensorrt import Target, engine_key, find_library
+    from ..runtime.bundle import read_bundle
+    from ..runtime.engines import EngineCache
+
+    if options.max_batch < 1:
+        raise InputError(f"--max-batch {options.max_batch}: use 1 or more")
+    bundle = read_bundle(options.bundle)
+    programs = _programs(bundle, options)
+    library = find_library("tensorrt_rtx" if options.compute_capability else None)
+    cache = EngineCache()
+    warned: dict[str, None] = {}
+    for capability, gpu in _gpus(library, options.compute_capability):
+        target = Target(capability, gpu)
+        whom = f"compute capability {_dotted(capability)}" if gpu is None else gpu
+        for program, shapes in itertools.product(programs, _shapes(options)):
+            if shapes.kind == "targets" and "seed" not in program.inputs:
+                continue
+            key, started = engine_key(library, bundle, program, target, shapes), time.perf_counter()
+            engine, how = cache.get(key), "was built before"
+            if engine is None:
+                make = functools.partial(_make, library, bundle, program, target, shapes, whom, warned)
+                engine = cache.fetch(key, make)
+                how = f"built in {time.perf_counter() - started:.1f} s"
+            what = f"{program.file:26}{program.precision:9}{shapes.kind:9}"
+            print(f"{what}{whom:26}{len(engine) / 1e6:8.1f} MB  {how}", flush=True)
+    for warning in warned:
+        print(f"{library.name} warns: {warning}")
+    print(f"{library.name} {library.version}: {cache.folder}")
+    return 0
+
+
+def _make(
+    library: Library,
+    bundle: Bundle,
+    program: Program,
+    target: Target,
+    shapes: Shapes,
+    whom: str,
+    warned: dict[str, None],
+) -> bytes:
+    from ..runtime.backends.tensorrt import build_engine
+
+    with Stages() as stages:
+        stages(f"building {program.file} ({shapes.kind}) for {whom}")
+        built = build_engine(library, bundle.path / program.file, program, target, shapes, stages.detail)
+    warned.update(dict.fromkeys(built.warnings))
+    return built.engine
+
+
+def _shapes(options: argparse.Namespace) -> list[Shapes]:
+    from ..runtime.backends.tensorrt import Shapes
+
+    return [Shapes.of_kind(kind, options.max_batch) for kind in dict.fromkeys(options.shapes)]
+
+
+def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
+    """What to build. InputError, UnknownMethod."""
+    from ..runtime.manifest import PRECISIONS
+
+    programs = bundle.manifest.programs
+    if options.precision is not None:
+        programs = tuple(p for p in programs if p.precision == PRECISIONS[options.precision])
+        if not programs:
+            raise InputError(
+                f"{bundle.path} has no {options.precision} programs: export it with --precision {options.precision}"
+            )
+    if options.programs is None:
+        leading = [p for p in programs if p.kind in _LEADING]
+        alone = min((len(p.taps) for p in leading if p.kind == "activations"), default=0)
+        return [p for p in leading if p.kind != "activations" or len(p.taps) == alone]
+    if options.programs == ["all"]:
+        return list(programs)
+    known = {p.file: p for p in programs}
+    for name in options.programs:
+        if name not in known:
+            raise UnknownMethod(f"{bundle.path} has no program {name!r}{near(name, list(known))}")
+    return [known[name] for name in dict.fromkeys(options.programs)]
+
+
+def _gpus(library: Library, wanted: list[str] | None) -> list[tuple[Capability, str | None]]:
+    """Compute capability of each GPU to build for, and its name where the engine is for that model alone."""
+    if wanted is None:
+        from ..kernels import DeviceError
+        from ..kernels.device import device
+
+        try:
+            card = device()
+        except DeviceError as error:
+            hint = (
+                ", or name --compute-capability"
+                if library.ahead_of_time
+                else ": TensorRT builds on the GPU that it is for"
+            )
+            raise EngineError(f"{error}{hint}") from None
+        return [(card.compute_capability, None if library.ahead_of_time else card.name)]
+    found: list[tuple[Capability, str | None]] = []
+    for text in dict.fromkeys(wanted):
+        major, _, minor = text.partition(".")
+        capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
+        if capability not in library.capabilities:
+            known = ", ".join(map(_dotted, library.capabilities))
+            raise InputError(f"--compute-capability {text}: {library.name} {library.version} builds for {known}")
+        found.append((capability, None))
+    return found
+
+
+def _dotted(capability: Capability) -> str:
+    return "{}.{}".format(*capability)
+
+
+def cache(options: argparse.Namespace) -> int:
+    from ..runtime.engines import EngineCache
+
+    engines = EngineCache()
+    if options.action == "clear":
+        print(f"{engines.clear()} engines removed from {engines.folder}")
+        return 0
+    entries = engines.entries()
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        print(f"{entry.size / 1e6:8.1f} MB  {used}  {_described(entry.key)}")
+    total = sum(e.size for e in entries)
+    print(f"{len(entries)} engines, {total / 1e6:.1f} of {engines.limit / 1e6:.0f} MB: {engines.folder}")
+    return 0
+
+
+def _described(key: dict | None) -> str:
+    if key is None:
+        return "damaged: it will be built again"
+    whom = key.get("gpu") or "compute capability " + ".".join(map(str, key.get("compute_capability", [])))
+    said = (key.get(field, "?") for field in ("model", "file", "precision", "library"))
+    return f"{' '.join(map(str, said))}, {whom}, {key.get('shapes', '?')} up to {key.get('largest', '?')}"

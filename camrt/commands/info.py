@@ -1,0 +1,52 @@
+"""camrt info."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..runtime.errors import BackendUnavailable, InputError
+
+
+def info(options: argparse.Namespace) -> int:
+    if options.backends:
+        return _backends()
+    if options.bundle is None:
+        raise InputError("name a bundle, or ask for --backends")
+    from ..runtime.bundle import read_bundle
+
+    manifest = read_bundle(options.bundle).manifest
+    if options.json:
+        print(manifest.to_json(), end="")
+        return 0
+    print(f"{manifest.name}: {' x '.join(map(str, manifest.input_shape))} -> {manifest.num_classes} classes")
+    spec = manifest.source.get("spec")
+    print(f"from {manifest.source['kind']}{f' {spec}' if spec else ''}, {_versions(manifest.tools)}")
+    if manifest.final_activation:
+        print(f"logits are taken before the final {manifest.final_activation}")
+    print(f"preprocessing: {manifest.preprocess or 'none recorded, it takes float32 arrays'}")
+    print(f"batch: {manifest.batch}; weights: {manifest.weights['bytes'] / 1e6:.1f} MB")
+    print("programs:")
+    for program in manifest.programs:
+        print(f"  {program.file:24} {program.precision}, {len(program.taps)} layers")
+    print("layers:")
+    for tap in manifest.taps:
+        grid = f"{tap.grid[0]} x {tap.grid[1]}"
+        norm = ", before batch norm" if tap.batch_norm == "after" else ""
+        print(f"  {tap.name:32} {tap.channels:5} channels, {grid:9} {' '.join(tap.roles)}{norm}")
+    return 0
+
+
+def _versions(tools: dict[str, str]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in tools.items())
+
+
+def _backends() -> int:
+    """The backends from the best on; "auto" takes the first that is usable."""
+    from ..runtime.backends import survey
+
+    taken = False
+    for name, found in survey():
+        usable = not isinstance(found, BackendUnavailable)
+        print(f"{'auto ->' if usable and not taken else '':8}{name:18}{'' if usable else 'not here: '}{found}")
+        taken = taken or usable
+    return 0 if taken else 1

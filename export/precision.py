@@ -1,0 +1,206 @@
+"""Mixed precision: a float32 program whose costly part is in float16.
+
+Which part: in a program that reads a seed, the backward pass. The forward pass stays float32, because a rectifier whose input
+float16 moves across zero changes gradients by far more than rounding does; the backward pass is linear, and rounding is all
+that it suffers. In a program without a seed, whose results are scores, everything.
+
+In that part convolutions and matrix products are in float16. What loses most there stays in float32: softmax, norms, means and
+sums, exponentials, and what they lead to up to the next convolution or product. Weights stay float32 in the file, shared with
+the float32 programs, and are cast where they are used; an engine folds the casts of constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import batch_norm_affine, infer_types, initializer, tidy
+
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}  # always in float16
+# in float16 unless something computed in float32 comes in
+_FOLLOWERS = {
+    *(
+        "Abs",
+        "Add",
+        "AveragePool",
+        "Clip",
+        "Concat",
+        "DepthToSpace",
+        "Equal",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+    ),
+    *(
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "LeakyRelu",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "MaxPool",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pad",
+    ),
+    *(
+        "PRelu",
+        "Relu",
+        "Reshape",
+        "ScatterElements",
+        "ScatterND",
+        "Sign",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Sub",
+    ),
+    *("Tile", "Transpose", "Unsqueeze", "Where"),
+}
+
+
+def to_half(model: ir.Model) -> ir.Model:
+    """Makes a float32 program mixed, in place. Its inputs and outputs stay float32."""
+    infer_types(model)
+    inputs = list(model.graph.inputs)
+    roots = [x for x in inputs if x.name == "seed"] or inputs
+    if roots == inputs:
+        _unfold_batch_norms(model)
+    _Converter(model.graph, roots).run()
+    return tidy(model)
+
+
+def _unfold_batch_norms(model: ir.Model) -> None:
+    """A batch norm is y = scale x + shift, its statistics taken together in float64, and can then follow a convolution."""
+    graph = model.graph
+    for node in list(graph):
+        affine = batch_norm_affine(node) if node.op_type == "BatchNormalization" else None
+        if affine is None:
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        assert x is not None and x.shape is not None
+        sides = (1, -1, *[1] * (len(x.shape) - 2))
+        scale, shift = (
+            initializer(graph, f"{y.name}_{part}", values.astype(np.float32).reshape(sides))
+            for part, values in zip(("scale", "shift"), affine, strict=True)
+        )
+        product = ir.node("Mul", [x, scale])
+        product.outputs[0].name, product.outputs[0].shape, product.outputs[0].type = f"{y.name}_scaled", y.shape, y.type
+        total = ir.node("Add", [product.outputs[0], shift])
+        name, shape, kind = y.name, y.shape, y.type
+        graph.insert_after(node, [product, total])
+        y.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=False)
+        total.outputs[0].name, total.outputs[0].shape, total.outputs[0].type = name, shape, kind
+
+
+class _Converter:
+    """Converts what depends on the roots."""
+
+    def __init__(self, graph: ir.Graph, roots: Sequence[ir.Value]) -> None:
+        self._graph = graph
+        self._outputs = set(graph.outputs)
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._dependent = set(roots)
+
+    def run(self) -> None:
+        for node in list(self._graph):
+            if any(x in self._dependent for x in node.inputs):
+                self._dependent.update(node.outputs)
+                self._convert(node)
+
+    def _convert(self, node: ir.Node) -> None:
+        if node.op_type == "HardSigmoid" and node.attributes["alpha"].as_float() > 1e30:
+            node = self._step(node)
+        if node.op_type == "Cast":
+            self._cast_of_condition(node)
+            return
+        half = node.op_type in _PRODUCTS or (node.op_type in _FOLLOWERS and not self._wide(node))
+        kind = HALF if half else FLOAT
+        for i, x in enumerate(node.inputs):
+            if x is not None and x.dtype in (HALF, FLOAT) and not _stays_float(node, i):
+                node.replace_input_with(i, self._as(x, kind, node))
+        for y in node.outputs:
+            if y.dtype == FLOAT and half:
+                self._set_half(node, y)
+
+    def _wide(self, node: ir.Node) -> bool:
+        """Whether one of the roots, or something computed in float32 from them, comes in."""
+        floats = [
+            x
+            for i, x in enumerate(node.inputs)
+            if x is not None and x.dtype in (HALF, FLOAT) and not _stays_float(node, i)
+        ]
+        computed = [x for x in floats if x in self._dependent]
+        return not computed or any(x.dtype == FLOAT for x in computed)
+
+    def _set_half(self, node: ir.Node, y: ir.Value) -> None:
+        """y becomes float16; where it is an output of the program, a cast takes its place."""
+        y.type = ir.TensorType(HALF)
+        if y in self._outputs:
+            cast = ir.node("Cast", [y], {"to": FLOAT})
+            self._graph.insert_after(node, [cast])
+            name, y.name = y.name, f"{y.name}_half"
+            wide = cast.outputs[0]
+            wide.name, wide.shape, wide.type = name, y.shape, ir.TensorType(FLOAT)
+            self._graph.outputs[list(self._graph.outputs).index(y)] = wide
+            self._dependent.add(wide)
+            self._casts[y, FLOAT] = wide
+
+    def _as(self, x: ir.Value, kind: ir.DataType, user: ir.Node) -> ir.Value:
+        if x.dtype == kind:
+            return x
+        if (x, kind) not in self._casts:
+            cast = ir.node("Cast", [x], {"to": kind})
+            producer = x.producer()
+            if producer is None:
+                self._graph.insert_before(self._graph[0], [cast])
+            else:
+                self._graph.insert_after(producer, [cast])
+            y = cast.outputs[0]
+            y.name, y.shape, y.type = f"{x.name}_{kind.name.lower()}", x.shape, ir.TensorType(kind)
+            self._casts[x, kind] = y
+            if x in self._dependent:
+                self._dependent.add(y)
+        return self._casts[x, kind]
+
+    def _cast_of_condition(self, node: ir.Node) -> None:
+        """0 and 1 are exact in float16."""
+        x, y = node.inputs[0], node.outputs[0]
+        if x is not None and x.dtype == ir.DataType.BOOL and y.dtype == FLOAT and y not in self._outputs:
+            node.attributes["to"] = ir.AttrInt64("to", HALF)
+            y.type = ir.TensorType(HALF)
+        elif x is not None and x.dtype == HALF:
+            node.replace_input_with(0, self._as(x, FLOAT, node))
+
+    def _step(self, node: ir.Node) -> ir.Node:
+        """The tape's step function as a comparison: its slope is no float16 number."""
+        x, y = node.inputs[0], node.outputs[0]
+        assert x is not None
+        zero = initializer(self._graph, f"{y.name}_zero", np.zeros((), np.float32))
+        compared = ir.node("Greater", [x, zero])
+        compared.outputs[0].name, compared.outputs[0].shape = f"{y.name}_positive", y.shape
+        compared.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+        cast = ir.node("Cast", [compared.outputs[0]], {"to": FLOAT})
+        result = cast.outputs[0]
+        name, shape, kind = y.name, y.shape, y.type
+        self._graph.insert_after(node, [compared, cast])
+        y.replace_all_uses_with(result, replace_graph_outputs=True)
+        self._graph.remove(node, safe=False)
+        result.name, result.shape, result.type = name, shape, kind
+        self._dependent.update((compared.outputs[0], result))
+        self._convert(compared)
+        return cast
+
+
+def _stays_float(node: ir.Node, index: int) -> bool:
+    """Whether an input is float32 by the operator's definition."""
+    return node.op_type == "Resize" and index in (1, 2)

@@ -1,0 +1,88 @@
+"""What the backends on a GPU share: the stream, and programs that take and give arrays of either memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...kernels import DeviceArray, DeviceError
+from ..errors import BackendUnavailable, CamrtError, InputError
+from ..manifest import Program
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One stream, on which programs and kernels follow each other; `lock` is held by the thread that uses it."""
+
+    stream: Any
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+class Engine(Protocol):
+    """What runs a program on a GPU's arrays."""
+
+    def enqueue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        """Queues the work. DeviceError, EngineError."""
+        ...
+
+
+class GpuProgram:
+    """A program on a GPU. Host arrays go to the GPU and the results come back; a GPU's arrays stay there, in stream order."""
+
+    def __init__(self, program: Program, engine: Engine, gpu: Gpu) -> None:
+        self._program = program
+        self._engine = engine
+        self._gpu = gpu
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        stream = self._gpu.stream
+        with self._gpu.lock:
+            on_host = all(isinstance(array, np.ndarray) for array in feeds.values())
+            inputs = {n: stream.upload(a) if isinstance(a, np.ndarray) else a for n, a in feeds.items()}
+            sizes = self._sizes(inputs)
+            outputs = {
+                name: stream.empty([sizes.get(d, d) for d in shape]) for name, shape in self._program.outputs.items()
+            }
+            try:
+                self._engine.enqueue(inputs, outputs)
+                return {n: stream.download(a) for n, a in outputs.items()} if on_host else outputs
+            except DeviceError as error:
+                raise device_problem(error) from error
+
+    def _sizes(self, inputs: Mapping[str, DeviceArray]) -> dict[Any, int]:
+        """What the symbolic sizes are. InputError where an input does not fit."""
+        sizes: dict[Any, int] = {}
+        for name, shape in self._program.inputs.items():
+            array = inputs.get(name)
+            if array is None or array.dtype != np.float32 or not _fits(array.shape, shape, sizes):
+                got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+                raise InputError(f"{self._program.file}: input {name!r} is {got}, it takes float32{list(shape)}")
+        return sizes
+
+
+def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[Any, int]) -> bool:
+    if len(got) != len(want):
+        return False
+    for size, expected in zip(got, want, strict=True):
+        if sizes.setdefault(expected, size) != size if isinstance(expected, str) else expected != size:
+            return False
+    return True
+
+
+def device_problem(error: DeviceError) -> CamrtError:
+    """A GPU's error as users of the runtime know errors."""
+    return CamrtError(str(error))
+
+
+def open_gpu(ordinal: int) -> Gpu:
+    """A stream of its own on GPU `ordinal`. BackendUnavailable says what is missing."""
+    try:
+        from ...kernels.device import device
+
+        return Gpu(device(ordinal).stream())
+    except DeviceError as error:
+        raise BackendUnavailable(str(error)) from error

@@ -1,0 +1,212 @@
+"""The cache of engines: files in the user's own folder, each named by what determines it, written whole or not at all.
+
+An engine is native code. One is loaded only from this folder, only if this user alone can write it, and only if its bytes
+are those that were written for exactly this program, GPU, library and profile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import EngineError, first_line
+
+FOLDER_VARIABLE = "CAMRT_CACHE"
+LIMIT_VARIABLE = "CAMRT_CACHE_GB"
+DEFAULT_GB = 20.0
+_MAGIC = b"camrt engine 1\n"
+_SUFFIX = ".engine"
+_HEADER_LIMIT = 1 << 16
+
+
+def cache_folder() -> Path:
+    """$CAMRT_CACHE, or camrt in the user's cache folder; engines lie in its folder `engines`."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camrt"
+
+
+def _limit() -> int:
+    """$CAMRT_CACHE_GB in bytes. EngineError if it is no number."""
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_GB))
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = -1.0
+    if not 0 <= gigabytes < 1e9:
+        raise EngineError(f"{LIMIT_VARIABLE}={text}: use a number of gigabytes, from 0")
+    return int(gigabytes * 1e9)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache: what determines it (None where the file is damaged), its size in bytes, when it was last used."""
+
+    path: Path
+    key: dict[str, Any] | None
+    size: int
+    used: float
+
+
+class EngineCache:
+    """Engines of at most `limit` bytes together; the ones that were used longest ago go first."""
+
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder = (cache_folder() if folder is None else folder) / "engines"
+        self.limit = _limit() if limit is None else limit
+
+    def path(self, key: dict[str, Any]) -> Path:
+        text = json.dumps(key, sort_keys=True).encode()
+        return self.folder / f"{hashlib.sha256(text).hexdigest()}{_SUFFIX}"
+
+    def fetch(self, key: dict[str, Any], build: Callable[[], bytes]) -> bytes:
+        """The engine of that key, built and kept if it is not there. Of several processes one builds and the others wait.
+
+        Where the cache cannot be written the engine is built, with a warning, and not kept. Errors of `build`.
+        """
+        found = self.get(key)
+        if found is not None:
+            return found
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._locked(key))
+            except OSError as error:
+                self._warn(error)
+                return build()
+            engine = self.get(key)
+            if engine is None:
+                engine = build()
+                try:
+                    self._put(key, engine)
+                except OSError as error:
+                    self._warn(error)
+            return engine
+
+    def _warn(self, error: OSError) -> None:
+        warnings.warn(
+            f"{self.folder}: engines cannot be kept there ({first_line(error)}): set {FOLDER_VARIABLE} to another folder",
+            stacklevel=3,
+        )
+
+    def get(self, key: dict[str, Any]) -> bytes | None:
+        """The engine of that key; None if there is none that can be trusted. A damaged or foreign file is removed."""
+        path = self.path(key)
+        try:
+            with path.open("rb") as file:
+                written, digest = _header(file)
+                engine = file.read()
+                trusted = _own(os.fstat(file.fileno())) and _own(self.folder.stat())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            written, digest, engine, trusted = None, "", b"", False
+        if trusted and written == key and hashlib.sha256(engine).hexdigest() == digest:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return engine
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+
+    def discard(self, key: dict[str, Any]) -> None:
+        """Removes an engine that its library would not load."""
+        with contextlib.suppress(OSError):
+            self.path(key).unlink()
+
+    def entries(self) -> list[Entry]:
+        """What is there, the last used first."""
+        found = []
+        for path in self.folder.glob(f"*{_SUFFIX}") if self.folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                try:
+                    with path.open("rb") as file:
+                        key = _header(file)[0]
+                except (OSError, ValueError):
+                    key = None
+                found.append(Entry(path, key, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda e: -e.used)
+
+    def clear(self) -> int:
+        """Removes every engine; how many there were. OSError."""
+        entries = self.entries()
+        for entry in entries:
+            entry.path.unlink(missing_ok=True)
+        for path in self.folder.glob("*.lock") if self.folder.is_dir() else ():
+            path.unlink(missing_ok=True)
+        return len(entries)
+
+    def _put(self, key: dict[str, Any], engine: bytes) -> None:
+        header = json.dumps({"key": key, "sha256": hashlib.sha256(engine).hexdigest()}).encode()
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")  # which only this user may read or write
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + header + b"\n")
+                file.write(engine)
+                file.flush()
+                os.fsync(file.fileno())
+            path = self.path(key)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+        self._make_room(path)
+
+    def _make_room(self, kept: Path) -> None:
+        """Removes what was used longest ago until the rest fits the limit; never the newest."""
+        total = 0
+        for entry in self.entries():
+            total += entry.size
+            if total > self.limit and entry.path != kept:
+                with contextlib.suppress(OSError):
+                    entry.path.unlink()
+
+    @contextlib.contextmanager
+    def _locked(self, key: dict[str, Any]) -> Iterator[None]:
+        """One process at a time. The lock dies with its process."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _own(self.folder.stat()):
+            raise PermissionError(f"others than this user can write to {self.folder}")
+        path = self.path(key).with_suffix(".lock")
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for part in self.folder.glob("*.part"):
+                _remove_stale(part)
+            yield
+            path.unlink(missing_ok=True)
+
+
+def _header(file: Any) -> tuple[dict[str, Any], str]:
+    """What an engine's file says of itself: key, sha256. ValueError if it is not one."""
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("not an engine of this cache")
+    header = json.loads(file.readline(_HEADER_LIMIT))
+    try:
+        return dict(header["key"]), str(header["sha256"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("no key") from error
+
+
+def _own(status: os.stat_result) -> bool:
+    """Whether this user, and nobody else, may write."""
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _remove_stale(part: Path, after: float = 3600.0) -> None:
+    """What a killed process left half-written."""
+    with contextlib.suppress(OSError):
+        if time.time() - part.stat().st_mtime > after:
+            part.unlink()

@@ -1,0 +1,98 @@
+"""The networks that tests export: one of each torchvision classification family, and small transformers.
+
+Weights are random, batch norm statistics warmed up; sizes are small and some odd.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from support import import_torchvision, warmed_up
+from torch import nn
+
+# name, input size, taps (convolutions and the last block), last block
+FAMILIES = [
+    ("alexnet", 224, 6, "features"),
+    ("vgg11_bn", 224, 9, "features"),
+    ("resnet18", 97, 21, "layer4.1"),
+    ("resnext50_32x4d", 96, 54, "layer4.2"),
+    ("wide_resnet50_2", 64, 54, "layer4.2"),
+    ("densenet121", 96, 121, "features"),
+    ("googlenet", 96, 58, "inception5b"),
+    ("inception_v3", 107, 95, "Mixed_7c"),
+    ("squeezenet1_1", 97, 27, "features.12"),
+    ("shufflenet_v2_x0_5", 96, 57, "conv5"),
+    ("mobilenet_v2", 96, 53, "features.18"),
+    ("mobilenet_v3_small", 96, 53, "features.12"),
+    ("mnasnet0_5", 96, 53, "layers"),
+    ("efficientnet_b0", 96, 82, "features.8"),
+    ("efficientnet_v2_s", 64, 171, "features.7"),
+    ("regnet_y_400mf", 96, 86, "trunk_output.block4.block4-5"),
+    ("convnext_tiny", 96, 23, "features.7.2"),
+]
+OPTIONS = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": False, "aux_logits": False}}
+
+
+def vit() -> nn.Module:
+    models = import_torchvision().models
+    network = models.VisionTransformer(64, 16, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7)
+    head: Any = network.heads.head
+    nn.init.normal_(head.weight)  # torchvision starts it at zero, where every gradient is zero
+    return network
+
+
+def deit() -> nn.Module:
+    import_torchvision()
+    return importlib.import_module("timm").create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=7)
+
+
+def deit_distilled() -> nn.Module:
+    import_torchvision()
+    create = importlib.import_module("timm").create_model
+    return create("deit_tiny_distilled_patch16_224", img_size=64, depth=3, num_classes=7)
+
+
+def vit_pooled() -> nn.Module:
+    """Its head reads the mean of all tokens, so that its final norm can be explained."""
+    import_torchvision()
+    create = importlib.import_module("timm").create_model
+    return create(
+        "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7, global_pool="avg", class_token=False, fc_norm=False
+    )
+
+
+def swin(window: int) -> nn.Module:
+    models = import_torchvision().models
+    return models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [window, window], num_classes=7)
+
+
+def swin_v2() -> nn.Module:
+    module = import_torchvision().models.swin_transformer
+    parts = {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
+    return module.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7, **parts)
+
+
+# make, last tap, its layout, prefix, channels and grid; swin with windows of 7 pads a grid of 16
+TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int, tuple[int, int]]] = {
+    "vit": (vit, "encoder.layers.encoder_layer_2.ln_1", "tokens", 1, 48, (4, 4)),
+    "deit": (deit, "blocks.2.norm1", "tokens", 1, 192, (4, 4)),
+    "deit_distilled": (deit_distilled, "blocks.2.norm1", "tokens", 2, 192, (4, 4)),
+    "vit_pooled": (vit_pooled, "norm", "tokens", 0, 192, (4, 4)),
+    "swin": (functools.partial(swin, 4), "norm", "NHWC", 0, 48, (8, 8)),
+    "swin_padded": (functools.partial(swin, 7), "norm", "NHWC", 0, 48, (8, 8)),
+    "swin_v2": (swin_v2, "norm", "NHWC", 0, 48, (8, 8)),
+}
+
+
+def network(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network of either table by its name, in eval mode, and its input's shape."""
+    torch.manual_seed(0)
+    if name in TRANSFORMERS:
+        return TRANSFORMERS[name][0]().eval(), (3, 64, 64)
+    size = next(f[1] for f in FAMILIES if f[0] == name)
+    model = import_torchvision().models.get_model(name, weights=None, **OPTIONS.get(name, {}))
+    return warmed_up(model, (3, size, size)), (3, size, size)

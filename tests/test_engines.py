@@ -1,0 +1,317 @@
+"""TensorRT engines: what is built and how it is kept. TensorRT for RTX builds for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from support import small_net
+
+import camrt
+from camrt.cli import main
+from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, engine_key, find_library
+from camrt.runtime.bundle import read_bundle
+from camrt.runtime.engines import EngineCache
+from camrt.runtime.errors import EngineError
+from camrt.runtime.symbols import rename_symbol
+
+ADA = Target((8, 9), None)
+KEY = {"program": "a" * 64, "library": "some 1.0", "largest": 16}
+ENGINE = b"native code" * 1000
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small network's bundle in both precisions."""
+    path = tmp_path_factory.mktemp("engines") / "small.camrt"
+    return camrt.export_model(small_net(), path, (3, 32, 32), name="small", precision=["fp32", "fp16"])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("CAMRT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def never() -> bytes:
+    raise AssertionError("built again")
+
+
+# ---- the cache
+
+
+def test_an_engine_is_built_once_for_its_key() -> None:
+    cache = EngineCache()
+    assert cache.fetch(KEY, lambda: ENGINE) == ENGINE
+    assert EngineCache().fetch(KEY, never) == ENGINE
+    assert cache.get(KEY | {"largest": 32}) is None
+    assert [(e.key, e.size > len(ENGINE)) for e in cache.entries()] == [(KEY, True)]
+    assert sorted(p.suffix for p in cache.folder.iterdir()) == [".engine"], "no lock and no half-written file stays"
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign", "another key", "writable", "folder"])
+def test_a_file_that_is_not_as_it_was_written_is_built_again(damage: str) -> None:
+    cache = EngineCache()
+    cache.fetch(KEY, lambda: ENGINE)
+    path = cache.path(KEY)
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-1])
+    elif damage == "changed":
+        path.write_bytes(data[:-1] + b"X")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        path.write_bytes(os.urandom(5000))
+    elif damage == "another key":
+        other = KEY | {"library": "other 2.0"}
+        cache.fetch(other, lambda: b"other")
+        shutil.copy(cache.path(other), path)
+    elif damage == "writable":
+        path.chmod(0o666)
+    else:
+        cache.folder.chmod(0o777)
+    assert cache.get(KEY) is None
+    if damage != "folder":
+        assert cache.fetch(KEY, lambda: b"new") == b"new"
+        assert cache.get(KEY) == b"new"
+        assert path.stat().st_mode & 0o077 == 0
+    else:
+        with pytest.warns(UserWarning, match="others than this user can write"):
+            assert cache.fetch(KEY, lambda: b"new") == b"new"
+
+
+def test_the_longest_unused_goes_first(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path, limit=35_000)
+    keys = [KEY | {"largest": n} for n in range(4)]
+    for n, key in enumerate(keys):
+        cache.fetch(key, lambda: ENGINE)
+        os.utime(cache.path(key), (n, n))
+    assert [cache.get(k) is not None for k in keys] == [False, True, True, True]
+    for seconds, key in zip((50, 40, 60), keys[1:], strict=True):
+        os.utime(cache.path(key), (seconds, seconds))
+    cache.fetch(KEY | {"largest": 9}, lambda: ENGINE)
+    assert cache.path(keys[1]).exists() and not cache.path(keys[2]).exists()
+    tiny = EngineCache(tmp_path / "tiny", limit=10)
+    assert tiny.fetch(KEY, lambda: ENGINE) == ENGINE and tiny.get(KEY) == ENGINE, "the newest stays"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "engines").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"engines cannot be kept there .*: set CAMRT_CACHE to another folder"):
+        assert EngineCache(tmp_path).fetch(KEY, lambda: ENGINE) == ENGINE
+
+
+def test_a_build_that_fails_leaves_nothing() -> None:
+    cache = EngineCache()
+    for error in (EngineError("no"), KeyboardInterrupt()):
+
+        def fail(error: BaseException = error) -> bytes:
+            raise error
+
+        with pytest.raises(type(error)):
+            cache.fetch(KEY, fail)
+    assert cache.entries() == [] and not list(cache.folder.glob("*.part"))
+
+
+def _fetch_slowly(folder: Path, log: Path) -> None:
+    def build() -> bytes:
+        with log.open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+        return ENGINE
+
+    assert EngineCache(folder).fetch(KEY, build) == ENGINE
+
+
+def test_of_several_processes_one_builds(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_fetch_slowly, args=(tmp_path, tmp_path / "log")) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "x"
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "nan"])
+def test_a_limit_that_is_no_number_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMRT_CACHE_GB", text)
+    with pytest.raises(EngineError, match=f"CAMRT_CACHE_GB={text}: use a number of gigabytes"):
+        EngineCache()
+
+
+# ---- the builder
+
+
+def test_build_and_cache_commands(both: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    command = ["build", str(both), "--compute-capability", "8.6", "12.0", "--precision", "fp16", "--max-batch", "5"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 * 3 + 1
+    assert lines[0].split()[:6] == ["classify.fp16.onnx", "float16", "single", "compute", "capability", "8.6"]
+    assert all("built in" in line for line in lines[:-1])
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("was built before" in line for line in lines[:-1])
+    assert main(["cache", "list"]) == 0
+    said = capsys.readouterr().out
+    assert "12 engines" in said and "small layer_maps.fp16.onnx float16 tensorrt_rtx" in said
+    (folder / "engines" / f"{'0' * 64}.engine").write_bytes(b"?")
+    assert main(["cache", "list"]) == 0
+    assert "damaged: it will be built again" in capsys.readouterr().out
+    assert main(["cache", "clear"]) == 0
+    assert capsys.readouterr().out == f"13 engines removed from {folder / 'engines'}\n"
+    assert main(["cache", "list"]) == 0
+    assert capsys.readouterr().out.startswith("0 engines, 0.0 of 20000 MB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--compute-capability", "9.0"],
+            r"--compute-capability 9.0: tensorrt_rtx [\d.]+ builds for 7.5, 8.0, 8.6, 8.9",
+        ),
+        (["--compute-capability", "ada"], "--compute-capability ada: tensorrt_rtx"),
+        (["--compute-capability", "8.9", "--max-batch", "0"], "--max-batch 0: use 1 or more"),
+        (["--compute-capability", "8.9", "--programs", "winsor.onnx"], "has no program 'winsor.onnx'"),
+        ([], "name --compute-capability"),
+    ],
+)
+def test_a_build_that_makes_no_sense_is_refused(
+    arguments: list[str], said: str, both: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(both), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(said, error), error
+
+
+def test_a_precision_that_the_bundle_lacks_is_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(exported), "--compute-capability", "8.9", "--precision", "fp16"]) == 2
+    assert "has no fp16 programs: export it with --precision fp16" in capsys.readouterr().err
+    with pytest.raises(camrt.CamrtError, match="has no fp16 programs, it has fp32: export it with precision='fp16'"):
+        camrt.load(exported, precision="fp16")
+
+
+def test_every_shape_of_every_program_is_built(both: Path) -> None:
+    """Also those of the other programs, and for several targets."""
+    bundle, library = read_bundle(both), find_library("tensorrt_rtx")
+    seen: list[str] = []
+    for program in bundle.manifest.programs:
+        for shapes in Shapes("single"), Shapes("batch", 16), Shapes("targets", 16):
+            if shapes.kind == "targets" and "seed" not in program.inputs:
+                continue
+            made = build_engine(library, both / program.file, program, ADA, shapes, seen.append)
+            assert made.warnings == [], (program.file, shapes)
+    assert {p.kind for p in bundle.manifest.programs} > {"head", "trunk", "full_grad"}
+    assert len(set(seen)) > 5, "the monitor says what is being done"
+
+
+def test_shapes_follow_the_run() -> None:
+    assert Shapes.of({"batch": 1}, 16) == Shapes.of({"batch": 1, "seeds": 1}, 99) == Shapes("single", 1)
+    assert Shapes.of({"batch": 3, "seeds": 3}, 8) == Shapes("batch", 16) == Shapes.of({"batch": 2}, 16)
+    assert Shapes.of({"batch": 1, "seeds": 3}, 17) == Shapes("targets", 32)
+    assert Shapes("targets", 32).of_input(["batch", 3, 8, 8]) == ((1, 3, 8, 8), (1, 3, 8, 8))
+    assert Shapes("targets", 32).of_input(["seeds", 5]) == ((1, 5), (32, 5))
+
+
+def test_a_program_that_the_library_does_not_take_names_its_node(both: Path, tmp_path: Path) -> None:
+    bundle = read_bundle(both)
+    program = bundle.program("classify")
+    model = onnx.load(str(both / program.file), load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "Relu")
+    node.op_type, node.name = "Celu9", "the_odd_one"
+    shutil.copy(both / "weights.bin", tmp_path)
+    (tmp_path / program.file).write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"tensorrt_rtx .* does not take it: Celu9 'the_odd_one': .+"):
+        build_engine(find_library("tensorrt_rtx"), tmp_path / program.file, program, ADA, Shapes("single"))
+
+
+def test_an_interruption_ends_the_build(both: Path) -> None:
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    bundle = read_bundle(both)
+    program = bundle.program("layer_maps", [t.name for t in bundle.manifest.taps])
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(find_library("tensorrt_rtx"), both / program.file, program, ADA, Shapes("single"), interrupt)
+
+
+def test_the_key_holds_all_that_determines_an_engine(both: Path, bundle: Path) -> None:
+    opened, library = read_bundle(both), find_library("tensorrt_rtx")
+    program, other = opened.program("classify"), opened.program("classify", (), "fp16")
+    keys = [
+        engine_key(library, opened, program, ADA, Shapes("single")),
+        engine_key(library, opened, other, ADA, Shapes("single")),
+        engine_key(library, opened, program, ADA, Shapes("batch", 16)),
+        engine_key(library, opened, program, ADA, Shapes("batch", 32)),
+        engine_key(library, opened, program, Target((8, 6), None), Shapes("single")),
+        engine_key(library, opened, program, Target((8, 9), "Some GPU"), Shapes("single")),
+        engine_key(library, read_bundle(bundle), program, ADA, Shapes("single")),  # other weights, or the same file
+    ]
+    assert len({json.dumps(k, sort_keys=True) for k in keys[:6]}) == 6
+    assert keys[0]["weights"] == opened.manifest.weights["sha256"]
+
+
+def test_engines_in_a_bundle_are_not_looked_at(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither beside the programs nor in a cache laid into the bundle: an engine is native code."""
+    path = Path(shutil.copytree(both, tmp_path / "small.camrt"))
+    opened, library = read_bundle(path), find_library("tensorrt_rtx")
+    program = opened.program("classify")
+    key = engine_key(library, opened, program, ADA, Shapes("single"))
+    planted = EngineCache(path)
+    planted.fetch(key, lambda: b"evil")
+    shutil.copy(planted.path(key), path / planted.path(key).name)
+    read: list[Any] = []
+    monkeypatch.setattr(Path, "open", _noting(Path.open, read))
+    assert EngineCache().fetch(key, lambda: b"good") == b"good"
+    read_bundle(path)
+    assert main(["build", str(path), "--compute-capability", "8.9", "--programs", "classify.onnx"]) == 0
+    assert read and not [p for p in read if path in p.parents and p.suffix == ".engine"]
+
+
+def _noting(function: Any, seen: list[Any]) -> Any:
+    def call(self: Path, *arguments: Any, **options: Any) -> Any:
+        seen.append(self)
+        return function(self, *arguments, **options)
+
+    return call
+
+
+# ---- symbols
+
+
+def test_a_symbol_is_renamed_and_nothing_else(both: Path) -> None:
+    data = (both / "layer_maps.onnx").read_bytes()
+    changed = onnx.load_from_string(rename_symbol(data, "seeds", "batch"))
+    original = onnx.load_from_string(data)
+    symbols = {d.dim_param for v in changed.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
+    assert symbols == {"batch"}
+    for values in ("input", "output", "value_info"):
+        for value in getattr(original.graph, values):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param == "seeds":
+                    dim.dim_param = "batch"
+    assert changed == original
+    assert rename_symbol(data, "other", "batch") == data
+
+
+@pytest.mark.parametrize("cut", [1, 10, 1000, 5000])
+def test_a_cut_model_is_refused_not_followed(both: Path, cut: int) -> None:
+    data = (both / "layer_maps.onnx").read_bytes()
+    with pytest.raises(camrt.CamrtError, match=r"an ONNX file is (cut off|damaged)"):
+        rename_symbol(data[:-cut] if cut < 100 else data[:cut], "seeds", "batch")
+    with pytest.raises(ValueError, match="differ in length"):
+        rename_symbol(data, "seeds", "longer")
