@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,24 @@ class DeviceArray:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __getitem__(self, part: slice) -> DeviceArray:
+        """Some of the rows along the first axis, one after the other: the same memory."""
+        start, stop, step = part.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"array[{part}]: neighbouring rows only")
+        rows = max(stop - start, 0)
+        row = self.dtype.itemsize * math.prod(self.shape[1:])
+        return replace(self, pointer=self.pointer + start * row, shape=(rows, *self.shape[1:]))
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same memory in another shape; one length may be -1."""
+        known = math.prod(n for n in shape if n >= 0)
+        size = math.prod(self.shape)
+        full = tuple(size // known if n < 0 and known else n for n in shape)
+        if math.prod(full) != size:
+            raise ValueError(f"an array of shape {self.shape} does not take the shape {shape}")
+        return replace(self, shape=full)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("an array on a GPU: get it by Stream.download")

@@ -147,6 +147,9 @@ def accumulate_maps(
 
     total (S, H, W), scores (S, K), activations (K, h, w), all float32 and finite. gates: what mask_batch kept, to spare making them again.
     """
+    if kind == "identity":  # resizing is linear
+        total += upsample(np.einsum("sk,khw->shw", scores, activations), total.shape[1:], interpolation)
+        return
     if gates is None:
         gates = upsample(activations, total.shape[1:], interpolation)
         if kind == "minmax" and gates is not activations:

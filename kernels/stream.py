@@ -110,14 +110,21 @@ class Stream:
 
     def download(self, array: DeviceArray) -> np.ndarray:
         """Copies to the host and waits for it, and so for all that was queued before."""
-        if array.stream not in (None, self.handle):
-            self.wait_for(array.stream)
-        result = self.pinned(array.shape, array.dtype)
-        if result.size:
-            with self.device.active("download") as cuda:
-                cuda.memcpy_dtoh_async(result, array.pointer, self._stream)
+        return self.download_all([array])[0]
+
+    def download_all(self, arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
+        """As `download`, waiting once."""
+        results = []
+        for array in arrays:
+            if array.stream is not None and array.stream != self.handle:
+                self.wait_for(array.stream)
+            result = self.pinned(array.shape, array.dtype)
+            if result.size:
+                with self.device.active("download") as cuda:
+                    cuda.memcpy_dtoh_async(result, array.pointer, self._stream)
+            results.append(result)
         self.synchronize()
-        return result
+        return results
 
     def constant(self, array: np.ndarray) -> DeviceArray:
         key = array.dtype.str, array.shape, array.tobytes()

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
 from .bundle import Bundle, read_bundle
 from .cams import Method, join, method_named
-from .errors import InputError, UnknownLayer, UnknownMethod, near
+from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .manifest import Manifest
-from .preprocess import as_batch
+from .preprocess import Opened
 from .runs import GRADIENT_AGGREGATIONS, Runs, check_finite, top_class_where_zero
 from .scores import probabilities
 
@@ -52,8 +53,8 @@ class Explainer:
 
     def classify(self, images: Any) -> np.ndarray:
         """Logits (B, classes) float32."""
-        batch, _ = as_batch(images, self.manifest)
-        return self._runs.logits(batch)
+        opened = Opened(images, self.manifest)
+        return self._within_memory(lambda: self._runs.logits(self._placed(opened)[0]))
 
     def explain(
         self,
@@ -75,23 +76,31 @@ class Explainer:
         chosen = method_named(method)
         chosen.check_options(options)
         names = self._layers(chosen, layers)
-        batch, pictures = as_batch(images, self.manifest)
-        targets = self.targets(target, len(batch))
+        opened = Opened(images, self.manifest)
+        targets = self.targets(target, len(opened))
         aggregation = str(options.get("gradient_aggregation", "mean"))
         if aggregation not in GRADIENT_AGGREGATIONS:
             raise UnknownMethod(f"gradient_aggregation {aggregation!r}: use {', '.join(GRADIENT_AGGREGATIONS)}")
-        seeds = targets.seeds
-        if chosen.seeds is not None:
-            seeds = self._seeds_of(chosen, batch, seeds, options)
+        return self._within_memory(lambda: self._explained(opened, chosen, targets, names, options))
 
-        logits = np.empty((len(batch), self.manifest.num_classes), np.float32)
+    def _explained(
+        self, opened: Opened, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
+    ) -> Explanation:
+        batch, draw = self._placed(opened)
+        seeds = targets.seeds
+        if method.seeds is not None:
+            seeds = self._seeds_of(method, batch, seeds, options)
+
+        logits = np.empty((len(opened), self.manifest.num_classes), np.float32)
         results = []
-        for part in self._runs.parts(batch, seeds, chosen.by_image):
-            data = self._runs.read(chosen, part, names, options)
-            logits[part.first : part.first + len(part.images)] = data.logits[: len(part.images)]
-            results.append(chosen.function(data, **options))
+        for part in self._runs.parts(batch, seeds, method.by_image):
+            result, found = self._runs.explained(method, part, names, options)
+            logits[part.first : part.first + len(part.images)] = found[: len(part.images)]
+            results.append(result)
         result = join(results)
         check_finite(result.maps)
+        if result.check is not None:
+            result.check(result)
 
         count, several = seeds.shape[:2], targets.several
         lead = count if several else count[:1]
@@ -99,23 +108,41 @@ class Explainer:
         if classes is not None:
             classes = np.where(classes < 0, logits.argmax(axis=1)[:, None], classes).reshape(lead)
         return Explanation(
-            method=method,
+            method=method.name,
             maps=result.maps.reshape(*lead, *result.maps.shape[1:]),
             target=classes,
             logits=logits,
             layers=tuple(t.name for t in self.manifest.taps if t.name in names),
             layer_weights=result.layer_weights.reshape(*lead, -1) if names else np.zeros((*lead, 0), np.float32),
-            options=chosen.options | options,
-            pictures=pictures,
+            options=method.options | options,
+            _draw=draw,
             details={name: values.reshape(lead) for name, values in result.details.items()},
             _retune=result.retune,
         )
+
+    def _placed(self, opened: Opened) -> tuple[Any, Callable[[], list[np.ndarray]]]:
+        """The network's input where the backend runs, and what draws the pictures that maps cover."""
+        if self._runs.memory.stream is None:
+            batch, pictures = opened.on_host()
+            return batch, lambda: pictures
+        return opened.on_gpu(self._runs.memory), opened.pictures
+
+    def _within_memory(self, work: Callable[[], Any]) -> Any:
+        """work(), again with half as much at a time where a GPU's memory does not suffice. CamrtError."""
+        while True:
+            try:
+                with self._runs.alone():
+                    return work()
+            except OutOfMemory as error:
+                problem = CamrtError(str(error))
+            if not self._runs.halve():
+                raise problem
 
     def probabilities(self, images: Any) -> np.ndarray:
         """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one class."""
         return probabilities(self.classify(images), self.manifest)
 
-    def _seeds_of(self, method: Method, batch: np.ndarray, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    def _seeds_of(self, method: Method, batch: Any, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
         """The seeds of a method that makes its own from the logits, (B, K, classes)."""
         assert method.seeds is not None
         logits = np.repeat(self._runs.logits(batch), seeds.shape[1], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,9 +31,14 @@ class Explanation:
     layers: tuple[str, ...]
     layer_weights: np.ndarray
     options: dict[str, Any]
-    pictures: list[np.ndarray] = field(repr=False)
+    _draw: Callable[[], list[np.ndarray]] = field(repr=False)
     details: dict[str, np.ndarray] = field(default_factory=dict)
     _retune: Callable[..., Result] | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def pictures(self) -> list[np.ndarray]:
+        """Per image what a map covers, uint8 (H, W, 3)."""
+        return self._draw()
 
     def retune(self, **options: Any) -> Explanation:
         """The same explanation under other options of its method, without running the network.
@@ -42,6 +48,8 @@ class Explanation:
         if self._retune is None:
             raise InputError(f"{self.method} has nothing to retune: call explain again")
         result = self._retune(**options)
+        if result.check is not None:
+            result.check(result)
         return replace(
             self,
             maps=result.maps.reshape(self.maps.shape),

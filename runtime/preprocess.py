@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..kernels import resize_picture
 from .errors import InputError, first_line
 from .manifest import Manifest, Preprocess
+from .memory import Memory
 
 _MODES = {1: "L", 3: "RGB"}
 _FILTERS = {
@@ -22,26 +25,63 @@ _FILTERS = {
 
 
 def as_batch(images: Any, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Network input (B, C, H, W) float32, and per image the uint8 (H, W, 3) picture that a map covers.
+    """Network input (B, C, H, W) float32, and per image the uint8 (H, W, 3) picture that a map covers. As Opened."""
+    return Opened(images, manifest).on_host()
+
+
+class Opened:
+    """Images that were read and checked, and are still to be preprocessed: on the host by Pillow, or on a GPU.
 
     images: one or a sequence of paths, Pillow images or uint8 HWC arrays, which are preprocessed; or float32 arrays, NCHW
     or a sequence of CHW, taken as they are. InputError names what does not fit.
     """
-    shape = manifest.input_shape
-    items = _items(images)
-    if not items:
-        raise InputError("no images were given")
-    tensors, pictures = [], []
-    for i, item in enumerate(items):
-        where = str(item) if isinstance(item, str | Path) else f"image {i}"
-        if isinstance(item, np.ndarray) and item.dtype != np.uint8:
-            tensor = _checked(item, shape, where)
-            picture = undo(tensor, manifest.preprocess)
-        else:
-            tensor, picture = preprocess(open_image(item, shape[0], where), manifest, where)
-        tensors.append(tensor)
-        pictures.append(picture)
-    return np.stack(tensors), pictures
+
+    def __init__(self, images: Any, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._items: list[np.ndarray | Image.Image] = []
+        items = _items(images)
+        if not items:
+            raise InputError("no images were given")
+        for i, item in enumerate(items):
+            where = str(item) if isinstance(item, str | Path) else f"image {i}"
+            if isinstance(item, np.ndarray) and item.dtype != np.uint8:
+                self._items.append(_checked(item, manifest.input_shape, where))
+            else:
+                opened = open_image(item, manifest.input_shape[0], where)
+                _recipe(manifest, where, opened.size)
+                self._items.append(opened)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def on_host(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        tensors, pictures = zip(*map(self._one, self._items), strict=True)
+        return np.stack(tensors), list(pictures)
+
+    def pictures(self) -> list[np.ndarray]:
+        """What maps cover."""
+        return [self._one(item)[1] for item in self._items]
+
+    def on_gpu(self, memory: Memory) -> Any:
+        """Network input (B, C, H, W) float32 on the GPU, to the same bits as on the host."""
+        batch = memory.empty((len(self), *self._manifest.input_shape))
+        for i, item in enumerate(self._items):
+            image = batch[i : i + 1].reshape(*self._manifest.input_shape)
+            recipe = self._manifest.preprocess
+            if isinstance(item, np.ndarray) or recipe is None or recipe.interpolation == "nearest":
+                memory.stream.upload(self._one(item)[0], out=image)
+                continue
+            (height, width), crop = placed(item.size, recipe)
+            picture = np.asarray(item, np.uint8).reshape(item.height, item.width, -1)
+            turned = rows_first(picture.shape[:2], (height, width))
+            shades = recipe.mean, recipe.std, recipe.interpolation
+            resize_picture(memory.put(picture), (height, width), crop, *shades, turned, out=image, stream=memory.stream)
+        return batch
+
+    def _one(self, item: np.ndarray | Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(item, np.ndarray):
+            return item, undo(item, self._manifest.preprocess)
+        return preprocess(item, self._manifest)
 
 
 def _items(images: Any) -> list[Any]:
@@ -95,41 +135,79 @@ def _upright(image: Image.Image, channels: int, where: str) -> Image.Image:
     return ImageOps.exif_transpose(image).convert(_MODES[channels])
 
 
-def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> tuple[np.ndarray, np.ndarray]:
-    """Resize, crop, scale and normalise as the manifest says: (C, H, W) float32 and the cropped picture, uint8 (H, W, 3).
-
-    InputError if the bundle records no preprocessing.
-    """
+def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess:
+    """The bundle's recipe for a picture of size (width, height). InputError if there is none, or it does not fit."""
     recipe = manifest.preprocess
     if recipe is None:
         raise InputError(
             f"{where}: this bundle does not say how pictures become its input: pass preprocessed float32 arrays, or export it "
             "with preprocess= (--resize, --crop, --mean, --std)"
         )
+    (height, width), (top, left, *given) = placed(size, recipe)
+    if (
+        tuple(given) != manifest.input_shape[1:]
+        or min(top, left) < 0
+        or top + given[0] > height
+        or left + given[1] > width
+    ):
+        raise InputError(f"{where}: preprocessing gives {tuple(given)}, the network takes {manifest.input_shape[1:]}")
+    return recipe
+
+
+def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """Resize, crop, scale and normalise as the manifest says: (C, H, W) float32 and the cropped picture, uint8 (H, W, 3).
+
+    InputError if the bundle records no preprocessing.
+    """
+    recipe = _recipe(manifest, where, image.size)
     image = fit(image, recipe, recipe.interpolation)
     pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
-    if pixels.shape[:2] != manifest.input_shape[1:]:
-        raise InputError(
-            f"{where}: preprocessing gives {pixels.shape[:2]}, the network takes {manifest.input_shape[1:]}"
-        )
     tensor = (pixels / 255 - np.array(recipe.mean, np.float32)) / np.array(recipe.std, np.float32)
     return np.ascontiguousarray(tensor.transpose(2, 0, 1), np.float32), np.asarray(image.convert("RGB"))
 
 
+def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """What a picture of size (width, height) is resized to, (height, width), and the part of it that is kept: (top, left, height,
+    width).
+    """
+    width, height = size
+    if isinstance(recipe.resize, int):
+        short, long = sorted(size)
+        side, other = recipe.resize, int(recipe.resize * long / short)
+        resized = (other, side) if width <= height else (side, other)
+    else:
+        resized = recipe.resize
+    h, w = resized if recipe.crop is None else recipe.crop
+    return resized, (round((resized[0] - h) / 2), round((resized[1] - w) / 2), h, w)
+
+
 def fit(image: Image.Image, recipe: Preprocess, interpolation: str) -> Image.Image:
     """Resized and cropped as the recipe says."""
-    if isinstance(recipe.resize, int):
-        short, long = sorted(image.size)
-        side, other = recipe.resize, int(recipe.resize * long / short)
-        size = (side, other) if image.width <= image.height else (other, side)
-    else:
-        size = (recipe.resize[1], recipe.resize[0])
-    image = image if image.size == size else image.resize(size, _FILTERS[interpolation])
-    if recipe.crop is None:
-        return image
-    h, w = recipe.crop
-    left, top = round((image.width - w) / 2), round((image.height - h) / 2)
-    return image.crop((left, top, left + w, top + h))
+    (height, width), (top, left, h, w) = placed(image.size, recipe)
+    image = image if image.size == (width, height) else image.resize((width, height), _FILTERS[interpolation])
+    return image if recipe.crop is None else image.crop((left, top, left + w, top + h))
+
+
+def rows_first(size: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether this Pillow resizes a picture's (height, width) along its height before its width.
+
+    Pillow 13 does where the height shrinks by more than twice what the width does; older ones never do.
+    """
+    return target[0] < size[0] and size[0] - target[0] > 2 * (size[1] - target[1]) and _turns()
+
+
+@functools.cache
+def _turns() -> bool:
+    """Whether this Pillow ever takes the height first: seen from a picture on which it matters."""
+    picture = np.random.default_rng(0).integers(0, 256, (64, 8, 1), dtype=np.uint8)
+    resized = np.asarray(Image.fromarray(picture[..., 0]).resize((6, 5), Image.Resampling.BICUBIC), np.float32)
+    found = [
+        np.array_equal(
+            resize_picture(picture, (5, 6), (0, 0, 5, 6), [0], [1 / 255], "bicubic", turned).round()[0], resized
+        )
+        for turned in (False, True)
+    ]
+    return found == [False, True]
 
 
 def undo(tensor: np.ndarray, recipe: Preprocess | None) -> np.ndarray:

@@ -1,21 +1,32 @@
-"""Runs programs over batches of images and targets, and gives methods what they read."""
+"""Runs programs over batches of images and targets, and gives methods what they read.
+
+On a GPU images and seeds go there once; methods that run there find their arrays there and leave their maps there, and of
+what the others read only the programs' outputs come back.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..kernels import DeviceError, OutOfMemory
+from ..kernels import check_finite as check_finite_there
 from .backends import Backend, Executable
 from .bundle import Bundle
-from .cams import Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, Method
+from .cams import Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, Method, Result
 from .errors import CamrtError
 from .manifest import Manifest, Program, Tap
-from .scores import probabilities
+from .memory import Memory
+from .replay import Replays
+from .scores import probabilities, probability_kind
+
+NOT_FINITE = "the network gave NaN or infinity: check its weights and the images' preprocessing"
 
 GRADIENT_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda g: g.mean(axis=(2, 3)),
@@ -30,10 +41,13 @@ GRADIENT_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """S explanations that run together: S images with a seed each, or one image with S seeds. `first`: the first image."""
+    """S explanations that run together: S images with a seed each, or one image with S seeds. `first`: the first image.
+
+    The images are where the backend runs, the seeds on the host.
+    """
 
     first: int
-    images: np.ndarray
+    images: Any
     seeds: np.ndarray
 
 
@@ -45,6 +59,8 @@ class Runs:
         self.backend = backend
         self.precision = precision
         self.max_batch = 1 if bundle.manifest.batch == 1 else max_batch
+        self.memory = Memory(None if backend.gpu is None else backend.gpu.stream)
+        self._replays = None if backend.gpu is None or not backend.gpu.captures else Replays(backend.gpu.stream)
         self._opened: dict[tuple[str, bool], Executable] = {}
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
@@ -57,26 +73,110 @@ class Runs:
     def size(self) -> tuple[int, int]:
         return self.manifest.input_shape[1:]
 
-    def logits(self, batch: np.ndarray) -> np.ndarray:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thread at a time uses a GPU's stream. CamrtError for what goes wrong there, but for its memory."""
+        if self.backend.gpu is None:
+            yield
+            return
+        try:
+            with self.backend.gpu.lock:
+                yield
+        except OutOfMemory:
+            raise
+        except DeviceError as error:
+            raise CamrtError(str(error)) from error
+
+    def halve(self) -> bool:
+        """After a GPU's memory was used up: gives back what can be, and takes half as much at a time. False where it cannot."""
+        if self._replays is not None:
+            self._replays.clear()
+        if self.max_batch == 1:
+            return False
+        self.max_batch //= 2
+        return True
+
+    def logits(self, batch: Any) -> np.ndarray:
         """(B, C, H, W) -> (B, classes)."""
         program = self._open(self._program("classify"))
-        return np.concatenate([program.run({"image": part})["logits"] for _, part in _chunks(batch, self.max_batch)])
+        parts = [program.run({"image": part})["logits"] for _, part in _chunks(batch, self.max_batch)]
+        return np.concatenate(self.memory.get(*parts))
 
-    def parts(self, batch: np.ndarray, seeds: np.ndarray, by_image: bool) -> Iterator[Part]:
+    def parts(self, batch: Any, seeds: np.ndarray, by_image: bool) -> Iterator[Part]:
         """B images with seeds (B, K, classes), image-major. by_image: an image with all of its seeds is one part."""
         if by_image:
-            for index, (image, rows) in enumerate(zip(batch, seeds, strict=True)):
-                yield Part(index, image[None], rows)
+            for index, rows in enumerate(seeds):
+                yield Part(index, batch[index : index + 1], rows)
         elif seeds.shape[1] == 1:
             for start, images in _chunks(batch, self.max_batch):
                 yield Part(start, images, seeds[start : start + len(images), 0])
         else:
-            for index, (image, rows) in enumerate(zip(batch, seeds, strict=True)):
+            for index, rows in enumerate(seeds):
                 for _, some in _chunks(rows, self.max_batch):
-                    yield Part(index, image[None], some)
+                    yield Part(index, batch[index : index + 1], some)
+
+    def explained(
+        self, method: Method, part: Part, names: Sequence[str], options: Mapping[str, Any]
+    ) -> tuple[Result, np.ndarray]:
+        """What the method says of a part, and the logits of its images (or of each seed), on the host.
+
+        CamrtError if the network gives NaN or infinity.
+        """
+        if not self._there(method, options):
+            data = self.read(method, part, names, options)
+            return method.function(data, **options), data.logits
+        if method.needs == "masked_runs":
+            data = self._masked_runs(part, names)
+            return self._fetched(method.function(data, **options))[0], data.logits
+
+        def work(images: Any, seeds: Any) -> tuple[LayerMaps, Result]:
+            data = self._layer_maps(Part(part.first, images, seeds), names, "mean", there=True)
+            for values in (data.logits, data.alphas, data.maps):
+                check_finite_there(values, stream=self.memory.stream)
+            data = data.select(names)
+            return data, method.function(data, **options)
+
+        if self._replays is None:
+            data, result = work(part.images, self.memory.put(part.seeds))
+        else:
+            key = (method.name, *names, repr(sorted(options.items())), part.images.shape, part.seeds.shape)
+            data, result = self._replays.run(key, (part.images, part.seeds), work)
+        # what a later replay writes again: the result is read now, and what it is retuned from copied
+        kept = replace(data, alphas=self.memory.copied(data.alphas), maps=self.memory.copied(data.maps))
+        fetched, (logits,) = self._fetched(result, data.logits)
+
+        def retune(**changes: Any) -> Result:
+            with self.alone():
+                again = method.function(kept, **options).retune
+                assert again is not None
+                return self._fetched(again(**changes))[0]
+
+        return replace(fetched, retune=retune), _repeated(logits[: len(part.seeds)], len(part.seeds))
+
+    def _there(self, method: Method, options: Mapping[str, Any]) -> bool:
+        """Whether the method runs on the GPU from its images to its maps."""
+        if self.memory.stream is None or not method.on_gpu:
+            return False
+        return method.needs == "masked_runs" or options.get("gradient_aggregation", "mean") == "mean"
+
+    def _fetched(self, result: Result, *others: Any) -> tuple[Result, list[np.ndarray]]:
+        """The result, and what else is named, on the host."""
+        try:
+            maps, weights, *rest = self.memory.get(result.maps, result.layer_weights, *others)
+        except ValueError as error:  # from a kernel that looked for NaN
+            raise CamrtError(NOT_FINITE) from error
+        again = result.retune
+        if again is None:
+            return replace(result, maps=maps, layer_weights=weights), rest
+
+        def retune(**changes: Any) -> Result:
+            with self.alone():
+                return self._fetched(again(**changes))[0]
+
+        return replace(result, maps=maps, layer_weights=weights, retune=retune), rest
 
     def read(self, method: Method, part: Part, names: Sequence[str], options: Mapping[str, Any]) -> Any:
-        """What the method's function takes first. CamrtError if the network gives NaN or infinity."""
+        """What the method's function takes first, on the host. CamrtError if the network gives NaN or infinity."""
         readers: dict[str, Callable[[], Any]] = {
             "layer_maps": lambda: self._layer_maps(part, names, str(options.get("gradient_aggregation", "mean"))),
             "gradients": lambda: self._gradients(part, names),
@@ -93,11 +193,17 @@ class Runs:
         """In the bundle's order."""
         return tuple(t for t in self.manifest.taps if t.name in set(names))
 
-    def _layer_maps(self, part: Part, names: Sequence[str], aggregation: str) -> LayerMaps:
-        """An aggregation of gradients other than the mean takes whole gradients out of the network."""
+    def _layer_maps(self, part: Part, names: Sequence[str], aggregation: str, there: bool = False) -> LayerMaps:
+        """An aggregation of gradients other than the mean takes whole gradients out of the network.
+
+        there: the arrays stay on the GPU; they are of all of the program's layers.
+        """
         mean = aggregation == "mean"
         program = self._program("layer_maps" if mean else "gradients", names)
-        out = self._run(program, part, self.manifest.seeds_share_image)
+        out = self._run(program, part, self.manifest.seeds_share_image, there)
+        if there:
+            taps = self._taps(program.taps)
+            return LayerMaps(taps, out["logits"], part.seeds, out["alphas"], out["maps"], self.size, self.memory)
         if mean:
             alphas, maps = out["alphas"], out["maps"]
         else:
@@ -115,7 +221,8 @@ class Runs:
         return Gradients(taps, *self._scores(out, part.seeds), activations, gradients, self.size)
 
     def _activations(self, part: Part, names: Sequence[str], concurrent: bool = False) -> Gradients:
-        out = self._open(self._program("activations", names), concurrent).run({"image": part.images})
+        program = self._open(self._program("activations", names), concurrent)
+        out = self._here(program.run({"image": part.images}))
         taps, rows = self._taps(names), len(part.seeds)
         activations = tuple(_repeated(out[f"activation:{t.name}"], rows) for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, (), self.size)
@@ -127,12 +234,17 @@ class Runs:
         return GridMaps((), *self._scores(out, part.seeds), maps, self.size)
 
     def _masked_runs(self, part: Part, names: Sequence[str]) -> MaskedRuns:
+        """On the GPU, where there is one; what decides which masks run, and the seeds, come to the host."""
+        memory, there = self.memory, self.memory.stream is not None
         concurrent = self.backend.lanes > 1  # for both: the threads of a run that is over would spin and slow the lanes
-        data = self._activations(part, names, concurrent)
-        activations = tuple(a[0] for a in data.activations)
+        out = self._open(self._program("activations", names), concurrent).run({"image": part.images})
+        taps = self._taps(names)
+        activations = tuple(a.reshape(*a.shape[1:]) for a in (out[f"activation:{t.name}"] for t in taps))
+        logits, seeds = self._scores({"logits": memory.get(out["logits"])[0]}, part.seeds)
+        check_finite(logits)
         classify = self._open(self._program("classify"), concurrent)
 
-        def run(masked: np.ndarray) -> np.ndarray:
+        def run(masked: Any) -> Any:
             return classify.run({"image": masked})["logits"]
 
         def batches(count: int, work: Callable[[slice, Lane], None]) -> None:
@@ -141,8 +253,8 @@ class Runs:
 
             def drive(number: int) -> None:
                 room = min(self.max_batch, count)
-                masked = np.empty((room, *self.manifest.input_shape), np.float32)
-                lane = Lane(number, run, masked, np.empty((room, *self.size), np.float32))
+                masked = memory.empty((room, *self.manifest.input_shape))
+                lane = Lane(number, run, masked, None if there else np.empty((room, *self.size), np.float32))
                 for start in starts[number::lanes]:
                     work(slice(start, min(start + self.max_batch, count)), lane)
 
@@ -152,12 +264,13 @@ class Runs:
             else:
                 list(self._pool().map(drive, range(lanes)))
 
-        return MaskedRuns(data.taps, data.logits, data.seeds, part.images[0], activations, self._probabilities, batches)
+        image = part.images.reshape(*part.images.shape[1:])
+        return MaskedRuns(taps, logits, seeds, image, activations, probability_kind(self.manifest), batches, memory)
 
     def _heads(self, part: Part, names: Sequence[str]) -> Heads:
         taps, heads, activations, logits = self._taps(names), [], [], None
         for tap in taps:
-            out = self._open(self._program("trunk", [tap.name])).run({"image": part.images})
+            out = self._here(self._open(self._program("trunk", [tap.name])).run({"image": part.images}))
             context = {name: array for name, array in out.items() if name.startswith("context:")}
             head = self._open(self._program("head", [tap.name]))
 
@@ -180,11 +293,17 @@ class Runs:
         logits = _repeated(out["logits"][: len(seeds)], len(seeds))
         return logits, top_class_where_zero(seeds, logits)
 
-    def _run(self, program: Program, part: Part, share_image: bool) -> dict[str, np.ndarray]:
+    def _run(self, program: Program, part: Part, share_image: bool, there: bool = False) -> dict[str, Any]:
+        """there: on the GPU, where the results stay."""
         images = part.images
         if not share_image and len(images) != len(part.seeds):
-            images = np.repeat(images, len(part.seeds), axis=0)
-        return self._open(program).run({"image": images, "seed": part.seeds})
+            images = self.memory.repeated(images, len(part.seeds))
+        out = self._open(program).run({"image": images, "seed": part.seeds})
+        return out if there else self._here(out)
+
+    def _here(self, out: dict[str, Any]) -> dict[str, np.ndarray]:
+        """A program's outputs on the host."""
+        return dict(zip(out, self.memory.get(*out.values()), strict=True))
 
     def _program(self, kind: str, layers: Sequence[str] = ()) -> Program:
         return self.bundle.program(kind, layers, self.precision)
@@ -206,7 +325,7 @@ class Runs:
 def check_finite(*arrays: np.ndarray) -> None:
     """CamrtError if one holds NaN or infinity."""
     if not all(np.isfinite(array).all() for array in arrays):
-        raise CamrtError("the network gave NaN or infinity: check its weights and the images' preprocessing")
+        raise CamrtError(NOT_FINITE)
 
 
 def top_class_where_zero(seeds: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -230,6 +349,6 @@ def _weigh(out: Mapping[str, np.ndarray], name: str, aggregation: str) -> tuple[
     return alpha, (alpha[:, None] @ flat)[:, 0]
 
 
-def _chunks(array: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(array: Any, size: int) -> Iterator[tuple[int, Any]]:
     for start in range(0, len(array), size):
         yield start, array[start : start + size]

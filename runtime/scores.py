@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..kernels import class_probabilities
 from .manifest import Manifest
 
 
+def probability_kind(manifest: Manifest) -> str:
+    """The softmax, or each class's own sigmoid where the network ended in one, or has one class."""
+    return "sigmoid" if manifest.final_activation == "Sigmoid" or manifest.num_classes == 1 else "softmax"
+
+
 def probabilities(logits: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """(B, classes) -> the same, float32: the softmax, or each class's own sigmoid where the network ended in one, or has one
-    class.
-    """
-    z = logits.astype(np.float64)
-    if manifest.final_activation == "Sigmoid" or manifest.num_classes == 1:
-        return (0.5 * (1 + np.tanh(z / 2))).astype(np.float32)  # the sigmoid, without overflow
-    shifted = np.exp(z - z.max(axis=1, keepdims=True))
-    return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
+    """(B, classes) -> the same, float32, by `probability_kind`."""
+    return class_probabilities(logits, probability_kind(manifest)).astype(np.float32)

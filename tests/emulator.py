@@ -6,7 +6,8 @@ import re
 import struct
 import subprocess
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def compile_server(folder: Path, sources: Path = SOURCES, optimization: str = "-
     return server
 
 
+class _Owner:
+    """Of an allocation."""
+
+
 class EmulatedGpu:
     """A `Queue` whose memory and kernels are in the server's process. Its death, with the sanitizer's words, is an error."""
 
@@ -59,6 +64,7 @@ class EmulatedGpu:
         )
         self.order = 0
         self.launched: list[Launch] = []
+        self._steps: list[Callable[[], None]] | None = None  # that are being captured
         self.fault = self.upload(np.zeros(1, np.int32))
 
     def close(self) -> None:
@@ -93,18 +99,26 @@ class EmulatedGpu:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self._send(b"A", struct.pack("<Q", size + skew))
         (pointer,) = struct.unpack("<Q", self._receive(8))
-        array = DeviceArray(pointer + skew, shape, dtype, self.handle, (CUDA, 0))
-        weakref.finalize(array, self._free, pointer)
-        return array
+        owner = _Owner()  # which parts of the array hold too
+        weakref.finalize(owner, self._free, pointer)
+        return DeviceArray(pointer + skew, shape, dtype, self.handle, (CUDA, 0), owner)
 
     def _free(self, pointer: int) -> None:
         if self._process.poll() is None:
             self._send(b"F", struct.pack("<Q", pointer))
 
-    def upload(self, array: np.ndarray, skew: int = 0) -> DeviceArray:
-        out = self.empty(array.shape, array.dtype, skew)
+    def upload(self, array: np.ndarray, out: DeviceArray | None = None, skew: int = 0) -> DeviceArray:
+        out = self.empty(array.shape, array.dtype, skew) if out is None else out
         self.write(out, array)
         return out
+
+    def copy(self, source: DeviceArray, target: DeviceArray) -> None:
+        assert (source.shape, source.dtype) == (target.shape, target.dtype)
+        self.do(lambda: self.write(target, self.download(source)))
+
+    def download_all(self, arrays: Iterable[DeviceArray]) -> list[np.ndarray]:
+        self.synchronize()
+        return [self.download(a) for a in arrays]
 
     def write(self, out: DeviceArray, array: np.ndarray) -> None:
         assert (out.shape, out.dtype) == (array.shape, array.dtype)
@@ -119,7 +133,26 @@ class EmulatedGpu:
 
     # ---- work
 
+    def do(self, step: Callable[[], None]) -> None:
+        """Does it now, or, while a graph is captured, whenever that is launched."""
+        if self._steps is None:
+            step()
+        else:
+            self._steps.append(step)
+
+    @contextmanager
+    def capture(self) -> Iterator[EmulatedGraph]:
+        self._steps = []
+        graph = EmulatedGraph(self._steps)
+        try:
+            yield graph
+        finally:
+            self._steps = None
+
     def launch(self, launch: Launch) -> None:
+        self.do(lambda: self._launch(launch))
+
+    def _launch(self, launch: Launch) -> None:
         self.launched.append(launch)
         name = launch.kernel.encode()
         arguments = []
@@ -140,6 +173,19 @@ class EmulatedGpu:
         raise AssertionError(f"nothing is queued elsewhere, but stream {stream} is waited for")
 
     lead = wait_for
+
+
+class EmulatedGraph:
+    """What was captured; its steps hold their arrays."""
+
+    def __init__(self, steps: list[Callable[[], None]]) -> None:
+        self._steps = steps
+        self.launches = 0
+
+    def launch(self) -> None:
+        self.launches += 1
+        for step in self._steps:
+            step()
 
 
 class Ledger:

@@ -10,15 +10,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...kernels import DeviceArray, DeviceError
-from ..errors import BackendUnavailable, CamrtError, InputError
+from ..errors import BackendUnavailable, InputError
 from ..manifest import Program
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One stream, on which programs and kernels follow each other; `lock` is held by the thread that uses it."""
+    """One stream, on which programs and kernels follow each other; `lock` is held by the thread that uses it.
+
+    captures: whether programs can be captured in a CUDA graph.
+    """
 
     stream: Any
+    captures: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -31,7 +35,9 @@ class Engine(Protocol):
 
 
 class GpuProgram:
-    """A program on a GPU. Host arrays go to the GPU and the results come back; a GPU's arrays stay there, in stream order."""
+    """A program on a GPU. Host arrays go to the GPU and the results come back; where one array is there already, the results
+    stay there, in stream order. DeviceError.
+    """
 
     def __init__(self, program: Program, engine: Engine, gpu: Gpu) -> None:
         self._program = program
@@ -47,11 +53,8 @@ class GpuProgram:
             outputs = {
                 name: stream.empty([sizes.get(d, d) for d in shape]) for name, shape in self._program.outputs.items()
             }
-            try:
-                self._engine.enqueue(inputs, outputs)
-                return {n: stream.download(a) for n, a in outputs.items()} if on_host else outputs
-            except DeviceError as error:
-                raise device_problem(error) from error
+            self._engine.enqueue(inputs, outputs)
+            return dict(zip(outputs, stream.download_all(outputs.values()), strict=True)) if on_host else outputs
 
     def _sizes(self, inputs: Mapping[str, DeviceArray]) -> dict[Any, int]:
         """What the symbolic sizes are. InputError where an input does not fit."""
@@ -73,16 +76,11 @@ def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[Any, int]) -> boo
     return True
 
 
-def device_problem(error: DeviceError) -> CamrtError:
-    """A GPU's error as users of the runtime know errors."""
-    return CamrtError(str(error))
-
-
-def open_gpu(ordinal: int) -> Gpu:
+def open_gpu(ordinal: int, captures: bool) -> Gpu:
     """A stream of its own on GPU `ordinal`. BackendUnavailable says what is missing."""
     try:
         from ...kernels.device import device
 
-        return Gpu(device(ordinal).stream())
+        return Gpu(device(ordinal).stream(), captures)
     except DeviceError as error:
         raise BackendUnavailable(str(error)) from error

@@ -176,7 +176,7 @@ def create_cuda(settings: Settings) -> OrtCudaBackend:
         raise BackendUnavailable(
             f"onnxruntime {runtime.__version__} was built without CUDA: pip uninstall onnxruntime, then pip install 'camrt[cuda]'"
         )
-    gpu = open_gpu(settings.device)
+    gpu = open_gpu(settings.device, captures=False)
     if hasattr(runtime, "preload_dlls"):
         runtime.preload_dlls()  # CUDA and cuDNN from the wheels that lie beside it
     return OrtCudaBackend(runtime, gpu)

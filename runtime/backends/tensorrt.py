@@ -348,7 +348,7 @@ class TensorRtBackend:
 def create(settings: Settings) -> TensorRtBackend:
     """BackendUnavailable without TensorRT, without a GPU, or with one that the library does not know."""
     library = find_library()
-    gpu = open_gpu(settings.device)
+    gpu = open_gpu(settings.device, captures=True)
     card = gpu.stream.device
     if library.ahead_of_time:
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..manifest import Tap
+from ..memory import HOST, Memory
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,17 @@ class LayerMaps:
     """What the layer_maps program gives for L layers, side by side in the order of `taps`.
 
     logits (S, classes); seeds (S, classes), the explained combination of logits; alphas (S, sum K): mean over the grid of the
-    gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input.
+    gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input. memory: where logits,
+    alphas and maps are; on a GPU a seed of zeros is left as it is.
     """
 
     taps: tuple[Tap, ...]
     logits: np.ndarray
     seeds: np.ndarray
-    alphas: np.ndarray
-    maps: np.ndarray
+    alphas: Any
+    maps: Any
     size: tuple[int, int]
+    memory: Memory = HOST
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -43,15 +47,19 @@ class LayerMaps:
         if len(layers) == len(self.taps):
             return self
         kept = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
-        alphas, maps = self.alpha_of_layers(), self.map_of_layers()
-        return LayerMaps(
-            tuple(self.taps[i] for i in kept),
-            self.logits,
-            self.seeds,
-            np.concatenate([alphas[i] for i in kept], axis=1),
-            np.concatenate([maps[i].reshape(len(self.maps), -1) for i in kept], axis=1),
-            self.size,
+        channels, pixels = [t.channels for t in self.taps], [h * w for h, w in self.grids]
+        return replace(
+            self,
+            taps=tuple(self.taps[i] for i in kept),
+            alphas=self.memory.columns(self.alphas, _columns(channels, kept)),
+            maps=self.memory.columns(self.maps, _columns(pixels, kept)),
         )
+
+
+def _columns(widths: Sequence[int], kept: Sequence[int]) -> np.ndarray:
+    """Of arrays side by side, the columns of those that are kept."""
+    ends = np.cumsum([0, *widths])
+    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in kept])
 
 
 @dataclass(frozen=True)
@@ -87,34 +95,36 @@ class GridMaps:
 @dataclass(frozen=True)
 class Lane:
     """A place where batches run one after the other: run(masked (n, C, H, W)) -> logits (n, classes), and its buffers,
-    masked (N, C, H, W) and gates (N, H, W), N the most that a part holds.
+    masked (N, C, H, W) and on the host gates (N, H, W), N the most that a part holds.
     """
 
     number: int
-    run: Callable[[np.ndarray], np.ndarray]
-    masked: np.ndarray
-    gates: np.ndarray
+    run: Callable[[Any], Any]
+    masked: Any
+    gates: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class MaskedRuns:
-    """One image, its activations (K, h, w) per layer, and the network to run masked images through.
+    """One image (C, H, W), its activations (K, h, w) per layer, and the network to run masked images through.
 
-    probabilities: logits (n, classes) -> probabilities. batches(count, work): calls work(part, lane) for parts of 0..count,
+    logits and seeds (S, classes) are on the host, the image and the activations in `memory`. probability: the kind of
+    kernels.class_scores that makes logits probabilities. batches(count, work): calls work(part, lane) for parts of 0..count,
     several at a time where the backend has several lanes; a part always goes to the same lane.
     """
 
     taps: tuple[Tap, ...]
     logits: np.ndarray
     seeds: np.ndarray
-    image: np.ndarray
-    activations: tuple[np.ndarray, ...]
-    probabilities: Callable[[np.ndarray], np.ndarray]
+    image: Any
+    activations: tuple[Any, ...]
+    probability: str
     batches: Callable[[int, Callable[[slice, Lane], None]], None]
+    memory: Memory = HOST
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.image.shape[1:]  # type: ignore[return-value]
+        return self.image.shape[1:]
 
 
 @dataclass(frozen=True)

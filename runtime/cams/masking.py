@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ...kernels import accumulate_maps, gate, mask_batch, minmax, upsample
+from ...kernels import accumulate_maps, channel_extremes, class_scores, fuse_layers, gate, mask_batch, take_channels
 from ..errors import InputError
 from .baseline import combined
 from .data import Lane, MaskedRuns
@@ -18,65 +19,85 @@ SCORE_CAM_VARIANTS = ("original", "pytorch_grad_cam")
 
 @dataclass(frozen=True)
 class _Scores:
-    """scores (S, K) of the image seen through each mask; summed: sum_k score_k gate(up(A_k)), (S, H, W), if asked for."""
+    """Scores of the image seen through masks, by the first of each part of them, (S, n) each, in the runs' memory; summed:
+    sum_k score_k gate(up(A_k)), (S, H, W), if asked for.
+    """
 
-    scores: np.ndarray
-    summed: np.ndarray
+    parts: dict[int, Any]
+    summed: Any
+
+    def on_host(self, runs: MaskedRuns) -> np.ndarray:
+        """(S, number of masks)."""
+        rows = runs.memory.get(*(self.parts[start] for start in sorted(self.parts)))
+        return np.concatenate([np.zeros((len(runs.seeds), 0), np.float32), *rows], axis=1)
 
 
 def _score(
     runs: MaskedRuns,
-    activation: np.ndarray,
+    activation: Any,
     live: np.ndarray,
     kind: str,
     interpolation: str = "bilinear",
-    logits: bool = False,
-    summed: bool = False,
-    offset: np.ndarray | None = None,
+    summed_gate: str | None = None,
+    probability: str | None = None,
+    offset: Any = None,
+    weights: np.ndarray | None = None,
 ) -> _Scores:
-    """Runs the image through the masks of the live channels (indices); the others' scores stay 0.
+    """Runs the image through the masks of the live channels (indices).
 
-    A score is seed . probabilities, or seed . logits, less the offset (S,) where there is one.
+    A score is seed . probabilities (of the kind `probability`, the network's own by default), less the offset (S,) where there
+    is one, times the mask's weight where there are weights, one for each live channel.
     """
-    scores = np.zeros((len(runs.seeds), len(activation)), np.float32)
-    totals: dict[int, np.ndarray] = {}
+    memory, stream = runs.memory, runs.memory.stream
+    seeds, index = memory.put(runs.seeds), live.astype(np.int32)
+    parts: dict[int, Any] = {}
+    totals: dict[int, Any] = {}
 
     def work(part: slice, lane: Lane) -> None:
-        channels = activation[live[part]]
-        masked, gates = lane.masked[: len(channels)], lane.gates[: len(channels)]
-        mask_batch(runs.image, channels, kind, interpolation, out=masked, gates=gates)
-        out = lane.run(masked)
-        found = (runs.seeds @ (out if logits else runs.probabilities(out)).T).astype(np.float32)
-        if offset is not None:
-            found -= offset[:, None]
-        scores[:, live[part]] = found
-        if summed:
-            total = totals.setdefault(lane.number, np.zeros((len(found), *runs.size), np.float32))
-            accumulate_maps(total, found, channels, kind, interpolation, gates=gates)
+        channels = take_channels(activation, memory.put(index[part]), stream=stream)
+        masked = lane.masked[: len(channels)]
+        gates = None if lane.gates is None else lane.gates[: len(channels)]
+        mask_batch(runs.image, channels, kind, interpolation, out=masked, gates=gates, stream=stream)
+        weighed = None if weights is None else memory.put(weights[part])
+        kinds = probability or runs.probability
+        found = class_scores(lane.run(masked), seeds, kinds, offset, weighed, stream=stream)
+        parts[part.start] = found
+        if summed_gate is not None:
+            if lane.number not in totals:
+                totals[lane.number] = memory.zeros((len(runs.seeds), *runs.size))
+            kept = gates if summed_gate == kind else None
+            accumulate_maps(totals[lane.number], found, channels, summed_gate, interpolation, gates=kept, stream=stream)
 
     runs.batches(len(live), work)
-    total = np.zeros((len(scores), *runs.size), np.float32)
-    for number in sorted(totals):  # always in the same order, for the same bits
-        total += totals[number]
-    return _Scores(scores, total)
+    if not totals:
+        return _Scores(parts, memory.zeros((len(runs.seeds), *runs.size)))
+    first, *others = (totals[number] for number in sorted(totals))  # always in the same order, for the same bits
+    for other in others:
+        first += other
+    return _Scores(parts, first)
 
 
-def _score_of_zeros(runs: MaskedRuns, logits: bool = False) -> np.ndarray:
-    """Score (S,) of the all-zero input."""
-    nothing = np.zeros((1, 1, 1), np.float32)
-    return _score(runs, nothing, np.array([0]), "identity", logits=logits).scores[:, 0]
+def _score_of_zeros(runs: MaskedRuns, probability: str | None = None) -> Any:
+    """Score (S,) of the all-zero input, in the runs' memory."""
+    nothing = runs.memory.zeros((1, 1, 1))
+    found = _score(runs, nothing, np.array([0]), "identity", probability=probability)
+    return found.parts[0].reshape(len(runs.seeds))
 
 
-def _weighted(scores: np.ndarray, activation: np.ndarray) -> np.ndarray:
-    """sum_k s_k A_k, (S, h, w)."""
-    return np.einsum("sk,khw->shw", scores, activation)
+def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:
+    """Layers' sums (S, H, W): each rectified and scaled by min-max; of several the mean, scaled again."""
+    sizes, count = [runs.size] * len(totals), len(totals)
+
+    def scaled(maps: Any, layers: int) -> Any:
+        weights = runs.memory.put(np.full((len(runs.seeds), layers), 1 / layers, np.float32))
+        grids = sizes[:layers]
+        return fuse_layers(maps, grids, weights, runs.size, normalize=True, stream=runs.memory.stream)
+
+    maps = scaled(runs.memory.side_by_side(totals), count)
+    return maps if count == 1 else scaled(runs.memory.side_by_side([maps]), 1)
 
 
-def _averaged(per_layer: list[np.ndarray]) -> np.ndarray:
-    return per_layer[0] if len(per_layer) == 1 else minmax(np.stack(per_layer).mean(axis=0, dtype=np.float32))
-
-
-def _result(maps: np.ndarray, runs: MaskedRuns, masked_runs: int, error_bound: float = 0.0) -> Result:
+def _result(maps: Any, runs: MaskedRuns, masked_runs: int, error_bound: float = 0.0) -> Result:
     rows, layers = len(runs.seeds), len(runs.taps)
     details = {
         "channels": np.full(rows, sum(len(a) for a in runs.activations)),
@@ -86,7 +107,12 @@ def _result(maps: np.ndarray, runs: MaskedRuns, masked_runs: int, error_bound: f
     return Result(maps, np.full((rows, layers), 1 / layers, np.float32), details)
 
 
-def _within(activation: np.ndarray, kind: str, candidates: np.ndarray, max_error: float) -> tuple[np.ndarray, float]:
+def _extremes(runs: MaskedRuns, activation: Any) -> np.ndarray:
+    """Lowest and highest value of each channel, (K, 2), on the host: they decide what runs."""
+    return runs.memory.get(channel_extremes(activation, stream=runs.memory.stream))[0]
+
+
+def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: float) -> tuple[np.ndarray, float]:
     """Drops as many channels as the bound allows, the weakest first: (those left, the bound that holds).
 
     Leaving channel k out changes sum_k s_k H_k, |s_k| <= 1, nowhere by more than max |H_k|. Bilinear resizing does not leave
@@ -94,13 +120,13 @@ def _within(activation: np.ndarray, kind: str, candidates: np.ndarray, max_error
     """
     if max_error == 0 or not len(candidates):
         return candidates, 0.0
-    size = gate(np.abs(activation[candidates]), kind).max(axis=(1, 2)).astype(np.float64)
+    size = gate(np.abs(extremes[candidates]).max(axis=1), kind).astype(np.float64)
     order = np.argsort(size, kind="stable")
     dropped = np.cumsum(size[order]) <= max_error
     return np.sort(candidates[order[~dropped]]), float(size[order[dropped]].sum())
 
 
-@cam("score_cam_pp", needs="masked_runs", layers="last", source="ScoreCAM++, arXiv 2404.19341")
+@cam("score_cam_pp", needs="masked_runs", layers="last", source="ScoreCAM++, arXiv 2404.19341", on_gpu=True)
 def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none", max_error: float = 0.0) -> Result:
     """minmax(ReLU(sum_k s_k H_k)), H_k = tanh(up(A_k)), s_k = the class's probability for the masked input x H_k.
 
@@ -114,28 +140,27 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     if not isinstance(max_error, int | float) or not 0 <= max_error < np.inf:
         raise InputError(f"max_error {max_error!r}: use a number from 0")
     kind = "sigmoid_relu" if variant == "sigmoid_relu" else "tanh"
-    raw = variant == "tanh_mask_only"
+    summed_gate = "identity" if variant == "tanh_mask_only" else kind
     reach = float(np.abs(runs.seeds).sum(axis=1).max())  # |s_k| <= reach: 1 for a class
     offset = _score_of_zeros(runs) if baseline == "zero" else None
-    per_layer, count, bounds = [], 0, []
+    totals, count, bounds = [], 0, []
     for activation in runs.activations:
-        still = np.logical_not(activation.any(axis=(1, 2)))
+        extremes = _extremes(runs, activation)
+        still = np.logical_not(extremes.any(axis=1))
         candidates = np.arange(len(activation)) if kind == "sigmoid_relu" else np.flatnonzero(np.logical_not(still))
-        candidates, bound = _within(activation, "identity" if raw else kind, candidates, max_error / reach)
+        candidates, bound = _within(extremes, summed_gate, candidates, max_error / reach)
         # sigmoid_relu makes one and the same mask, 1/2, of all channels that are zero everywhere: the first runs for all
         alike = candidates[still[candidates]]
-        live = np.setdiff1d(candidates, alike[1:])
-        found = _score(runs, activation, live, kind, summed=not raw, offset=offset)
-        total = upsample(_weighted(found.scores, activation), runs.size) if raw else found.summed
+        live, weights = np.setdiff1d(candidates, alike[1:]), None
         if len(alike) > 1:
-            total = total + (len(alike) - 1) / 2 * found.scores[:, alike[0], None, None]
-        per_layer.append(minmax(np.maximum(total, 0)))
+            weights = np.where(live == alike[0], len(alike), 1).astype(np.float32)
+        totals.append(_score(runs, activation, live, kind, "bilinear", summed_gate, None, offset, weights).summed)
         count += len(live)
         bounds.append(bound * reach)
-    return _result(_averaged(per_layer), runs, count, max(bounds))
+    return _result(_finished(runs, totals), runs, count, max(bounds))
 
 
-@cam("score_cam", needs="masked_runs", layers="last", source="Wang et al., Score-CAM, arXiv 1910.01279")
+@cam("score_cam", needs="masked_runs", layers="last", source="Wang et al., Score-CAM, arXiv 1910.01279", on_gpu=True)
 def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
     """minmax(ReLU(sum_k s_k up(A_k))), s_k = the class's probability for the input masked by minmax(up(A_k)).
 
@@ -143,21 +168,22 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
     a softmax over the channels, sums at the tap's resolution and scales as that library does. UnknownMethod.
     """
     chosen(variant, SCORE_CAM_VARIANTS, "variant")
-    original = variant == "original"
-    per_layer, count = [], 0
+    totals, count = [], 0
     for activation in runs.activations:
-        flat = activation.max(axis=(1, 2)) == activation.min(axis=(1, 2))
+        extremes = _extremes(runs, activation)
+        flat = extremes[:, 0] == extremes[:, 1]
         live = np.flatnonzero(~flat)
         count += len(live)
-        if original:
-            scores = _score(runs, activation, live, "minmax").scores
-            per_layer.append(minmax(np.maximum(upsample(_weighted(scores, activation), runs.size), 0)))
+        if variant == "original":
+            totals.append(_score(runs, activation, live, "minmax", summed_gate="identity").summed)
             continue
-        scores = _score(runs, activation, live, "minmax", "align_corners", logits=True).scores
+        scores = np.zeros((len(runs.seeds), len(flat)), np.float32)
+        scores[:, live] = _score(runs, activation, live, "minmax", "align_corners", probability="logits").on_host(runs)
         if flat.any():  # a constant channel's mask is zero everywhere: one run stands for all of them
-            scores[:, flat] = _score_of_zeros(runs, logits=True)[:, None]
+            scores[:, flat] = runs.memory.get(_score_of_zeros(runs, "logits"))[0][:, None]
             count += 1
         scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-        per_layer.append(_weighted(scores / scores.sum(axis=1, keepdims=True), activation))
-    maps = _averaged(per_layer) if original else combined(per_layer, runs.size).maps
+        (channels,) = runs.memory.get(activation)
+        totals.append(np.einsum("sk,khw->shw", scores / scores.sum(axis=1, keepdims=True), channels))
+    maps = _finished(runs, totals) if variant == "original" else combined(totals, runs.size).maps
     return _result(maps, runs, count)

@@ -23,12 +23,15 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Result:
-    """maps (S, H, W) float32; layer_weights (S, L) float32; details: name -> (S,); retune: new options -> Result."""
+    """maps (S, H, W) float32; layer_weights (S, L) float32, on the host or, of a method that runs there, on a GPU; details:
+    name -> (S,); retune: new options -> Result; check: warns of what is odd about the result, once it is on the host.
+    """
 
-    maps: np.ndarray
-    layer_weights: np.ndarray
+    maps: Any
+    layer_weights: Any
     details: dict[str, np.ndarray] = field(default_factory=dict)
     retune: Callable[..., Result] | None = None
+    check: Callable[[Result], None] | None = None
 
 
 def join(results: Sequence[Result]) -> Result:
@@ -45,6 +48,7 @@ def join(results: Sequence[Result]) -> Result:
         np.concatenate([r.layer_weights for r in results]),
         {name: np.concatenate([r.details[name] for r in results]) for name in results[0].details},
         retune if all(retunes) else None,
+        results[0].check,
     )
 
 
@@ -52,7 +56,7 @@ def join(results: Sequence[Result]) -> Result:
 class Method:
     """A registered method: what it reads (a key of NEEDS), the role of its default layers (None: it takes none), its
     function, where it comes from, and for a method that explains another score than the class's, (logits (S, classes), seeds
-    (S, classes), options) -> the seeds to explain.
+    (S, classes), options) -> the seeds to explain. on_gpu: its function also takes a GPU's arrays, and leaves them there.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Method:
     function: Callable[..., Result]
     source: str
     seeds: Callable[..., np.ndarray] | None = None
+    on_gpu: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,7 +91,12 @@ Function = Callable[..., Result]
 
 
 def cam(
-    name: str, needs: str, layers: str | None, source: str, seeds: Callable[..., np.ndarray] | None = None
+    name: str,
+    needs: str,
+    layers: str | None,
+    source: str,
+    seeds: Callable[..., np.ndarray] | None = None,
+    on_gpu: bool = False,
 ) -> Callable[[Function], Function]:
     """Registers a method under `name`; ValueError if the name is taken or `needs` is unknown."""
 
@@ -95,7 +105,7 @@ def cam(
             raise ValueError(f"a method {name!r} is registered already")
         if needs not in NEEDS:
             raise ValueError(f"needs {needs!r}: use {', '.join(NEEDS)}")
-        METHODS[name] = Method(name, needs, layers, function, source, seeds)
+        METHODS[name] = Method(name, needs, layers, function, source, seeds, on_gpu)
         return function
 
     return register

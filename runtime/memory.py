@@ -1,0 +1,79 @@
+"""Where a method's arrays are: in the host's memory, or in a GPU's, in the order of its stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..kernels import DeviceArray, take_channels
+
+
+@dataclass(frozen=True)
+class Memory:
+    """stream: of the GPU that the arrays are on, None for the host."""
+
+    stream: Any = None
+
+    def put(self, array: np.ndarray) -> Any:
+        return array if self.stream is None else self.stream.upload(array)
+
+    def get(self, *arrays: Any) -> list[np.ndarray]:
+        """As NumPy's arrays; on a GPU waits for all that is queued, once."""
+        there = [a for a in arrays if isinstance(a, DeviceArray)]
+        fetched = iter(self.stream.download_all(there) if there else ())
+        return [next(fetched) if isinstance(a, DeviceArray) else a for a in arrays]
+
+    def empty(self, shape: Sequence[int]) -> Any:
+        return np.empty(shape, np.float32) if self.stream is None else self.stream.empty(shape)
+
+    def zeros(self, shape: Sequence[int]) -> Any:
+        return self.put(np.zeros(shape, np.float32))
+
+    def copied(self, array: Any) -> Any:
+        """An array of its own."""
+        if self.stream is None:
+            return array.copy()
+        copy = self.stream.empty(array.shape, array.dtype)
+        self.stream.copy(array, copy)
+        return copy
+
+    def side_by_side(self, arrays: Sequence[Any]) -> Any:
+        """(S, ...) each -> (S, all of them one after the other)."""
+        flat = [a.reshape(len(a), -1) for a in arrays]
+        if len(flat) == 1:
+            return flat[0]
+        if self.stream is None:
+            return np.concatenate(flat, axis=1)
+        rows, widths = len(flat[0]), [a.shape[1] for a in flat]
+        joined = self.stream.empty((rows * sum(widths),))
+        start = 0
+        for row in range(rows):
+            for array, width in zip(flat, widths, strict=True):
+                self.stream.copy(array[row : row + 1].reshape(width), joined[start : start + width])
+                start += width
+        return joined.reshape(rows, sum(widths))
+
+    def columns(self, array: Any, index: np.ndarray) -> Any:
+        """Some of the columns of (S, N): (S, len(index))."""
+        if self.stream is None:
+            return array[:, index]
+        rows, width = array.shape
+        table = (np.arange(rows)[:, None] * width + index).astype(np.int32)
+        numbers = array.reshape(rows * width, 1, 1)
+        taken = take_channels(numbers, self.stream.constant(table.ravel()), stream=self.stream)
+        return taken.reshape(rows, len(index))
+
+    def repeated(self, array: Any, rows: int) -> Any:
+        """One row, `rows` times."""
+        if self.stream is None:
+            return np.repeat(array, rows, axis=0)
+        copies = self.stream.empty((rows, *array.shape[1:]))
+        for row in range(rows):
+            self.stream.copy(array, copies[row : row + 1])
+        return copies
+
+
+HOST = Memory()
