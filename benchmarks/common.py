@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 import sys
 import time
@@ -21,6 +22,25 @@ from support import import_torchvision, warmed_up
 def build(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
     return warmed_up(import_torchvision().models.get_model(name, weights=None), (3, size, size))
+
+
+def winsor_cam_peer(folder: Path, model: nn.Module, image: torch.Tensor, target: int) -> Callable[[], Any]:
+    """Winsor-CAM's public implementation (a checkout of its repository), over all convolutions, bilinear, percentile 90."""
+    spec = importlib.util.spec_from_file_location("winsorcam", folder / "winsorcam.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wrapped = module.WinsorcamClass(model)
+    wrapped.eval()
+    layers = [f"model.{n}" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+
+    def run() -> Any:
+        stack, _, importance = wrapped.get_gradcams_and_importance(
+            image, target, layers, "mean", "mean", True, "bilinear"
+        )
+        return wrapped.winsorize_stacked_gradcam(image, stack, importance, "bilinear", 90)
+
+    return run
 
 
 def take_turns(contenders: dict[str, Callable[[], Any]], runs: int, warm_up: int = 3) -> dict[str, np.ndarray]:

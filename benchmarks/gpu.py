@@ -1,12 +1,13 @@
-"""The CUDA kernels on this machine's GPU: first right, then fast. One run, one JSON file.
+"""The CUDA kernels and whole explanations on this machine's GPU: first right, then fast. One run, one JSON file.
 
-python benchmarks/gpu.py [--out gpu.json] [--check-only] [--sanitize] [--repeats 30]
+python benchmarks/gpu.py [--out gpu.json] [--check-only] [--sanitize] [--repeats 30] [--networks FOLDER] [--peer FOLDER]
 
 Needs camrt with its cuda extra and compiled kernels (python -m camrt.kernels.build). First every row of tests/kernel_table.py
 is compared with the NumPy specification; nothing is timed if one differs. Then each kernel is timed as a CUDA graph of ten
 launches, beside a device-to-device copy of as many bytes in the same run. Bandwidth counts the bytes that a kernel must read
 and write once; a copy's counts both its directions. --sanitize repeats a part of the table under compute-sanitizer's memcheck,
-racecheck, synccheck and initcheck.
+racecheck, synccheck and initcheck. --networks: what networks.py prepared, explained by every backend that is here, compared
+with the CPU's maps, timed beside PyTorch; --peer: a checkout of Winsor-CAM's public repository.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import networks
 from kernel_table import RESNET50, TABLE, everything
 
 from camrt import kernels
@@ -181,6 +183,8 @@ def main() -> int:
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--networks", type=Path)
+    parser.add_argument("--peer", type=Path)
     arguments = parser.parse_args()
     try:
         card = gpu.device()
@@ -198,6 +202,8 @@ def main() -> int:
         print(f"{len(TABLE)} rows compared, {len(report['differing'])} differ", flush=True)
         if not report["differing"] and not arguments.check_only:
             report["kernels"] = measure(stream, arguments.repeats)
+        if arguments.networks is not None:
+            report["networks"] = networks.measure(arguments.networks, 10 * arguments.repeats, arguments.peer)
         if arguments.sanitize:
             report["sanitizer"] = sanitize()
     except (kernels.DeviceError, FileNotFoundError) as error:

@@ -10,7 +10,6 @@ of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import resource
 import subprocess
@@ -22,32 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import build, machine, print_times, summary, take_turns, versions
-from torch import nn
+from common import build, machine, print_times, summary, take_turns, versions, winsor_cam_peer
 
 import camrt
 from camrt.oracle import module_oracle
 from camrt.runtime.backends import Settings, create
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import smooth_images, verify_bundle
-
-
-def peer(folder: Path, model: nn.Module, image: np.ndarray, target: int) -> Callable[[], Any]:
-    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90."""
-    spec = importlib.util.spec_from_file_location("winsorcam", folder / "winsorcam.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    wrapped = module.WinsorcamClass(model)
-    wrapped.eval()
-    layers = [f"model.{n}" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    x = torch.from_numpy(image)
-
-    def run() -> Any:
-        stack, _, importance = wrapped.get_gradcams_and_importance(x, target, layers, "mean", "mean", True, "bilinear")
-        return wrapped.winsorize_stacked_gradcam(x, stack, importance, "bilinear", 90)
-
-    return run
 
 
 def export_memory(name: str, size: int) -> dict[str, float]:
@@ -108,7 +88,7 @@ def main() -> None:
             "retune": lambda: explained.retune(percentile=50),
         }
         if arguments.peer is not None:
-            contenders["peer"] = peer(arguments.peer, model, image, target)
+            contenders["peer"] = winsor_cam_peer(arguments.peer, model, torch.from_numpy(image), target)
         times = take_turns(contenders, arguments.runs)
 
     ratios = {

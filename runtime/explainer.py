@@ -131,7 +131,7 @@ class Explainer:
         """work(), again with half as much at a time where a GPU's memory does not suffice. CamrtError."""
         while True:
             try:
-                with self._runs.alone():
+                with self._runs.alone(halving=True):
                     return work()
             except OutOfMemory as error:
                 problem = CamrtError(str(error))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ..kernels import DeviceError
+from .errors import EngineError
 
 MOST = 16  # graphs that are kept; each holds the memory that its work uses
 
@@ -16,6 +20,7 @@ MOST = 16  # graphs that are kept; each holds the memory that its work uses
 class _Replay:
     inputs: list[Any]
     graph: Any = None
+    eager: bool = False
     result: Any = None
 
 
@@ -43,14 +48,27 @@ class Replays:
         if first:  # loads kernels and engines, uploads constants: what cannot be captured
             replay.result = work(*replay.inputs)
         else:
+            if replay.graph is None and not replay.eager:
+                replay.graph = self._captured(replay, work)
             if replay.graph is None:
-                with self._stream.capture() as replay.graph:
-                    replay.result = work(*replay.inputs)
-            replay.graph.launch()
+                replay.result = work(*replay.inputs)
+            else:
+                replay.graph.launch()
         self._kept[key] = replay
         while len(self._kept) > MOST:
             self._kept.popitem(last=False)
         return replay.result
+
+    def _captured(self, replay: _Replay, work: Callable[..., Any]) -> Any:
+        """The graph; None, from now on, where an engine cannot be captured."""
+        try:
+            with self._stream.capture() as graph:
+                replay.result = work(*replay.inputs)
+            return graph
+        except (DeviceError, EngineError) as error:
+            replay.eager = True
+            warnings.warn(f"not replayed as a CUDA graph, and so slower: {error}", stacklevel=2)
+            return None
 
     def clear(self) -> None:
         """Gives the memory back."""

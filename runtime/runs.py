@@ -74,27 +74,28 @@ class Runs:
         return self.manifest.input_shape[1:]
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One thread at a time uses a GPU's stream. CamrtError for what goes wrong there, but for its memory."""
+    def alone(self, halving: bool = False) -> Iterator[None]:
+        """One thread at a time uses a GPU's stream. CamrtError for what goes wrong there; OutOfMemory if somebody will halve."""
         if self.backend.gpu is None:
             yield
             return
         try:
             with self.backend.gpu.lock:
                 yield
-        except OutOfMemory:
-            raise
         except DeviceError as error:
+            if halving and isinstance(error, OutOfMemory):
+                raise
             raise CamrtError(str(error)) from error
 
     def halve(self) -> bool:
         """After a GPU's memory was used up: gives back what can be, and takes half as much at a time. False where it cannot."""
-        if self._replays is not None:
-            self._replays.clear()
-        if self.max_batch == 1:
-            return False
-        self.max_batch //= 2
-        return True
+        with self.alone():
+            if self._replays is not None:
+                self._replays.clear()
+            if self.max_batch == 1:
+                return False
+            self.max_batch //= 2
+            return True
 
     def logits(self, batch: Any) -> np.ndarray:
         """(B, C, H, W) -> (B, classes)."""

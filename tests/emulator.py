@@ -140,6 +140,10 @@ class EmulatedGpu:
         else:
             self._steps.append(step)
 
+    @property
+    def capturing(self) -> bool:
+        return self._steps is not None
+
     @contextmanager
     def capture(self) -> Iterator[EmulatedGraph]:
         self._steps = []

@@ -224,6 +224,8 @@ def test_shapes_follow_the_run() -> None:
     assert Shapes.of({"batch": 3, "seeds": 3}, 8) == Shapes("batch", 16) == Shapes.of({"batch": 2}, 16)
     assert Shapes.of({"batch": 1, "seeds": 3}, 17) == Shapes("targets", 32)
     assert Shapes("targets", 32).of_input(["batch", 3, 8, 8]) == ((1, 3, 8, 8), (1, 3, 8, 8))
+    assert Shapes.of({"seeds": 3}, 16) == Shapes("targets", 16), "where the batch is pinned"
+    assert Shapes.of({}, 16) == Shapes("single")
     assert Shapes("targets", 32).of_input(["seeds", 5]) == ((1, 5), (32, 5))
 
 

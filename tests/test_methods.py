@@ -37,7 +37,11 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " ".join([self.method, *(f"{k}={getattr(v, '__name__', v)}" for k, v in self.options.items())])
+        return " ".join([self.method, *(f"{k}={_said(v)}" for k, v in self.options.items())])
+
+
+def _said(option: Any) -> str:
+    return "square" if option is square else str(option)
 
 
 def layer_case(name: str) -> Case:
@@ -276,7 +280,7 @@ def test_scores_are_the_same_bits_each_time(exported: Path) -> None:
 # ---- Integrative CAM
 
 
-@pytest.mark.parametrize("smooth", [*SMOOTH, square], ids=str)
+@pytest.mark.parametrize("smooth", [*SMOOTH, square], ids=_said)
 def test_a_layer_sums_to_the_smooth_score(smooth: Any, explainer: camrt.Explainer) -> None:
     """The bias makes sum_ij (sum_k w_k A_k + b / (h w)) equal to Y, here both divided by f'(S)."""
     data = gradients_of(explainer)

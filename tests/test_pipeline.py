@@ -22,6 +22,7 @@ from camrt.runtime.backends import create
 from camrt.runtime.backends.gpu import Gpu, GpuProgram
 from camrt.runtime.bundle import Bundle, read_bundle
 from camrt.runtime.cams import METHODS
+from camrt.runtime.errors import EngineError
 from camrt.runtime.explainer import Explainer
 from camrt.runtime.manifest import Program
 from camrt.verify import smooth_images
@@ -43,6 +44,8 @@ class EmulatedEngine:
         backend, gpu = self.backend, self.backend.emulated
         if any(len(a) > backend.room for a in inputs.values()):
             raise OutOfMemory(f"{self.program.file}: out of memory, use a smaller batch")
+        if gpu.capturing and not backend.capturable:
+            raise EngineError("the engine could not be run")
         if backend.broken:
             raise DeviceError("cuLaunchKernel failed: unspecified launch failure")
 
@@ -63,6 +66,7 @@ class EmulatedBackend:
     captures: bool = True
     room: int = 1000
     broken: bool = False
+    capturable: bool = True
     name: str = "emulated"
     lanes: int = 1
     runs: list[tuple[str, int]] = field(default_factory=list)
@@ -196,6 +200,17 @@ def test_without_graphs(exported: Path, emulated: EmulatedGpu, explainer: camrt.
     eager = Explainer(read_bundle(exported), EmulatedBackend(emulated, captures=False), max_batch=2)
     for _ in range(3):
         assert_same(eager.explain(IMAGES), explainer.explain(IMAGES))
+
+
+def test_what_cannot_be_captured_is_run_as_it_is(
+    on_gpu: Explainer, backend: EmulatedBackend, explainer: camrt.Explainer
+) -> None:
+    backend.capturable = False
+    want = explainer.explain(IMAGES[:1])
+    assert_same(on_gpu.explain(IMAGES[:1]), want)
+    with pytest.warns(UserWarning, match="not replayed as a CUDA graph, and so slower: the engine could not be run"):
+        assert_same(on_gpu.explain(IMAGES[:1]), want)
+    assert_same(on_gpu.explain(IMAGES[:1]), want)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])

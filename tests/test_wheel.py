@@ -32,6 +32,21 @@ try:
 except camrt.CamrtError as error:
     print(error)
 """
+SIZES = """
+import importlib.metadata, re
+pending, sizes = ["camrt"], {}
+while pending:
+    name = pending.pop()
+    if name in sizes:
+        continue
+    files = [f.locate() for f in importlib.metadata.files(name)]
+    sizes[name] = sum(f.stat().st_size for f in files if f.suffix != ".pyc" and f.exists())
+    required = [r for r in importlib.metadata.requires(name) or [] if "extra ==" not in r and "platform" not in r]
+    pending += [re.match("[A-Za-z0-9._-]+", r)[0].lower() for r in required]
+print(*sizes)
+print(sum(sizes.values()) / 1e6)
+"""
+PYCUDA_MB = 6  # with what it needs; it comes as source
 
 
 def call(*command: str, cwd: Path) -> str:
@@ -59,6 +74,9 @@ def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
         tmp_path / "picture.png"
     )
     assert "export needs onnx, onnxscript: pip install 'camrt[export]'" in call(python, "-c", CHECK, cwd=tmp_path)
+    names, size = call(python, "-c", SIZES, cwd=tmp_path).splitlines()
+    assert {"camrt", "numpy", "pillow", "tqdm"} == set(names.split())
+    assert 20 < float(size) < 120 - PYCUDA_MB, "what an edge device needs beside its engine library"
     camrt = str(tmp_path / "env" / "bin" / "camrt")
     assert "demo.png" in call(camrt, "demo", cwd=tmp_path)
     assert (tmp_path / "camrt-demo" / "demo.png").is_file()

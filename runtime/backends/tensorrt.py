@@ -93,7 +93,7 @@ class Shapes:
         """What a run needs; sizes: of the program's symbols."""
         if all(size == 1 for size in sizes.values()):
             return cls("single")
-        return cls.of_kind("targets" if "seeds" in sizes and sizes["batch"] == 1 else "batch", max_batch)
+        return cls.of_kind("targets" if "seeds" in sizes and sizes.get("batch", 1) == 1 else "batch", max_batch)
 
     @classmethod
     def of_kind(cls, kind: str, max_batch: int) -> Shapes:

@@ -1,0 +1,189 @@
+"""Whole explanations on a GPU, beside forward passes, PyTorch and the public implementations; `gpu.py --networks` runs it.
+
+python benchmarks/networks.py FOLDER [--models resnet18 resnet50 vgg16 mobilenet_v2]
+
+Run like this it prepares the folder, on any machine with the test extra: for each network a bundle in float32 and float16,
+verified against PyTorch in float64, its weights for PyTorch, an image, and the maps that the CPU gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import camrt
+from camrt.compare import cosine_distance, largest_difference
+from camrt.kernels import DeviceError, minmax
+from camrt.runtime.backends import BACKENDS
+
+MODELS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2")
+METHODS = ("winsor_cam", "score_cam_pp")
+SHAPE = (3, 224, 224)
+BATCHES = (1, 4, 16, 64)
+LIMITS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], float]] = {
+    "fp32": (largest_difference, 1e-3),
+    "fp16": (cosine_distance, 1e-3),
+}
+
+
+def prepare(folder: Path, models: list[str]) -> None:
+    import torch
+    from common import build
+
+    from camrt.oracle import module_oracle
+    from camrt.runtime.bundle import read_bundle
+    from camrt.verify import smooth_images, verify_bundle
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in models:
+        model = build(name, SHAPE[1])
+        path = camrt.export_model(model, folder / f"{name}.camrt", SHAPE, precision=["fp32", "fp16"], overwrite=True)
+        report = verify_bundle(read_bundle(path), module_oracle(model, name))
+        if not report.passed:
+            raise SystemExit(
+                f"{name}: not prepared, because it is wrong: {[r for r in report.rows if not r.passed][:3]}"
+            )
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+        explainer, image = camrt.load(path, "onnxruntime", precision="fp32"), smooth_images(SHAPE, 1)
+        target = int(explainer.classify(image).argmax())
+        maps = {method: explainer.explain(image, method, target).maps for method in METHODS}
+        np.savez(folder / f"{name}.npz", image=image, target=target, logits=explainer.classify(image), **maps)
+        print(f"{name}: {len(report.rows)} comparisons passed", flush=True)
+
+
+def measure(folder: Path, runs: int, peer: Path | None = None) -> list[dict[str, Any]]:
+    """Per network, backend and precision what `_measured` says, and per network PyTorch's own times. Needs a GPU."""
+    found = []
+    for path in sorted(folder.glob("*.camrt")):
+        name, expected = path.stem, np.load(path.with_suffix(".npz"))
+        for backend in BACKENDS:
+            if backend == "onnxruntime":
+                continue
+            for precision in LIMITS:
+                row: dict[str, Any] = {"model": name, "backend": backend, "precision": precision}
+                try:
+                    row |= _measured(path, backend, precision, expected, runs)
+                except (camrt.CamrtError, DeviceError) as error:
+                    row["problem"] = str(error)
+                found.append(row)
+                print(_line(row), flush=True)
+        row = {"model": name, "backend": "PyTorch", **_peers(name, folder, expected, runs, peer)}
+        found.append(row)
+        print(_line(row), flush=True)
+    return found
+
+
+def _measured(path: Path, backend: str, precision: str, expected: Any, runs: int) -> dict[str, Any]:
+    """Correct first: then milliseconds of whole calls for one image, from the array to the map, and images per second."""
+    image, target = expected["image"], int(expected["target"])
+    explainer = camrt.load(path, backend, max_batch=64, precision=precision)
+    distance, limit = LIMITS[precision]
+    distances = {m: distance(minmax(explainer.explain(image, m, target).maps), minmax(expected[m])) for m in METHODS}
+    wrong = {m: d for m, d in distances.items() if not d <= limit}
+    if wrong or explainer.classify(image).argmax() != target:
+        return {"distances": distances, "problem": f"not timed, because it is wrong: {wrong or 'another top class'}"}
+    masks = int(explainer.explain(image, "score_cam_pp", target).details["masked_runs"][0])
+    batch = np.repeat(image, 64, axis=0)
+    chunks = [batch[: min(64, masks - i)] for i in range(0, masks, 64)]
+    result = {
+        "distances": distances,
+        "masked_runs": masks,
+        "forward": _times(lambda: explainer.classify(image), runs),
+        "winsor_cam": _times(lambda: explainer.explain(image, target=target), runs),
+        "score_cam_pp": _times(lambda: explainer.explain(image, "score_cam_pp", target), max(runs // 10, 5)),
+        "forward passes of its masks": _times(lambda: [explainer.classify(c) for c in chunks], max(runs // 10, 5)),
+        "throughput": {n: _throughput(path, backend, precision, batch[:n], target, n) for n in BATCHES},
+    }
+    result["winsor_cam / forward"] = result["winsor_cam"]["p50_ms"] / result["forward"]["p50_ms"]
+    passes = result["forward passes of its masks"]["p50_ms"]
+    result["score_cam_pp / its masks' forward passes"] = result["score_cam_pp"]["p50_ms"] / passes
+    return result
+
+
+def _throughput(path: Path, backend: str, precision: str, batch: np.ndarray, target: int, size: int) -> float:
+    """Winsor-CAM explanations per second in batches of a size."""
+    explainer = camrt.load(path, backend, max_batch=size, precision=precision)
+    return size / _times(lambda: explainer.explain(batch, target=target), 20)["p50_ms"] * 1e3
+
+
+def _times(run: Callable[[], Any], runs: int) -> dict[str, float]:
+    """p50 and p99 of whole calls, in milliseconds, after three to warm up."""
+    times = []
+    for i in range(runs + 3):
+        started = time.perf_counter()
+        run()
+        if i >= 3:
+            times.append((time.perf_counter() - started) * 1e3)
+    low, high = np.quantile(times, [0.5, 0.99])
+    return {"p50_ms": float(low), "p99_ms": float(high)}
+
+
+def _peers(name: str, folder: Path, expected: Any, runs: int, peer: Path | None) -> dict[str, Any]:
+    """PyTorch eager and compiled, pytorch-grad-cam's ScoreCAM and Winsor-CAM's public implementation; what is not installed is
+    named.
+    """
+    try:
+        import torch
+        from common import winsor_cam_peer
+        from support import import_torchvision
+
+        model = import_torchvision().models.get_model(name, weights=None)
+    except ImportError as error:
+        return {"problem": str(error)}
+    if not torch.cuda.is_available():
+        return {"problem": "PyTorch sees no GPU"}
+    model.load_state_dict(torch.load(folder / f"{name}.pt"))
+    model.eval().cuda()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    image, target = torch.from_numpy(expected["image"]).cuda(), int(expected["target"])
+
+    def synchronized(work: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return run
+
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        found["eager forward"] = _times(synchronized(lambda: model(image)), runs)
+        compiled = torch.compile(model, mode="reduce-overhead")
+        found["compiled forward"] = _times(synchronized(lambda: compiled(image)), runs)
+    if importlib.util.find_spec("pytorch_grad_cam") is None:
+        found["problem"] = "pytorch-grad-cam is not installed"
+    else:
+        found["pytorch-grad-cam ScoreCAM"] = _times(synchronized(_score_cam(model, name, image, target)), 5)
+    if peer is not None:
+        run = winsor_cam_peer(peer, model, image, target)
+        found["Winsor-CAM's public implementation"] = _times(synchronized(run), 10)
+    return found
+
+
+def _score_cam(model: Any, name: str, image: Any, target: int) -> Callable[[], Any]:
+    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    last = model.layer4[-1] if name.startswith("resnet") else model.features[-1]
+    cam = ScoreCAM(model, [last])
+    cam.batch_size = 64
+    return lambda: cam(image, [ClassifierOutputTarget(target)])  # type: ignore[list-item]
+
+
+def _line(row: dict[str, Any]) -> str:
+    said = [f"{k} {v['p50_ms']:.2f} ms" for k, v in row.items() if isinstance(v, dict) and "p50_ms" in v]
+    said += [f"{k} {v:.2f}" for k, v in row.items() if " / " in k]
+    return f"{row['model']:14}{row['backend']:18}{row.get('precision', ''):6}{', '.join(said)}{row.get('problem', '')}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Prepares networks for gpu.py --networks.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    arguments = parser.parse_args()
+    prepare(arguments.folder, arguments.models)
