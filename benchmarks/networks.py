@@ -170,9 +170,9 @@ def _score_cam(model: Any, name: str, image: Any, target: int) -> Callable[[], A
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     last = model.layer4[-1] if name.startswith("resnet") else model.features[-1]
-    cam = ScoreCAM(model, [last])
+    cam: Any = ScoreCAM(model, [last])
     cam.batch_size = 64
-    return lambda: cam(image, [ClassifierOutputTarget(target)])  # type: ignore[list-item]
+    return lambda: cam(image, [ClassifierOutputTarget(target)])
 
 
 def _line(row: dict[str, Any]) -> str:

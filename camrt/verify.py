@@ -95,8 +95,9 @@ def verify_bundle(
     images: np.ndarray | None = None,
     backend: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
+    precisions: Sequence[str] | None = None,
 ) -> Report:
-    """As `verify`, with the oracle at hand."""
+    """As `verify`, with the oracle at hand. precisions: by default all that the bundle has."""
     from .export.reference import as_maps
 
     engine = create(backend)
@@ -125,11 +126,12 @@ def verify_bundle(
         rows += _program_rows(program.file, out, program.taps, double, singles)
         if program.kind == "head" and manifest.batch != 1:
             rows += _head_rows(bundle, engine, program, batch, double, singles)
-    if "fp32" in bundle.precisions:
+    chosen = bundle.precisions if precisions is None else precisions
+    if "fp32" in chosen:
         rows += _use_rows(bundle, engine, batch, seed, double, singles)
         rows += _source_rows(bundle, engine, batch)
     full_grads = _full_grads(bundle, oracle, batch, seed)
-    for precision in bundle.precisions:
+    for precision in chosen:
         rows += _graph_rows(bundle, precision, batch, seed, double, progress)
         rows += _full_grad_graph_rows(bundle, precision, batch, seed, full_grads)
         for run_by in [engine] if precision == "fp32" else [engine, RoundingBackend()]:

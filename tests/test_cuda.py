@@ -111,12 +111,20 @@ def test_no_grid_overflows(side: int, count: int) -> None:
     image, activations = queue.empty((3, side, side)), queue.empty((count, side, side))
     kernels.mask_batch(image, activations, "minmax", stream=queue)
     kernels.accumulate_maps(image, queue.empty((3, count)), activations, "minmax", stream=queue)
-    for rows in ((count, 53), (count, 2**31 - 1)):
-        kernels.winsorize(queue.empty(rows), 50, stream=queue)
+    for shape in ((count, 53), (count, 2**31 - 1)):
+        kernels.winsorize(queue.empty(shape), 50, stream=queue)
     grids = [(side, side)]
     kernels.fuse_layers(
         queue.empty((count, side * side)), grids, queue.empty((count, 1)), (side, side), normalize=True, stream=queue
     )
+    kernels.layer_importance(queue.empty((count, side)), [side], stream=queue)
+    kernels.class_scores(queue.empty((count, side)), queue.empty((3, side)), stream=queue)
+    kernels.channel_extremes(activations, stream=queue)
+    rows = queue.empty((count, side, 1))
+    kernels.take_channels(rows, queue.empty((count,), np.int32), stream=queue)
+    kernels.check_finite(rows, stream=queue)
+    picture = queue.empty((side, 50_000, 3), np.uint8)
+    kernels.resize_picture(picture, (9, 50_000), (0, 0, 9, 50_000), [0.5] * 3, [0.5] * 3, stream=queue)
     assert {launch.module for launch in queue.launched} == {s.stem for s in SOURCES.glob("*.cu")}
     for launch in queue.launched:
         x, y = launch.grid
