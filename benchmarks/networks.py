@@ -52,8 +52,9 @@ def prepare(folder: Path, models: list[str]) -> None:
         torch.save(model.state_dict(), folder / f"{name}.pt")
         explainer, image = camrt.load(path, "onnxruntime", precision="fp32"), smooth_images(SHAPE, 1)
         target = int(explainer.classify(image).argmax())
-        maps = {method: explainer.explain(image, method, target).maps for method in METHODS}
-        np.savez(folder / f"{name}.npz", image=image, target=target, logits=explainer.classify(image), **maps)
+        arrays: dict[str, Any] = {method: explainer.explain(image, method, target).maps for method in METHODS}
+        arrays |= {"image": image, "target": target, "logits": explainer.classify(image)}
+        np.savez(folder / f"{name}.npz", **arrays)
         print(f"{name}: {len(report.rows)} comparisons passed", flush=True)
 
 
