@@ -297,7 +297,7 @@ class TensorRtEngine:
     def _load(self, shapes: Shapes) -> _Loaded:
         """EngineError where the engine cannot be built or loaded; OutOfMemory."""
         backend = self._backend
-        library, file = backend.library, self._bundle.path / self._program.file
+        library, file = backend.tensorrt, self._bundle.path / self._program.file
         key = engine_key(library, self._bundle, self._program, backend.target, shapes)
 
         def build() -> bytes:
@@ -326,7 +326,7 @@ class TensorRtBackend:
     lanes = 1
 
     def __init__(self, library: Library, gpu: Gpu, target: Target, settings: Settings) -> None:
-        self.library = library
+        self.tensorrt = library
         self.gpu = gpu
         self.target = target
         self.max_batch = settings.max_batch
@@ -335,7 +335,7 @@ class TensorRtBackend:
         self.log = _log(library.trt)
 
     def __str__(self) -> str:
-        return f"{self.library.name} {self.library.version} on {self.gpu.stream.device}"
+        return f"{self.tensorrt.name} {self.tensorrt.version} on {self.gpu.stream.device}"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> GpuProgram:
         return GpuProgram(program, TensorRtEngine(self, bundle, program), self.gpu)
