@@ -5,66 +5,38 @@ float16 moves across zero changes gradients by far more than rounding does; the 
 that it suffers. In a program without a seed, whose results are scores, everything.
 
 In that part convolutions and matrix products are in float16. What loses most there stays in float32: softmax, norms, means and
-sums, exponentials, and what they lead to up to the next convolution or product. Weights stay float32 in the file, shared with
-the float32 programs, and are cast where they are used; an engine folds the casts of constants.
+sums, exponentials, and what they lead to up to the next convolution or product; and a branch whose values a small constant
+multiplies, as layer scale does at the start of training, until it joins others: float16 has no small numbers to spare. Weights
+stay float32 in the file, shared with the float32 programs, and are cast where they are used; an engine folds the casts of
+constants.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from .graph import batch_norm_affine, infer_types, initializer, tidy
+from .tape import constant_of
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}  # always in float16
 # in float16 unless something computed in float32 comes in
-_FOLLOWERS = {
-    *(
-        "Abs",
-        "Add",
-        "AveragePool",
-        "Clip",
-        "Concat",
-        "DepthToSpace",
-        "Equal",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-    ),
-    *(
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mul",
-        "Neg",
-        "Pad",
-    ),
-    *(
-        "PRelu",
-        "Relu",
-        "Reshape",
-        "ScatterElements",
-        "ScatterND",
-        "Sign",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Sub",
-    ),
-    *("Tile", "Transpose", "Unsqueeze", "Where"),
-}
+_FOLLOWERS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        Abs Add AveragePool Clip Concat DepthToSpace Equal Expand Flatten Gather GatherElements Greater GreaterOrEqual Identity
+        LeakyRelu Less LessOrEqual Max MaxPool Min Mul Neg Pad PRelu Relu Reshape ScatterElements ScatterND Sign Slice
+        SpaceToDepth Split Squeeze Sub Tile Transpose Unsqueeze Where
+        """,
+    )
+)
+SMALL = 2.0**-8  # a factor with no larger entry makes values small
 
 
 def to_half(model: ir.Model) -> ir.Model:
@@ -110,11 +82,15 @@ class _Converter:
         self._outputs = set(graph.outputs)
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._dependent = set(roots)
+        self._backward = all(x.name == "seed" for x in roots)
+        self._small: set[ir.Value] = set()
 
     def run(self) -> None:
         for node in list(self._graph):
             if any(x in self._dependent for x in node.inputs):
                 self._dependent.update(node.outputs)
+                if self._backward and self._makes_small(node):
+                    self._small.update(node.outputs)
                 self._convert(node)
 
     def _convert(self, node: ir.Node) -> None:
@@ -123,7 +99,8 @@ class _Converter:
         if node.op_type == "Cast":
             self._cast_of_condition(node)
             return
-        half = node.op_type in _PRODUCTS or (node.op_type in _FOLLOWERS and not self._wide(node))
+        small = any(y in self._small for y in node.outputs)
+        half = not small and (node.op_type in _PRODUCTS or (node.op_type in _FOLLOWERS and not self._wide(node)))
         kind = HALF if half else FLOAT
         for i, x in enumerate(node.inputs):
             if x is not None and x.dtype in (HALF, FLOAT) and not _stays_float(node, i):
@@ -131,6 +108,15 @@ class _Converter:
         for y in node.outputs:
             if y.dtype == FLOAT and half:
                 self._set_half(node, y)
+
+    def _makes_small(self, node: ir.Node) -> bool:
+        """Whether all that comes in from the roots is small, or a small constant multiplies it."""
+        computed = [x for x in node.inputs if x is not None and x in self._dependent]
+        if node.op_type == "Mul" and len(computed) == 1:
+            factors = [constant_of(x) for x in node.inputs if x is not computed[0]]
+            if any(f is not None and 0 < np.abs(f).max(initial=0) <= SMALL for f in factors):
+                return True
+        return all(x in self._small for x in computed)
 
     def _wide(self, node: ir.Node) -> bool:
         """Whether one of the roots, or something computed in float32 from them, comes in."""

@@ -34,7 +34,11 @@ FAMILIES = [
     ("regnet_y_400mf", 96, 86, "trunk_output.block4.block4-5"),
     ("convnext_tiny", 96, 23, "features.7.2"),
 ]
-OPTIONS = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": False, "aux_logits": False}}
+OPTIONS = {
+    "googlenet": {"init_weights": True},
+    "inception_v3": {"init_weights": False, "aux_logits": False},
+    "convnext_tiny": {"layer_scale": 0.3},
+}
 
 
 def vit() -> nn.Module:
@@ -63,6 +67,12 @@ def vit_pooled() -> nn.Module:
     return create(
         "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7, global_pool="avg", class_token=False, fc_norm=False
     )
+
+
+def convnext(layer_scale: float) -> nn.Module:
+    module = import_torchvision().models.convnext
+    stages = [module.CNBlockConfig(24, 48, 2), module.CNBlockConfig(48, None, 2)]
+    return module.ConvNeXt(stages, layer_scale=layer_scale, num_classes=7)
 
 
 def swin(window: int) -> nn.Module:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from families import FAMILIES, TRANSFORMERS, network
+from families import FAMILIES, TRANSFORMERS, convnext, network
 from torch import nn
 
 import camrt
@@ -103,6 +103,18 @@ def test_transformer(name: str, tmp_path: Path) -> None:
         said += np.ptp(want) > 0.5
     assert said >= 3, "maps that say nothing test nothing"
     build_engines(bundle)
+
+
+def test_a_branch_that_layer_scale_makes_small_in_float16(tmp_path: Path) -> None:
+    """At the start of training layer scale is 1e-6, below which float16 has almost no numbers."""
+    torch.manual_seed(0)
+    model = convnext(1e-6).eval()
+    bundle = read_bundle(camrt.export_model(model, tmp_path / "m.camrt", (3, 64, 64), precision=["fp32", "fp16"]))
+    report = verify_bundle(bundle, module_oracle(model, "the model"), precisions=["fp16"])
+    found = [r for r in report.rows if r.program.startswith("methods fp16") and "winsor_cam max" in r.subject]
+    assert len(found) == 8
+    assert all(r.distance < 1e-5 for r in found), found
+    assert report.passed, failures(report)
 
 
 def test_a_norm_behind_the_last_attention_is_refused(tmp_path: Path) -> None:
