@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ class EmulatedGpu:
         self._process = subprocess.Popen(
             [server], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
+        self._garbage: deque[int] = deque()  # what is to be freed with the next message
         self.order = 0
         self.launched: list[Launch] = []
         self._steps: list[Callable[[], None]] | None = None  # that are being captured
@@ -73,8 +75,9 @@ class EmulatedGpu:
 
     def _send(self, *parts: bytes) -> None:
         assert self._process.stdin is not None
+        freed = b"".join(b"F" + struct.pack("<Q", self._garbage.popleft()) for _ in range(len(self._garbage)))
         try:
-            for part in parts:
+            for part in (freed, *parts):
                 self._process.stdin.write(part)
             self._process.stdin.flush()
         except BrokenPipeError:
@@ -100,12 +103,8 @@ class EmulatedGpu:
         self._send(b"A", struct.pack("<Q", size + skew))
         (pointer,) = struct.unpack("<Q", self._receive(8))
         owner = _Owner()  # which parts of the array hold too
-        weakref.finalize(owner, self._free, pointer)
+        weakref.finalize(owner, self._garbage.append, pointer)  # the collector may come in the middle of a message
         return DeviceArray(pointer + skew, shape, dtype, self.handle, (CUDA, 0), owner)
-
-    def _free(self, pointer: int) -> None:
-        if self._process.poll() is None:
-            self._send(b"F", struct.pack("<Q", pointer))
 
     def upload(self, array: np.ndarray, out: DeviceArray | None = None, skew: int = 0) -> DeviceArray:
         out = self.empty(array.shape, array.dtype, skew) if out is None else out
