@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from .compare import cosine_distance, largest_difference, relative_l2
 from .kernels import minmax
 from .oracle import Oracle, open_oracle
 from .rounding import RoundingBackend
-from .runtime.backends import Backend, create
+from .runtime.backends import Backend, Executable, create
 from .runtime.bundle import Bundle, read_bundle
 from .runtime.cams import GridMaps
 from .runtime.cams.gradient import full_grad
@@ -100,7 +101,7 @@ def verify_bundle(
     """As `verify`, with the oracle at hand. precisions: by default all that the bundle has."""
     from .export.reference import as_maps
 
-    engine = create(backend)
+    engine = _Sharing(create(backend))
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images
     layers = [t.name for t in manifest.taps]
@@ -113,6 +114,22 @@ def verify_bundle(
         as_maps(oracle.record(image, seed, layers, False), manifest.taps)
         for image in last_bits(batch, FLOAT32_RUNS, FLOAT32_UNITS)
     ]
+    chosen = bundle.precisions if precisions is None else precisions
+    full_grads = _full_grads(bundle, oracle, batch, seed)
+    by_method: list[Row] = []
+    explainers = []  # whose programs the rows of programs use as well
+    for precision in chosen:
+        by_method += _graph_rows(bundle, precision, batch, seed, double, progress)
+        by_method += _full_grad_graph_rows(bundle, precision, batch, seed, full_grads)
+        for run_by in [engine] if precision == "fp32" else [engine, RoundingBackend()]:
+            explainer = Explainer(bundle, run_by, precision=precision)
+            what = _Compared.of(precision, str(run_by.name))
+            if precision == "fp16":
+                by_method += _class_rows(explainer, what, batch, double)
+            else:
+                explainers.append(explainer)
+            by_method += _method_rows(explainer, what, batch, seed, double, singles, progress)
+            by_method += _full_grad_rows(explainer, what, batch, seed, full_grads)
     rows: list[Row] = []
     cut: dict[str, np.ndarray] = {}
     for program in manifest.programs:
@@ -120,28 +137,34 @@ def verify_bundle(
             continue
         progress(f"checking {program.file}")
         given = cut | {"image": batch, "seed": seed}
-        out = engine.open(bundle, program).run({name: given[name] for name in program.inputs})
+        executable = engine.open(bundle, program)
+        out = executable.run({name: given[name] for name in program.inputs})
         if program.kind == "trunk":
             cut = out  # what the head, which comes next, is given
         rows += _program_rows(program.file, out, program.taps, double, singles)
         if program.kind == "head" and manifest.batch != 1:
             rows += _head_rows(bundle, engine, program, batch, double, singles)
-    chosen = bundle.precisions if precisions is None else precisions
     if "fp32" in chosen:
         rows += _use_rows(bundle, engine, batch, seed, double, singles)
         rows += _source_rows(bundle, engine, batch)
-    full_grads = _full_grads(bundle, oracle, batch, seed)
-    for precision in chosen:
-        rows += _graph_rows(bundle, precision, batch, seed, double, progress)
-        rows += _full_grad_graph_rows(bundle, precision, batch, seed, full_grads)
-        for run_by in [engine] if precision == "fp32" else [engine, RoundingBackend()]:
-            explainer = Explainer(bundle, run_by, precision=precision)
-            what = _Compared.of(precision, str(run_by.name))
-            if precision == "fp16":
-                rows += _class_rows(explainer, what, batch, double)
-            rows += _method_rows(explainer, what, batch, seed, double, singles, progress)
-            rows += _full_grad_rows(explainer, what, batch, seed, full_grads)
+    rows += by_method
     return Report(oracle.name, tuple(rows))
+
+
+class _Sharing:
+    """A backend that opens a program once for all who hold it at the same time: opening takes longer than most runs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._opened: WeakValueDictionary[tuple[str, bool], Executable] = WeakValueDictionary()
+        self.name, self.lanes, self.gpu = backend.name, backend.lanes, backend.gpu
+
+    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> Executable:
+        key = (program.file, concurrent)
+        executable = self._opened.get(key)
+        if executable is None:
+            executable = self._opened[key] = self._backend.open(bundle, program, concurrent)
+        return executable
 
 
 @dataclass(frozen=True)

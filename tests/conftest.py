@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +42,16 @@ def explainer(exported: Path) -> camrt.Explainer:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedGpu]:
-    """The CUDA kernels on the host."""
-    gpu = EmulatedGpu(compile_server(tmp_path_factory.mktemp("emulated")))
+    """The CUDA kernels on the host, compiled once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent / "emulated" if os.environ.get("PYTEST_XDIST_WORKER") else base / "emulated"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server = folder / "server"
+        if not server.exists():
+            compile_server(folder)
+    gpu = EmulatedGpu(server)
     yield gpu
     gpu.close()
 

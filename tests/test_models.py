@@ -26,7 +26,7 @@ from camrt.runtime.bundle import Bundle, read_bundle
 from camrt.verify import Report, smooth_images, verify, verify_bundle
 
 # whose float16 programs are put to every comparison; of the others they are built into engines
-HALF = ("resnet18", "densenet121", "mobilenet_v3_small", "mnasnet0_5", "convnext_tiny")
+HALF = ("resnet18", "squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5", "convnext_tiny")
 
 
 def exported(name: str, folder: Path) -> tuple[nn.Module, Bundle]:
