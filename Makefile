@@ -10,7 +10,7 @@ demo: .venv/demo-ready
 	$(BIN)/camrt demo
 
 test: .venv/test-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .venv/demo-ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('camrt needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11' if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)"

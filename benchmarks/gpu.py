@@ -13,8 +13,8 @@ with the CPU's maps, timed beside PyTorch; --peer: a checkout of Winsor-CAM's pu
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
-import itertools
 import json
 import platform
 import shutil
@@ -40,10 +40,12 @@ SIDE = 224
 
 @dataclass
 class Case:
-    """run queues the work once; moved: bytes that it must read and write; aim: what the project wants of it."""
+    """make gives what queues the work once, on arrays of its own; moved: bytes that it must read and write; aim: what the
+    project wants of it.
+    """
 
     name: str
-    run: Callable[[], Any]
+    make: Callable[[], Callable[[], Any]]
     moved: int
     aim: str
 
@@ -55,7 +57,7 @@ def check(stream: gpu.Stream) -> list[str]:
         try:
             row.check(stream)
         except AssertionError as error:
-            wrong.append(f"{row}: {str(error).strip().splitlines()[0]}")
+            wrong.append(f"{row}: {(str(error).strip() or 'an assertion').splitlines()[0]}")
             print("differs:", wrong[-1], flush=True)
     for a, b in zip(everything(stream), everything(stream), strict=True):
         if not np.array_equal(a, b):
@@ -63,11 +65,12 @@ def check(stream: gpu.Stream) -> list[str]:
     return wrong
 
 
-def seconds(stream: gpu.Stream, run: Callable[[], Any], repeats: int) -> np.ndarray:
-    """Of one run, from events around graphs of several."""
-    run()
+def seconds(stream: gpu.Stream, make: Callable[[], Callable[[], Any]], repeats: int) -> np.ndarray:
+    """Of one run, from events around graphs of several, each on arrays of its own, so that no cache helps."""
+    runs = [make() for _ in range(LAUNCHES)]
+    runs[0]()
     with stream.capture() as graph:
-        for _ in range(LAUNCHES):
+        for run in runs:
             run()
     for _ in range(3):
         graph.launch()
@@ -82,65 +85,68 @@ def seconds(stream: gpu.Stream, run: Callable[[], Any], repeats: int) -> np.ndar
 
 
 def cases(stream: gpu.Stream) -> list[Case]:
-    rng = np.random.default_rng(0)
+    @functools.cache
+    def numbers(*shape: int) -> np.ndarray:
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
 
     def normal(*shape: int) -> kernels.DeviceArray:
-        return stream.upload(rng.standard_normal(shape, np.float32))
+        return stream.upload(numbers(*shape))
 
-    plane = SIDE * SIDE
-    image = normal(3, SIDE, SIDE)
-    found = []
+    def mask(count: int, side: int, kind: str, dtype: Any) -> Callable[[], Any]:
+        image, activations = normal(3, SIDE, SIDE), normal(count, side, side)
+        out = stream.empty((count, 3, SIDE, SIDE), dtype)
+        return lambda: kernels.mask_batch(image, activations, kind, out=out, stream=stream)
+
+    def add(count: int, side: int, kind: str) -> Callable[[], Any]:
+        total, scores, activations = normal(1, SIDE, SIDE), normal(1, count), normal(count, side, side)
+        return lambda: kernels.accumulate_maps(total, scores, activations, kind, stream=stream)
+
+    def clamp(rows: int, length: int) -> Callable[[], Any]:
+        values = normal(rows, length)
+        return lambda: kernels.winsorize(values, 90, stream=stream)
+
+    def fuse(images: int) -> Callable[[], Any]:
+        maps, weights = normal(images, sum(h * w for h, w in RESNET50)), normal(images, len(RESNET50))
+        return lambda: kernels.fuse_layers(maps, RESNET50, weights, (SIDE, SIDE), normalize=True, stream=stream)
+
+    plane, found = SIDE * SIDE, []
     for dtype in (np.float32, np.float16):
         for count, side in ((256, 7), (64, 56)):
-            out, activations = stream.empty((count, 3, SIDE, SIDE), dtype), normal(count, side, side)
-            moved = out.nbytes + activations.nbytes + image.nbytes
+            moved = 3 * plane * (count * np.dtype(dtype).itemsize + 4) + 4 * count * side * side
             for kind in ("tanh", "minmax"):
-
-                def mask(activations: Any = activations, kind: str = kind, out: Any = out) -> None:
-                    kernels.mask_batch(image, activations, kind, out=out, stream=stream)
-
                 name = f"mask_batch {count} x {side}x{side} {kind} {np.dtype(dtype).name}"
-                found.append(Case(name, mask, moved, "85 % of the copy" if kind == "tanh" else ""))
-    scores, total = normal(1, 512), normal(1, SIDE, SIDE)
+                make = functools.partial(mask, count, side, kind, dtype)
+                found.append(Case(name, make, moved, "85 % of the copy" if kind == "tanh" else ""))
     for count, side, kind in ((512, 7, "tanh"), (512, SIDE, "identity"), (512, SIDE, "tanh")):
-        activations = normal(count, side, side)
-
-        def add(activations: Any = activations, kind: str = kind) -> None:
-            kernels.accumulate_maps(total, scores, activations, kind, stream=stream)
-
-        moved = activations.nbytes + scores.nbytes + 2 * total.nbytes
+        moved = 4 * (count * side * side + count + 2 * plane)
         aim = "85 % of the copy" if side == SIDE else ""
-        found.append(Case(f"accumulate_maps {count} x {side}x{side} {kind}", add, moved, aim))
+        name = f"accumulate_maps {count} x {side}x{side} {kind}"
+        found.append(Case(name, functools.partial(add, count, side, kind), moved, aim))
     for rows, length in ((64, plane), (64, 53), (1, 2**24)):
-        values = normal(rows, length)
-
-        def clamp(values: Any = values) -> None:
-            kernels.winsorize(values, 90, stream=stream)
-
         aim = "3 times one read" if (rows, length) == (64, plane) else ""
-        found.append(Case(f"winsorize {rows} x {length}", clamp, 2 * values.nbytes, aim))
+        made = functools.partial(clamp, rows, length)
+        found.append(Case(f"winsorize {rows} x {length}", made, 8 * rows * length, aim))
     for images in (1, 16):
-        maps, weights = normal(images, sum(h * w for h, w in RESNET50)), normal(images, len(RESNET50))
-
-        def fuse(maps: Any = maps, weights: Any = weights) -> None:
-            kernels.fuse_layers(maps, RESNET50, weights, (SIDE, SIDE), normalize=True, stream=stream)
-
+        moved = 4 * images * (sum(h * w for h, w in RESNET50) + plane)
         aim = "20 microseconds" if images == 1 else ""
-        found.append(Case(f"fuse_layers ResNet-50, {images}", fuse, maps.nbytes + 4 * images * plane, aim))
+        found.append(Case(f"fuse_layers ResNet-50, {images}", functools.partial(fuse, images), moved, aim))
     return found
 
 
 def copy_seconds(stream: gpu.Stream, size: int, repeats: int) -> float:
     """Median time of a device-to-device copy that moves `size` bytes: half of them read, half written."""
-    arrays = [stream.empty((size // 2,), np.uint8) for _ in range(2 * LAUNCHES)]  # so that no cache helps
-    pairs = itertools.cycle(zip(arrays[::2], arrays[1::2], strict=True))
-    return float(np.median(seconds(stream, lambda: stream.copy(*next(pairs)), repeats)))
+
+    def make() -> Callable[[], Any]:
+        source, target = (stream.empty((size // 2,), np.uint8) for _ in range(2))
+        return lambda: stream.copy(source, target)
+
+    return float(np.median(seconds(stream, make, repeats)))
 
 
 def measure(stream: gpu.Stream, repeats: int) -> list[dict[str, Any]]:
     measured = []
     for case in cases(stream):
-        times = seconds(stream, case.run, repeats)
+        times = seconds(stream, case.make, repeats)
         copy = copy_seconds(stream, case.moved, repeats)
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
         row = {
@@ -200,12 +206,19 @@ def main() -> int:
             "differing": check(stream),
         }
         print(f"{len(TABLE)} rows compared, {len(report['differing'])} differ", flush=True)
+
+        def write(section: str, work: Callable[[], Any]) -> None:
+            report[section] = work()
+            arguments.out.write_text(
+                json.dumps(report, indent=1) + "\n"
+            )  # after each: the next may fail or run out of time
+
         if not report["differing"] and not arguments.check_only:
-            report["kernels"] = measure(stream, arguments.repeats)
+            write("kernels", lambda: measure(stream, arguments.repeats))
         if arguments.networks is not None:
-            report["networks"] = networks.measure(arguments.networks, 10 * arguments.repeats, arguments.peer)
+            write("networks", lambda: networks.measure(arguments.networks, 10 * arguments.repeats, arguments.peer))
         if arguments.sanitize:
-            report["sanitizer"] = sanitize()
+            write("sanitizer", sanitize)
     except (kernels.DeviceError, FileNotFoundError) as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2

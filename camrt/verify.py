@@ -12,13 +12,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from .compare import cosine_distance, largest_difference, relative_l2
-from .kernels import minmax
+from .kernels import DeviceError, minmax
 from .oracle import Oracle, open_oracle
 from .rounding import RoundingBackend
-from .runtime.backends import Backend, Executable, create
+from .runtime.backends import Backend, Executable, Settings, create
 from .runtime.bundle import Bundle, read_bundle
 from .runtime.cams import GridMaps
 from .runtime.cams.gradient import full_grad
+from .runtime.errors import CamrtError
 from .runtime.explainer import Explainer
 from .runtime.manifest import Program
 
@@ -87,7 +88,10 @@ def verify(
     """
     bundle = read_bundle(path)
     oracle = open_oracle(bundle, source)
-    return verify_bundle(bundle, oracle, images, backend, progress)
+    try:
+        return verify_bundle(bundle, oracle, images, backend, progress)
+    except DeviceError as error:
+        raise CamrtError(str(error)) from error
 
 
 def verify_bundle(
@@ -101,9 +105,9 @@ def verify_bundle(
     """As `verify`, with the oracle at hand. precisions: by default all that the bundle has."""
     from .export.reference import as_maps
 
-    engine = _Sharing(create(backend))
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images
+    engine = _Sharing(create(backend, Settings(max_batch=max(16, len(batch)))))
     layers = [t.name for t in manifest.taps]
     if manifest.batch == 1:
         batch = batch[:1]

@@ -152,8 +152,7 @@ def full_grad(image: torch.Tensor, image_gradient: torch.Tensor, biased: list[Bi
         return x / (1e-7 + x.amax((-2, -1), keepdim=True))
 
     def summed(x: torch.Tensor) -> torch.Tensor:
-        flat = scaled(x.abs()).flatten(0, 1)
-        return resize(flat, size).reshape(*x.shape[:2], *size).sum(1)
+        return resize(scaled(x.abs()).sum(1), size)  # the sum of the resized maps: resizing is linear
 
     total = summed(image * image_gradient)
     for bias, gradient in biased:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cuda"
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0")
-OLDEST_CUDA = 13  # the first that knows 11.0
-PTX = "12.0"  # what the driver translates for GPUs that come later
+OLDEST_CUDA = 12
 
 
 class BuildError(RuntimeError):
@@ -47,11 +46,14 @@ def _run(command: Sequence[str]) -> str:
 
 def build(
     out: Path = SOURCES,
-    architectures: Sequence[str] = ARCHITECTURES,
+    architectures: Sequence[str] | None = None,
     nvcc: str | None = None,
     warnings: Sequence[str] = (),
 ) -> list[Path]:
-    """Writes one fat binary per .cu, and build.json, into `out`. warnings: nvcc's options for them. BuildError."""
+    """Writes one fat binary per .cu, and build.json, into `out`.
+
+    architectures: in ascending order, by default those of ARCHITECTURES that this nvcc knows. warnings: nvcc's options for them. BuildError.
+    """
     nvcc = nvcc or find_nvcc()
     if nvcc is None:
         raise BuildError(f"no nvcc on the PATH or in CUDA_HOME: install the CUDA toolkit, {OLDEST_CUDA}.0 or later")
@@ -59,9 +61,11 @@ def build(
     version = found[1] if found else "0"
     if int(version.split(".")[0]) < OLDEST_CUDA:
         raise BuildError(f"{nvcc} is of CUDA {version}, needed {OLDEST_CUDA} or later")
+    known = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
+    if architectures is None:
+        architectures = [a for a in ARCHITECTURES if a.replace(".", "") in known]
     targets = [(a.replace(".", ""), "sm") for a in architectures]
-    if PTX in architectures:
-        targets.append((PTX.replace(".", ""), "compute"))
+    targets.append((targets[-1][0], "compute"))  # what the driver translates for GPUs that come later
     codes = [f"-gencode=arch=compute_{a},code={kind}_{a}" for a, kind in targets]
     out.mkdir(parents=True, exist_ok=True)
 
@@ -86,7 +90,9 @@ def build(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m camrt.kernels.build", description=__doc__)
-    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, help="compute capabilities (default: all)")
+    parser.add_argument(
+        "--architectures", nargs="+", help="compute capabilities, in ascending order (default: all that nvcc knows)"
+    )
     parser.add_argument("--out", type=Path, default=SOURCES, help="folder (default: where the runtime looks)")
     arguments = parser.parse_args()
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import threading
 import weakref
@@ -54,6 +55,9 @@ class Device:
         self._device = cuda.Device(ordinal)
         self.name: str = self._device.name()
         self.compute_capability: tuple[int, int] = self._device.compute_capability()
+        processors = self._device.get_attribute(cuda.device_attribute.MULTIPROCESSOR_COUNT)
+        # cards of one name differ in these
+        self.model = f"{self.name}, {processors} multiprocessors, {self._device.total_memory() >> 20} MiB"
         self.shared_limit: int = self._device.get_attribute(cuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
         self.closed = False
@@ -117,6 +121,19 @@ class Device:
                 f"not load on {self} with a driver for CUDA {version // 1000}.{version % 1000 // 10}: update the driver, "
                 f"or build it on this machine by `{BUILD}` ({error})"
             ) from error
+
+    def check(self) -> None:
+        """DeviceError if the kernels are missing or do not run on this GPU."""
+        with self.active("loading the kernels"), self._lock:
+            if "check_finite" not in self._modules:
+                self._modules["check_finite"] = self._load("check_finite")
+
+    def give_back(self) -> None:
+        """Frees the memory that pools keep and nobody holds."""
+        gc.collect()
+        with self.active():
+            for pool in list(self.pools):
+                pool.clear()
 
     def stream(self) -> Stream:
         """A stream of its own, which does not wait for the legacy default stream."""

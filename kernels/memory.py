@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Pool:
     def __init__(self, make: Callable[[int], Any], exhausted: type[Exception], siblings: weakref.WeakSet[Pool]) -> None:
         self._make, self._exhausted, self._siblings = make, exhausted, siblings
         self._free: dict[int, list[tuple[Any, Any]]] = {}
+        self._returned: deque[tuple[int, Any, Any]] = deque()  # not yet sorted by size
         self._lock = threading.Lock()
         siblings.add(self)
 
@@ -58,6 +60,7 @@ class Pool:
 
     def _take(self, size: int) -> Any:
         with self._lock:
+            self._sort()
             free = self._free.get(size, [])
             for i, (memory, busy) in enumerate(free):
                 if busy is None or busy.query():
@@ -66,10 +69,17 @@ class Pool:
         return None
 
     def give_back(self, size: int, memory: Any, busy: Any) -> None:  # without the lock: it may interrupt its holder
-        self._free.setdefault(size, []).append((memory, busy))
+        self._returned.append((size, memory, busy))
+
+    def _sort(self) -> None:
+        for _ in range(len(self._returned)):
+            size, memory, busy = self._returned.popleft()
+            self._free.setdefault(size, []).append((memory, busy))
 
     def clear(self) -> None:
+        """Frees what nobody holds. Needs the context current."""
         with self._lock:
+            self._sort()
             self._free.clear()
 
 

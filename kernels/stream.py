@@ -70,7 +70,7 @@ class Stream:
         if size:
             with self.device.active(f"an array {dtype}{list(shape)} of {size} bytes"):
                 block = self._pool.allocate(size)
-        self._hold(block)
+        self.hold(block)
         pointer = 0 if block is None else int(block.memory)
         place = CUDA, self.device.ordinal
         return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.lead)
@@ -93,9 +93,13 @@ class Stream:
         with self.device.active("upload") as cuda:
             cuda.memcpy_htod_async(out.pointer, array, self._stream)
             if self._graph is not None:
-                self._hold((array, out))
-            elif isinstance(array.base, HostMemory):
-                array.base.block.busy = cuda.Event().record(self._stream)
+                self.hold((array, out))
+            else:
+                memory = array
+                while isinstance(memory, np.ndarray):
+                    memory = memory.base
+                if isinstance(memory, HostMemory):
+                    memory.block.busy = cuda.Event().record(self._stream)
         return out
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
@@ -106,7 +110,7 @@ class Stream:
             return
         with self.device.active("copy") as cuda:
             cuda.memcpy_dtod_async(target.pointer, source.pointer, source.nbytes, self._stream)
-        self._hold((source, target))
+        self.hold((source, target))
 
     def download(self, array: DeviceArray) -> np.ndarray:
         """Copies to the host and waits for it, and so for all that was queued before."""
@@ -114,7 +118,7 @@ class Stream:
 
     def download_all(self, arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
         """As `download`, waiting once."""
-        results = []
+        staged = []
         for array in arrays:
             if array.stream is not None and array.stream != self.handle:
                 self.wait_for(array.stream)
@@ -122,9 +126,9 @@ class Stream:
             if result.size:
                 with self.device.active("download") as cuda:
                     cuda.memcpy_dtoh_async(result, array.pointer, self._stream)
-            results.append(result)
+            staged.append(result)
         self.synchronize()
-        return results
+        return [result.copy() for result in staged]  # pinned memory is too scarce to be given away
 
     def constant(self, array: np.ndarray) -> DeviceArray:
         key = array.dtype.str, array.shape, array.tobytes()
@@ -134,8 +138,12 @@ class Stream:
             self._constants[key] = self.upload(array)
         return self._constants[key]
 
-    def _hold(self, value: Any) -> None:
-        """Keeps what a captured graph will use."""
+    @property
+    def capturing(self) -> bool:
+        return self._graph is not None
+
+    def hold(self, value: Any) -> None:
+        """Keeps what the graph that is being captured will use; outside of a capture nothing."""
         if self._graph is not None:
             self._graph.held.append(value)
 
@@ -147,7 +155,7 @@ class Stream:
             function = self.device.function(launch)
             grid, block = (*launch.grid, 1), (launch.threads, 1, 1)
             function(*launch.arguments, grid=grid, block=block, shared=launch.shared, stream=self._stream)
-        self._hold(launch.arguments)
+        self.hold(launch.arguments)
 
     def wait_for(self, stream: int) -> None:
         if self._graph is not None:
@@ -248,5 +256,6 @@ class Graph:
 
     def __del__(self) -> None:
         if self.executable is not None and not self._stream.device.closed:
-            with self._stream.device.active():
+            with self._stream.device.active():  # what is held includes other libraries' objects on this GPU
                 driver.destroy_graph(self.executable)
+                self.held.clear()

@@ -35,7 +35,11 @@ def cache_folder() -> Path:
     given = os.environ.get(FOLDER_VARIABLE)
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camrt"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home, as in containers
+        raise EngineError(f"no folder for engines ({error}): set {FOLDER_VARIABLE}") from error
+    return home / "camrt"
 
 
 def _limit() -> int:
@@ -181,12 +185,22 @@ class EngineCache:
         if not _own(self.folder.stat()):
             raise PermissionError(f"others than this user can write to {self.folder}")
         path = self.path(key).with_suffix(".lock")
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            for part in self.folder.glob("*.part"):
-                _remove_stale(part)
-            yield
-            path.unlink(missing_ok=True)
+        while True:
+            with path.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+                except FileNotFoundError:
+                    ours = False
+                if not ours:  # whoever had it removed it, and others may lock a new one by now
+                    continue
+                for part in self.folder.glob("*.part"):
+                    _remove_stale(part)
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
 
 def _header(file: Any) -> tuple[dict[str, Any], str]:

@@ -135,7 +135,7 @@ class Explainer:
                     return work()
             except OutOfMemory as error:
                 problem = CamrtError(str(error))
-            if not self._runs.halve():
+            if not self._runs.make_room():
                 raise problem
 
     def probabilities(self, images: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import DeviceError
+from ..kernels import DeviceError, OutOfMemory
 from .errors import EngineError
 
 MOST = 16  # graphs that are kept; each holds the memory that its work uses
@@ -25,7 +25,7 @@ class _Replay:
 
 
 class Replays:
-    """For one stream. The second run of a key is captured, every later one replayed.
+    """For one stream. The second run of a key is captured as well, every later one replayed.
 
     What a run returns lies in memory that the next run of its key writes again: read or copy it before.
     """
@@ -45,31 +45,32 @@ class Replays:
                 self._stream.upload(given, out=place)
             else:
                 self._stream.copy(given, place)
-        if first:  # loads kernels and engines, uploads constants: what cannot be captured
-            replay.result = work(*replay.inputs)
-        else:
-            if replay.graph is None and not replay.eager:
-                replay.graph = self._captured(replay, work)
-            if replay.graph is None:
-                replay.result = work(*replay.inputs)
-            else:
-                replay.graph.launch()
+        if replay.graph is not None:
+            replay.graph.launch()
+            result = replay.result
+        else:  # loads kernels and engines, uploads constants, sets an engine's shapes: what cannot be captured
+            result = work(*replay.inputs)
+            if not first and not replay.eager:
+                self._capture(replay, work)
         self._kept[key] = replay
         while len(self._kept) > MOST:
             self._kept.popitem(last=False)
-        return replay.result
+        return result
 
-    def _captured(self, replay: _Replay, work: Callable[..., Any]) -> Any:
-        """The graph; None, from now on, where an engine cannot be captured."""
+    def _capture(self, replay: _Replay, work: Callable[..., Any]) -> None:
+        """Right after the same work was run. What an engine cannot have captured is run as it is from now on."""
         try:
             with self._stream.capture() as graph:
                 replay.result = work(*replay.inputs)
-            return graph
+            replay.graph = graph
+        except OutOfMemory:
+            raise
         except (DeviceError, EngineError) as error:
-            replay.eager = True
+            replay.eager, replay.result = True, None
             warnings.warn(f"not replayed as a CUDA graph, and so slower: {error}", stacklevel=2)
-            return None
 
-    def clear(self) -> None:
-        """Gives the memory back."""
+    def clear(self) -> bool:
+        """Gives the memory back; whether there was any."""
+        held = bool(self._kept)
         self._kept.clear()
+        return held

@@ -87,11 +87,17 @@ class Runs:
                 raise
             raise CamrtError(str(error)) from error
 
-    def halve(self) -> bool:
-        """After a GPU's memory was used up: gives back what can be, and takes half as much at a time. False where it cannot."""
+    def make_room(self) -> bool:
+        """After a GPU's memory was used up: gives back what can be; where that is not much, takes half as much at a time.
+
+        False where it cannot.
+        """
         with self.alone():
-            if self._replays is not None:
-                self._replays.clear()
+            replayed = self._replays is not None and self._replays.clear()
+            if self.memory.stream is not None:
+                self.memory.stream.device.give_back()
+            if replayed:
+                return True
             if self.max_batch == 1:
                 return False
             self.max_batch //= 2
@@ -100,7 +106,16 @@ class Runs:
     def logits(self, batch: Any) -> np.ndarray:
         """(B, C, H, W) -> (B, classes)."""
         program = self._open(self._program("classify"))
-        parts = [program.run({"image": part})["logits"] for _, part in _chunks(batch, self.max_batch)]
+
+        def work(images: Any) -> Any:
+            return program.run({"image": images})["logits"]
+
+        parts = []
+        for _, part in _chunks(batch, self.max_batch):
+            if self._replays is None:
+                parts.append(work(part))
+            else:
+                parts.append(self.memory.copied(self._replays.run(("classify", part.shape), (part,), work)))
         return np.concatenate(self.memory.get(*parts))
 
     def parts(self, batch: Any, seeds: np.ndarray, by_image: bool) -> Iterator[Part]:

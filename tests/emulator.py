@@ -139,6 +139,16 @@ class EmulatedGpu:
         else:
             self._steps.append(step)
 
+    def hold(self, value: Any) -> None:
+        """What is captured holds its arrays by itself."""
+
+    @property
+    def device(self) -> EmulatedGpu:
+        return self
+
+    def give_back(self) -> None:
+        """Nothing is kept."""
+
     @property
     def capturing(self) -> bool:
         return self._steps is not None

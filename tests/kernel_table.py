@@ -360,21 +360,29 @@ TABLE = [
 ]
 
 
+def winsorized_and_fused(queue: Any) -> list[np.ndarray]:
+    """Results of the two kernels whose threads share most, on inputs that need several blocks, strides and chunks."""
+    rng = np.random.default_rng(0)
+    rows = queue.upload(filled("random", (5, 3001)))
+    maps, weights = filled("random", (3, sum(h * w for h, w in GRIDS["ragged"]))), rng.random((3, 5), np.float32)
+    found = []
+    for kernel in ("short", "long"):
+        with path(kernel):
+            found.append(kernels.winsorize(rows, 70, stream=queue))
+    layers = queue.upload(maps), GRIDS["ragged"], queue.upload(weights), (50, 70)
+    found.append(kernels.fuse_layers(*layers, normalize=True, stream=queue))
+    return [queue.download(a) for a in found]
+
+
 def everything(queue: Any) -> list[np.ndarray]:
-    """Results of every kernel, on inputs that need several blocks, strides and chunks."""
+    """Results of every kernel, on such inputs."""
     rng = np.random.default_rng(0)
     image, activations = filled("random", (5, 45, 40)), filled("random", (40, 6, 7))
     scores, rows = filled("random", (5, 40)), filled("random", (5, 3001))
-    maps, weights = filled("random", (3, sum(h * w for h, w in GRIDS["ragged"]))), rng.random((3, 5), np.float32)
     found = [kernels.mask_batch(queue.upload(image), queue.upload(activations), "minmax", stream=queue)]
     total = queue.upload(np.zeros((5, 45, 40), np.float32))
     kernels.accumulate_maps(total, queue.upload(scores), queue.upload(activations), stream=queue)
     found.append(total)
-    for kernel in ("short", "long"):
-        with path(kernel):
-            found.append(kernels.winsorize(queue.upload(rows), 70, stream=queue))
-    layers = queue.upload(maps), GRIDS["ragged"], queue.upload(weights), (50, 70)
-    found.append(kernels.fuse_layers(*layers, normalize=True, stream=queue))
     found.append(kernels.layer_importance(queue.upload(rows), [1, 2000, 1000], "l2", stream=queue))
     found.append(kernels.class_scores(queue.upload(rows), queue.upload(rows), stream=queue))
     found.append(kernels.channel_extremes(queue.upload(activations), stream=queue))
@@ -383,4 +391,4 @@ def everything(queue: Any) -> list[np.ndarray]:
     kernels.check_finite(queue.upload(rows), stream=queue)
     picture = queue.upload(rng.integers(0, 256, (45, 40, 3), dtype=np.uint8))
     found.append(kernels.resize_picture(picture, (30, 60), (5, 8, 21, 33), [0.5] * 3, [0.2] * 3, stream=queue))
-    return [queue.download(f) for f in found]
+    return [queue.download(f) for f in found] + winsorized_and_fused(queue)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulator import ORDERS, SOURCES, EmulatedGpu, Ledger, compile_server, kernels_of
-from kernel_table import TABLE, Row, everything, filled, path
+from kernel_table import TABLE, Row, everything, filled, path, winsorized_and_fused
 
 from camrt import kernels
 from camrt.kernels import launches, reference
@@ -228,6 +228,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         text = (sources / file).read_text()
         assert text.count(right) == 1
         (sources / file).write_text(text.replace(right, wrong))
+        for other in sources.glob("*.cu") if file.endswith(".cu") else ():  # which takes less long to compile
+            if other.name not in ("winsorize.cu", "fuse_layers.cu", "extremes.cu"):
+                other.unlink()
         return compile_server(folder, sources, "-O0")
 
     with ThreadPoolExecutor(2) as pool:
@@ -241,10 +244,11 @@ def test_the_emulation_catches(
 ) -> None:
     gpu = EmulatedGpu(broken[defect])
     monkeypatch.setattr(launches, "MAX_GRID", (2, 2))  # so that blocks use their shared memory again
-    want = everything(emulated)
+    run = winsorized_and_fused if DEFECTS[defect][1].endswith(".cu") else everything
+    want = run(emulated)
     with pytest.raises(AssertionError, match=DEFECTS[defect][0]):
         for order in ORDERS:
             gpu.order = order
-            for got, right_result in zip(everything(gpu), want, strict=True):
+            for got, right_result in zip(run(gpu), want, strict=True):
                 np.testing.assert_array_equal(got, right_result)
     gpu.close()

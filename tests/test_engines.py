@@ -8,16 +8,35 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from support import small_net
 
 import camrt
 from camrt.cli import main
-from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, engine_key, find_library
+from camrt.kernels import DeviceArray, OutOfMemory
+from camrt.runtime.backends import Settings, create
+from camrt.runtime.backends.gpu import Gpu
+from camrt.runtime.backends.ort import OrtCudaEngine
+from camrt.runtime.backends.tensorrt import (
+    Library,
+    Shapes,
+    Target,
+    TensorRtBackend,
+    TensorRtEngine,
+    build_engine,
+    engine_key,
+    find_library,
+)
 from camrt.runtime.bundle import read_bundle
 from camrt.runtime.engines import EngineCache
 from camrt.runtime.errors import EngineError
@@ -290,6 +309,211 @@ def _noting(function: Any, seen: list[Any]) -> Any:
         return function(self, *arguments, **options)
 
     return call
+
+
+# ---- running: no GPU is here, so what the library is told is noted
+
+
+class NotedContext:
+    def __init__(self, trouble: set[str]) -> None:
+        self.trouble = trouble
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.calls = 0
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.calls += 1
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        classes = (self.shapes["image"][0], 4 if "shape" in self.trouble else 5)
+        return self.shapes.get(name, classes)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.calls += 1
+        self.addresses[name] = address
+        return "address" not in self.trouble
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 0 if "size" in self.trouble else 1000
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 512 == 0 and size == 1000
+
+    def is_stream_capturable(self, handle: int) -> bool:
+        return "capture" not in self.trouble
+
+    def execute_async_v3(self, handle: int) -> bool:
+        self.calls += 1
+        return "run" not in self.trouble
+
+
+class NotedStream:
+    """Its memory is only addresses."""
+
+    handle, closed, capturing = 7, False, False
+
+    def __init__(self) -> None:
+        self.device = self
+        self.held: list[Any] = []
+        self.copied: list[tuple[DeviceArray, DeviceArray]] = []
+        self.next = 1 << 20
+
+    @contextmanager
+    def active(self, what: str = "") -> Iterator[None]:
+        yield
+
+    def empty(self, shape: Any, dtype: Any = np.float32) -> DeviceArray:
+        self.next += 1 << 20
+        return DeviceArray(self.next, tuple(shape), np.dtype(dtype), self.handle)
+
+    def copy(self, source: DeviceArray, target: DeviceArray) -> None:
+        self.copied.append((source, target))
+
+    def hold(self, value: Any) -> None:
+        if self.capturing:
+            self.held.append(value)
+
+
+@dataclass
+class Noted:
+    """A program on TensorRT, of which the engine is a note."""
+
+    engine: TensorRtEngine
+    stream: NotedStream
+    contexts: list[NotedContext]
+    trouble: set[str]
+    backend: TensorRtBackend
+    key: dict[str, Any]
+
+    def run(self, images: int, offset: int = 0) -> None:
+        array = DeviceArray((1 << 30) + offset, (images, 3, 32, 32), np.dtype(np.float32), 7)
+        self.engine.enqueue({"image": array}, {"logits": self.stream.empty((images, 5))})
+
+
+@pytest.fixture
+def noted(both: Path) -> Noted:
+    contexts: list[NotedContext] = []
+    trouble: set[str] = set()
+
+    def context(_: Any) -> NotedContext:
+        contexts.append(NotedContext(trouble))
+        return contexts[-1]
+
+    class Runtime:
+        def __init__(self, log: Any) -> None:
+            self.log = log
+
+        def deserialize_cuda_engine(self, data: bytes) -> Any:
+            assert data == b"engine"
+            if "memory" in trouble:
+                self.log.log(1, "Error Code 2: OutOfMemory (Requested size was 42 bytes.)")
+                return None
+            return SimpleNamespace(create_execution_context=context, device_memory_size_v2=1000)
+
+    class Logger:
+        Severity = SimpleNamespace(ERROR=1, WARNING=2)
+
+    strategies = SimpleNamespace(USER_MANAGED=2)
+    trt = SimpleNamespace(
+        __version__="11.0.0", ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=strategies
+    )
+    stream, opened = NotedStream(), read_bundle(both)
+    target = Target((9, 0), "Some GPU")
+    backend = TensorRtBackend(Library("tensorrt", trt), Gpu(stream), target, Settings())
+    program = opened.program("classify")
+    for shapes in (Shapes("single"), Shapes("batch", 16)):
+        key = engine_key(backend.tensorrt, opened, program, target, shapes)
+        backend.cache.fetch(key, lambda: b"engine")
+    return Noted(TensorRtEngine(backend, opened, program), stream, contexts, trouble, backend, key)
+
+
+def test_a_captured_graph_has_its_context_to_itself(noted: Noted) -> None:
+    """The graph holds its state; another run, of the same shapes even, would change it."""
+    noted.run(2)
+    noted.run(3)
+    noted.run(2)
+    assert len(noted.contexts) == 1, "outside of graphs one context does"
+    noted.stream.capturing = True
+    noted.run(2)
+    first = noted.contexts[0]
+    assert first in noted.stream.held[0]
+    with pytest.raises(camrt.CamrtError, match="run the same work once before it is captured"):
+        noted.run(2)
+    noted.stream.capturing = False
+    calls = first.calls
+    noted.run(2)
+    noted.run(1)
+    noted.run(3)
+    assert first.calls == calls and len(noted.contexts) == 3, "one for graphs, one for batches, one for single images"
+
+
+def test_an_image_that_lies_anywhere_in_a_batch_is_aligned(noted: Noted) -> None:
+    noted.run(1, 512)
+    assert not noted.stream.copied
+    noted.run(1, 32 * 32 * 3 * 4 + 4)
+    ((source, copy),) = noted.stream.copied
+    assert copy.shape == source.shape and copy.pointer % 512 == 0
+    assert noted.contexts[0].addresses["image"] == copy.pointer
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("address", r"classify.onnx: the engine does not take the memory of 'image'"),
+        ("shape", r"classify.onnx: the engine's 'logits' is \(1, 4\), not \(1, 5\)"),
+        ("size", r"classify.onnx: the engine does not say what memory it needs"),
+        ("run", r"classify.onnx: the engine could not be run"),
+    ],
+)
+def test_what_the_library_refuses_is_an_error(noted: Noted, trouble: str, said: str) -> None:
+    noted.run(1)
+    noted.trouble.add(trouble)
+    with pytest.raises(camrt.CamrtError, match=said):
+        noted.run(1)
+
+
+def test_an_engine_that_cannot_be_captured_says_so(noted: Noted) -> None:
+    noted.trouble.add("capture")
+    noted.run(1)
+    noted.stream.capturing = True
+    with pytest.raises(camrt.CamrtError, match="cannot be captured for these shapes"):
+        noted.run(1)
+
+
+def test_an_engine_for_which_there_is_no_memory_is_kept(noted: Noted) -> None:
+    noted.trouble.add("memory")
+    with pytest.raises(OutOfMemory, match=r"the engine could not be loaded: .*OutOfMemory"):
+        noted.run(2)
+    assert noted.backend.cache.get(noted.key) == b"engine"
+
+
+# ---- ONNX Runtime by IO binding, here with its processor's memory
+
+
+def test_onnx_runtime_reads_and_writes_the_arrays_that_it_is_given(both: Path) -> None:
+    opened = read_bundle(both)
+    program = opened.program("layer_maps", [t.name for t in opened.manifest.taps])
+    session = onnxruntime.InferenceSession(str(both / program.file), providers=["CPUExecutionProvider"])
+    gpu: Any = None
+    engine = OrtCudaEngine(onnxruntime, session, program.file, gpu, ("cpu", 0))
+    rng = np.random.default_rng(0)
+    given = {"image": rng.standard_normal((2, 3, 32, 32), np.float32), "seed": np.eye(5, dtype=np.float32)[:2]}
+    want = create("onnxruntime").open(opened, program).run(given)
+    out = {name: np.full(array.shape, np.nan, np.float32) for name, array in want.items()}
+
+    def there(arrays: dict[str, np.ndarray]) -> dict[str, DeviceArray]:
+        return {n: DeviceArray(a.ctypes.data, a.shape, a.dtype) for n, a in arrays.items()}
+
+    engine.enqueue(there(given), there(out))
+    for name, array in want.items():
+        np.testing.assert_allclose(out[name], array, atol=1e-6, err_msg=name)
+    given["seed"] = np.zeros((3, 5), np.float32)
+    with pytest.raises(
+        camrt.CamrtError, match=r"layer_maps.onnx: ONNX Runtime refused image \(2, 3, 32, 32\), seed \(3, 5\)"
+    ):
+        engine.enqueue(there(given), there(out))
 
 
 # ---- symbols

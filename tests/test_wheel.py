@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 from support import ROOT
 
-from camrt.kernels.build import find_nvcc
+from camrt.kernels.build import ARCHITECTURES, find_nvcc, sources_hash
 
 IGNORED = shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "__pycache__", "*.fatbin", "build.json")
 CHECK = """
@@ -66,6 +67,9 @@ def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
     binaries = {s.replace(".cu", ".fatbin") for s in sources} | {"camrt/kernels/cuda/build.json"}
     assert sources <= packed
     assert binaries & packed == (binaries if find_nvcc() else set())
+    if find_nvcc():
+        described = json.loads(zipfile.ZipFile(wheel).read("camrt/kernels/cuda/build.json"))
+        assert described["architectures"] == list(ARCHITECTURES) and described["sources"] == sources_hash()
     venv.create(tmp_path / "env", with_pip=True)
     python = str(tmp_path / "env" / "bin" / "python")
     constraints = str(ROOT / "constraints.txt")

@@ -77,10 +77,12 @@ def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[Any, int]) -> boo
 
 
 def open_gpu(ordinal: int, captures: bool) -> Gpu:
-    """A stream of its own on GPU `ordinal`. BackendUnavailable says what is missing."""
+    """A stream of its own on GPU `ordinal`, where our kernels run. BackendUnavailable says what is missing."""
     try:
         from ...kernels.device import device
 
-        return Gpu(device(ordinal).stream(), captures)
+        found = device(ordinal)
+        found.check()
+        return Gpu(found.stream(), captures)
     except DeviceError as error:
         raise BackendUnavailable(str(error)) from error

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from . import Settings
 
 _CUDA = "CUDAExecutionProvider"
+# a Relu of one number, in ONNX: whether a session takes the provider is seen by making one
+_SMALLEST = (
+    b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -114,7 +119,7 @@ class OrtCudaEngine:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:
             said = first_line(error)
-            if "allocate memory" in said or "out of memory" in said:
+            if _out_of_memory(said):
                 raise OutOfMemory(f"{self._file}: {said}") from error
             shapes = ", ".join(f"{k} {v.shape}" for k, v in inputs.items())
             raise EngineError(f"{self._file}: ONNX Runtime refused {shapes}: {said}") from error
@@ -134,25 +139,41 @@ class OrtCudaBackend:
         return f"onnxruntime {self._runtime.__version__}, {_CUDA}, on {self.gpu.stream.device}"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> GpuProgram:
-        """BundleError if the program cannot be loaded; BackendUnavailable where the provider is left out."""
-        path, device = bundle.path / program.file, self.gpu.stream.device.ordinal
+        """BundleError if the program cannot be loaded; OutOfMemory."""
+        session = self.session(bundle.path / program.file)
+        place = "cuda", self.gpu.stream.device.ordinal
+        return GpuProgram(program, OrtCudaEngine(self._runtime, session, program.file, self.gpu, place), self.gpu)
+
+    def session(self, model: Path | bytes) -> Any:
+        """An inference session; model: a file, or an ONNX model's bytes. As `open`; BackendUnavailable."""
+        what = str(model) if isinstance(model, Path) else "a program"
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         settings = {
-            "device_id": str(device),
+            "device_id": str(self.gpu.stream.device.ordinal),
             "user_compute_stream": str(self.gpu.stream.handle),
             "use_tf32": "0",
             "arena_extend_strategy": "kSameAsRequested",
         }
-        with self.gpu.lock, self.gpu.stream.device.active(program.file):
+        given = str(model) if isinstance(model, Path) else model
+        with self.gpu.lock, self.gpu.stream.device.active(what):
             try:
-                session = self._runtime.InferenceSession(str(path), options, providers=[(_CUDA, settings)])
+                # without the fallback, which runs on the CPU what failed on the GPU
+                session = self._runtime.InferenceSession(
+                    given, options, providers=[(_CUDA, settings)], enable_fallback=False
+                )
             except Exception as error:
-                raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
-        if session.get_providers()[0] != _CUDA:  # it falls back to the CPU without a word
+                said = first_line(error)
+                if _out_of_memory(said):
+                    raise OutOfMemory(f"{what}: {said}") from error
+                raise BundleError(f"{what}: ONNX Runtime cannot load it: {said}") from error
+        if session.get_providers()[0] != _CUDA:  # without its libraries it is left out, without a word
             raise BackendUnavailable(f"ONNX Runtime did not take {_CUDA}: its CUDA or cuDNN libraries are missing")
-        engine = OrtCudaEngine(self._runtime, session, program.file, self.gpu, ("cuda", device))
-        return GpuProgram(program, engine, self.gpu)
+        return session
+
+
+def _out_of_memory(said: str) -> bool:
+    return any(words in said.lower() for words in ("allocate memory", "out of memory", "status_alloc_failed"))
 
 
 def _onnxruntime(extra: str) -> Any:
@@ -170,7 +191,7 @@ def create(settings: Settings) -> OrtBackend:
 
 
 def create_cuda(settings: Settings) -> OrtCudaBackend:
-    """BackendUnavailable if onnxruntime-gpu is not installed, or there is no GPU."""
+    """BackendUnavailable if onnxruntime-gpu is not installed, its libraries are not, or there is no GPU."""
     runtime = _onnxruntime("cuda")
     if _CUDA not in runtime.get_available_providers():
         raise BackendUnavailable(
@@ -179,4 +200,6 @@ def create_cuda(settings: Settings) -> OrtCudaBackend:
     gpu = open_gpu(settings.device, captures=False)
     if hasattr(runtime, "preload_dlls"):
         runtime.preload_dlls()  # CUDA and cuDNN from the wheels that lie beside it
-    return OrtCudaBackend(runtime, gpu)
+    backend = OrtCudaBackend(runtime, gpu)
+    backend.session(_SMALLEST)
+    return backend

@@ -25,7 +25,9 @@ _MODULES = {
     "tensorrt": [("tensorrt",)],
     "tensorrt_rtx": [("tensorrt_rtx",), ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings")],
 }
-_ALIGNMENT = 256  # of an engine's scratch memory
+_ALIGNMENT = 512  # bytes, of what an engine is given: tensors want 256, scratch memory the GPU's alignment of textures
+_OLDEST = (10, 1)  # TensorRT whose Python API is as here
+_RECIPE = 2  # of engines: to be raised with every change of build_engine that changes what it builds
 _INSTALL = "pip install 'camrt[tensorrt-rtx]', or on datacentre GPUs and Jetson NVIDIA's tensorrt"
 Progress = Callable[[str], None]
 Capability = tuple[int, int]
@@ -45,7 +47,7 @@ class Library:
     @property
     def ahead_of_time(self) -> bool:
         """Whether it builds engines for GPUs that are not here."""
-        return hasattr(self.trt, "ComputeCapability")
+        return self.name == "tensorrt_rtx"
 
     @property
     def capabilities(self) -> list[Capability]:
@@ -60,15 +62,19 @@ def find_library(name: str | None = None) -> Library:
     for candidate in _MODULES if name is None else [name]:
         for modules in _MODULES[candidate]:
             try:
-                return Library(candidate, [importlib.import_module(m) for m in modules][-1])
+                library = Library(candidate, [importlib.import_module(m) for m in modules][-1])
             except (ImportError, OSError) as error:
                 problems.append(first_line(error))
-    raise BackendUnavailable(f"TensorRT is not installed ({problems[-1]}): {_INSTALL}")
+                continue
+            if candidate == "tensorrt_rtx" or tuple(map(int, library.version.split(".")[:2])) >= _OLDEST:
+                return library
+            problems.append(f"tensorrt {library.version} is older than {_OLDEST[0]}.{_OLDEST[1]}")
+    raise BackendUnavailable(f"TensorRT cannot be used ({'; '.join(problems)}): {_INSTALL}")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Whom engines are built for: a GPU's name, None for any of its compute capability."""
+    """Whom engines are built for: a model of GPU, None for any of its compute capability."""
 
     capability: Capability
     gpu: str | None
@@ -123,6 +129,7 @@ class Built:
 def engine_key(library: Library, bundle: Bundle, program: Program, target: Target, shapes: Shapes) -> dict[str, Any]:
     """All that determines an engine."""
     return {
+        "recipe": _RECIPE,
         "program": program.sha256,
         "weights": bundle.manifest.weights["sha256"],
         "model": bundle.manifest.name,
@@ -171,6 +178,8 @@ def build_engine(
         )
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # what allocates while it runs cannot be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if library.ahead_of_time:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_member(library, target.capability), 0)
@@ -258,11 +267,16 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 @dataclass
 class _Loaded:
-    """An engine in the GPU's memory and what runs it; an engine dies with its runtime."""
+    """An engine in the GPU's memory; it dies with its runtime.
+
+    context: what runs it next; None before the first run, and when a captured graph has taken it. compiled: the kernels that
+    TensorRT for RTX compiled for any of its contexts.
+    """
 
     runtime: Any
     engine: Any
-    context: Any
+    context: Any = None
+    compiled: Any = None
 
 
 class TensorRtEngine:
@@ -274,25 +288,76 @@ class TensorRtEngine:
         self._program = program
         self._loaded: dict[Shapes, _Loaded] = {}
 
+    def __del__(self) -> None:
+        device = self._backend.gpu.stream.device
+        if not device.closed:
+            with device.active():  # where the engines' memory is
+                self._loaded.clear()
+
     def enqueue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         stream, file = self._backend.gpu.stream, self._program.file
         described = self._program.inputs.items()
         sizes = {d: inputs[n].shape[i] for n, shape in described for i, d in enumerate(shape) if isinstance(d, str)}
         with stream.device.active(file):
-            shapes = Shapes.of(sizes, self._backend.max_batch)
-            if shapes not in self._loaded:
-                self._loaded[shapes] = self._load(shapes)
-            context = self._loaded[shapes].context
+            loaded = self._engine(Shapes.of(sizes, self._backend.max_batch))
+            context = self._context(loaded)
             for name, array in inputs.items():
                 if not context.set_input_shape(name, array.shape):
                     raise EngineError(f"{file}: the engine takes no input {name!r} of shape {array.shape}")
-            for name, array in {**inputs, **outputs}.items():
-                context.set_tensor_address(name, array.pointer)
+            for name, array in {**{n: self._aligned(a) for n, a in inputs.items()}, **outputs}.items():
+                if tuple(context.get_tensor_shape(name)) != array.shape:
+                    raise EngineError(
+                        f"{file}: the engine's {name!r} is {context.get_tensor_shape(name)}, not {array.shape}"
+                    )
+                if not context.set_tensor_address(name, array.pointer):
+                    raise EngineError(
+                        f"{file}: the engine does not take the memory of {name!r}: {self._backend.problem()}"
+                    )
             size = context.update_device_memory_size_for_shapes()
+            if size == 0 and loaded.engine.device_memory_size_v2 > 0:
+                raise EngineError(f"{file}: the engine does not say what memory it needs: {self._backend.problem()}")
             scratch = stream.empty((size + _ALIGNMENT,), "uint8")  # given back once this work is queued
             context.set_device_memory(-(-scratch.pointer // _ALIGNMENT) * _ALIGNMENT, size)
+            capturable = getattr(context, "is_stream_capturable", lambda _: True)  # which TensorRT for RTX can say
+            if stream.capturing and not capturable(stream.handle):
+                raise EngineError(f"{file}: the engine cannot be captured for these shapes")
             if not context.execute_async_v3(stream.handle):
-                raise EngineError(f"{file}: the engine could not be run: {self._backend.problem()}")
+                raise self._backend.failure(f"{file}: the engine could not be run")
+
+    def _aligned(self, array: DeviceArray) -> DeviceArray:
+        """The array, or a copy: one image of a batch may lie anywhere."""
+        if array.pointer % _ALIGNMENT == 0:
+            return array
+        stream = self._backend.gpu.stream
+        copy = stream.empty(array.shape, array.dtype)
+        stream.copy(array, copy)
+        return copy
+
+    def _engine(self, shapes: Shapes) -> _Loaded:
+        if shapes not in self._loaded:
+            self._refuse_in_capture()
+            self._loaded[shapes] = self._load(shapes)
+        return self._loaded[shapes]
+
+    def _context(self, loaded: _Loaded) -> Any:
+        """What runs the engine.
+
+        A captured graph holds its context's state: nobody else may use that context from then on. The run before set the same
+        shapes, which a capture must not do.
+        """
+        stream = self._backend.gpu.stream
+        if loaded.context is None:
+            self._refuse_in_capture()
+            loaded.context = self._new_context(loaded)
+        context = loaded.context
+        if stream.capturing:
+            loaded.context = None
+            stream.hold((context, loaded))
+        return context
+
+    def _refuse_in_capture(self) -> None:
+        if self._backend.gpu.stream.capturing:
+            raise EngineError(f"{self._program.file}: run the same work once before it is captured")
 
     def _load(self, shapes: Shapes) -> _Loaded:
         """EngineError where the engine cannot be built or loaded; OutOfMemory."""
@@ -306,17 +371,33 @@ class TensorRtEngine:
 
         runtime = library.trt.Runtime(backend.log)
         engine = runtime.deserialize_cuda_engine(backend.cache.fetch(key, build))
-        if engine is None:  # from another build of the same version
-            backend.cache.discard(key)
+        if engine is None:
+            if backend.out_of_memory():
+                raise backend.failure(f"{file}: the engine could not be loaded")
+            backend.cache.discard(key)  # from another build of the same version
             engine = runtime.deserialize_cuda_engine(backend.cache.fetch(key, build))
         if engine is None:
             card = backend.gpu.stream.device
-            raise EngineError(f"{file}: the engine does not load on {card}: {backend.problem()}; update the driver")
-        strategy = library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(strategy)
+            raise backend.failure(f"{file}: the engine does not load on {card}, update the driver")
+        return _Loaded(runtime, engine)
+
+    def _new_context(self, loaded: _Loaded) -> Any:
+        """Its scratch memory is ours, so that it is given back between runs."""
+        trt, engine = self._backend.tensorrt.trt, loaded.engine
+        how: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._backend.tensorrt.ahead_of_time:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(how)
+            # a graph would replay for ever the slow kernels that stand in until those for its shapes are compiled
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            if loaded.compiled is None:
+                loaded.compiled = config.create_runtime_cache()
+            config.set_runtime_cache(loaded.compiled)
+            how = config
+        context = engine.create_execution_context(how)
         if context is None:
-            raise OutOfMemory(f"{file}: no execution context: {backend.problem()}")
-        return _Loaded(runtime, engine, context)
+            raise OutOfMemory(f"{self._program.file}: no execution context: {self._backend.problem()}")
+        return context
 
 
 class TensorRtBackend:
@@ -344,6 +425,13 @@ class TensorRtBackend:
         """The library's last error."""
         return first_line_of(self.log.failed[-1]) if self.log.failed else "no reason given"
 
+    def out_of_memory(self) -> bool:
+        """Whether that was why."""
+        return "out of memory" in self.problem().lower() or "outofmemory" in self.problem().lower()
+
+    def failure(self, text: str) -> EngineError | OutOfMemory:
+        return (OutOfMemory if self.out_of_memory() else EngineError)(f"{text}: {self.problem()}")
+
 
 def create(settings: Settings) -> TensorRtBackend:
     """BackendUnavailable without TensorRT, without a GPU, or with one that the library does not know."""
@@ -355,5 +443,5 @@ def create(settings: Settings) -> TensorRtBackend:
             _member(library, card.compute_capability)
         except EngineError as error:
             raise BackendUnavailable(f"{card}: {error}") from None
-    target = Target(card.compute_capability, None if library.ahead_of_time else card.name)
+    target = Target(card.compute_capability, None if library.ahead_of_time else card.model)
     return TensorRtBackend(library, gpu, target, settings)
