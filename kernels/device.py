@@ -119,7 +119,7 @@ class Device:
             raise DeviceError(
                 f"{file.name}, built by CUDA {built['cuda']} for compute capability {', '.join(built['architectures'])}, does "
                 f"not load on {self} with a driver for CUDA {version // 1000}.{version % 1000 // 10}: update the driver, "
-                f"or build it on this machine by `{BUILD}` ({error})"
+                f"or build it with that CUDA version's nvcc by `{BUILD}` ({error})"
             ) from error
 
     def check(self) -> None:
