@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_table import everything, filled
+from support import small_net
 
+import camrt
 from camrt import kernels
+from camrt.compare import cosine_distance, largest_difference
 from camrt.kernels import device as gpu
-from camrt.kernels import reference
+from camrt.kernels import minmax, reference
 from camrt.kernels.build import sources_hash
 from camrt.kernels.launches import Launch
+from camrt.runtime.backends import BACKENDS
+from camrt.runtime.cams import METHODS
+from camrt.verify import smooth_images
 
 pytestmark = pytest.mark.gpu
 
@@ -175,6 +181,33 @@ def test_a_gpu_that_is_not_there_is_named(stream: Any) -> None:
     with pytest.raises(kernels.DeviceError, match="no GPU 99: this machine has"):
         gpu.device(99)
     assert gpu.device(0) is gpu.device()
+
+
+# ---- whole explanations
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "onnxruntime"])
+def test_every_backend_gives_the_maps_of_the_cpu(
+    stream: Any, name: str, precision: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every method, twice, so that what is captured is replayed; on an odd batch, and several targets."""
+    path = tmp_path_factory.mktemp("gpu") / "small.camrt"
+    camrt.export_model(small_net(), path, (3, 32, 32), precision=["fp32", "fp16"])
+    cpu = camrt.load(path, "onnxruntime", precision="fp32")
+    try:
+        there = camrt.load(path, name, max_batch=2, precision=precision)
+    except camrt.CamrtError as error:
+        pytest.skip(str(error))
+    distance, limit = (largest_difference, 1e-3) if precision == "fp32" else (cosine_distance, 1e-3)
+    images = smooth_images((3, 32, 32), 3)
+    for method in METHODS:
+        for target in (None, np.array([[0, 3], [1, 2], [4, 4]])):
+            want = cpu.explain(images, method, target)
+            for _ in range(3):
+                got = there.explain(images, method, target)
+                np.testing.assert_array_equal(got.target, want.target)
+                assert distance(minmax(got.maps), minmax(want.maps)) <= limit, (method, target)
 
 
 # ---- PyTorch's arrays
