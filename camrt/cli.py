@@ -1,4 +1,4 @@
-"""The command line: camrt export | info | build | cache | methods | explain | evaluate | verify | demo."""
+"""The command line: camrt export | info | build | cache | methods | explain | evaluate | verify | bench | demo."""
 
 from __future__ import annotations
 
@@ -147,6 +147,22 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", default="auto")
     verify.add_argument("--all", action="store_true", help="print every row, not the worst of each kind")
     verify.set_defaults(module="verify", command="verify")
+
+    bench = commands.add_parser("bench", help="measure latency, throughput, memory and stages of explanations")
+    bench.add_argument("bundle", type=Path)
+    bench.add_argument("images", nargs="*", help="files, folders or patterns (default: a random picture)")
+    bench.add_argument(
+        "--methods", nargs="+", default=["winsor_cam"], help="NAME or NAME:option=value,... (default: winsor_cam)"
+    )
+    bench.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="batch sizes (default: 1 4 16)")
+    bench.add_argument("--runs", type=int, default=50, help="calls of each at most (default: 50)")
+    bench.add_argument("--seconds", type=float, default=60, help="a batch size at most, roughly (default: 60)")
+    bench.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
+    bench.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
+    bench.add_argument("--threads", type=int, help="of a run on the CPU (default: one per core)")
+    bench.add_argument("--out", type=Path, help="a JSON file to write")
+    bench.add_argument("--plot", type=Path, help="a picture to write (.png, .svg, .pdf); needs matplotlib")
+    bench.set_defaults(module="bench", command="bench")
 
     demo = commands.add_parser("demo", help="explain drawn pictures with the network in the package")
     demo.add_argument("--out", type=Path, default=Path("camrt-demo"), help="folder to write (default: camrt-demo)")

@@ -128,6 +128,11 @@ class Device:
             if "check_finite" not in self._modules:
                 self._modules["check_finite"] = self._load("check_finite")
 
+    def memory(self) -> tuple[int, int]:
+        """Free and all bytes."""
+        with self.active() as cuda:
+            return cuda.mem_get_info()
+
     def give_back(self) -> None:
         """Frees the memory that pools keep and nobody holds."""
         gc.collect()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .manifest import Manifest
 from .preprocess import Opened
 from .runs import GRADIENT_AGGREGATIONS, Runs, check_finite, top_class_where_zero
 from .scores import probabilities
+from .timing import Stages
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Explainer:
                 f"precision={precision!r} (--precision {precision})"
             )
         self.bundle = bundle
+        self.backend = backend
         self.manifest: Manifest = bundle.manifest
         self.precision = precision or bundle.precisions[0]
         self._runs = Runs(bundle, backend, max_batch, self.precision)
@@ -76,7 +79,8 @@ class Explainer:
         chosen = method_named(method)
         chosen.check_options(options)
         names = self._layers(chosen, layers)
-        opened = Opened(images, self.manifest)
+        with self._runs.stage("preprocess"):
+            opened = Opened(images, self.manifest)
         targets = self.targets(target, len(opened))
         aggregation = str(options.get("gradient_aggregation", "mean"))
         if aggregation not in GRADIENT_AGGREGATIONS:
@@ -86,7 +90,8 @@ class Explainer:
     def _explained(
         self, opened: Opened, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
     ) -> Explanation:
-        batch, draw = self._placed(opened)
+        with self._runs.stage("preprocess"):
+            batch, draw = self._placed(opened)
         seeds = targets.seeds
         if method.seeds is not None:
             seeds = self._seeds_of(method, batch, seeds, options)
@@ -137,6 +142,19 @@ class Explainer:
                 problem = CamrtError(str(error))
             if not self._runs.make_room():
                 raise problem
+
+    @contextmanager
+    def timed(self) -> Iterator[Stages]:
+        """Notes where the time of the calls inside goes, of one thread.
+
+        On a GPU each stage is waited for and nothing is replayed: such a call takes longer than others.
+        """
+        stream = self._runs.memory.stream
+        self._runs.stages = stages = Stages() if stream is None else Stages(lambda: stream.event().synchronize())
+        try:
+            yield stages
+        finally:
+            self._runs.stages = None
 
     def probabilities(self, images: Any) -> np.ndarray:
         """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one class."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from .manifest import Manifest, Program, Tap
 from .memory import Memory
 from .replay import Replays
 from .scores import probabilities, probability_kind
+from .timing import Stages, Timed
 
 NOT_FINITE = "the network gave NaN or infinity: check its weights and the images' preprocessing"
 
@@ -64,6 +65,15 @@ class Runs:
         self._opened: dict[tuple[str, bool], Executable] = {}
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        self.stages: Stages | None = None  # where the time of calls goes, while somebody asks
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.stages is None else self.stages(name)
+
+    @property
+    def _replayed(self) -> Replays | None:
+        """None also while stages are timed, which a graph does not tell apart."""
+        return self._replays if self.stages is None else None
 
     @property
     def manifest(self) -> Manifest:
@@ -112,10 +122,10 @@ class Runs:
 
         parts = []
         for _, part in _chunks(batch, self.max_batch):
-            if self._replays is None:
+            if self._replayed is None:
                 parts.append(work(part))
             else:
-                parts.append(self.memory.copied(self._replays.run(("classify", part.shape), (part,), work)))
+                parts.append(self.memory.copied(self._replayed.run(("classify", part.shape), (part,), work)))
         return np.concatenate(self.memory.get(*parts))
 
     def parts(self, batch: Any, seeds: np.ndarray, by_image: bool) -> Iterator[Part]:
@@ -140,23 +150,26 @@ class Runs:
         """
         if not self._there(method, options):
             data = self.read(method, part, names, options)
-            return method.function(data, **options), data.logits
+            with self.stage("method"):
+                return method.function(data, **options), data.logits
         if method.needs == "masked_runs":
             data = self._masked_runs(part, names)
-            return self._fetched(method.function(data, **options))[0], data.logits
+            with self.stage("method"):
+                return self._fetched(method.function(data, **options))[0], data.logits
 
         def work(images: Any, seeds: Any) -> tuple[LayerMaps, Result]:
             data = self._layer_maps(Part(part.first, images, seeds), names, "mean", there=True)
             for values in (data.logits, data.alphas, data.maps):
                 check_finite_there(values, stream=self.memory.stream)
-            data = data.select(names)
-            return data, method.function(data, **options)
+            with self.stage("method"):
+                data = data.select(names)
+                return data, method.function(data, **options)
 
-        if self._replays is None:
+        if self._replayed is None:
             data, result = work(part.images, self.memory.put(part.seeds))
         else:
             key = (method.name, *names, repr(sorted(options.items())), part.images.shape, part.seeds.shape)
-            data, result = self._replays.run(key, (part.images, part.seeds), work)
+            data, result = self._replayed.run(key, (part.images, part.seeds), work)
         # what a later replay writes again: the result is read now, and what it is retuned from copied
         kept = replace(data, alphas=self.memory.copied(data.alphas), maps=self.memory.copied(data.maps))
         fetched, (logits,) = self._fetched(result, data.logits)
@@ -329,7 +342,8 @@ class Runs:
             key = (program.file, concurrent)
             if key not in self._opened:
                 self._opened[key] = self.backend.open(self.bundle, program, concurrent)
-            return self._opened[key]
+            executable = self._opened[key]
+        return executable if self.stages is None else Timed(executable, self.stages)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -1,0 +1,261 @@
+"""How long explanations take: latency, throughput, memory and stages, beside the forward pass of the same engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .compare import cosine_distance, largest_difference
+from .kernels import minmax
+from .runtime.errors import BackendUnavailable, CamrtError
+from .runtime.explainer import Explainer, load
+from .runtime.explanation import Explanation
+from .runtime.preprocess import as_batch
+
+FORWARD = "forward pass"
+LIMIT = 1e-3  # from the maps of ONNX Runtime on the CPU in float32, after min-max: in float16 of 1 - cosine
+WARM_UP = 3  # the third of a shape is the first that a CUDA graph replays
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with options, as it was written; or, without a method, the forward pass."""
+
+    name: str
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """Seconds of calls, by contender and batch size, turn by turn; seconds of stages in other calls, of one image.
+
+    checked: what the maps were compared with, and how far they were.
+    """
+
+    batches: tuple[int, ...]
+    times: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    stages: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    checked: str = ""
+    memory: dict[str, float] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of what has been timed: milliseconds, images per second, the median over turns of the ratio to the forward pass."""
+        found = []
+        for (name, batch), times in self.times.items():
+            if not times:
+                continue
+            low, middle, high, late = (float(q) * 1e3 for q in np.quantile(times, [0.25, 0.5, 0.75, 0.99]))
+            row: dict[str, Any] = {"what": name, "batch": batch, "calls": len(times)}
+            row |= {"p50_ms": middle, "quartiles_ms": [low, high], "p99_ms": late, "images_per_s": batch / middle * 1e3}
+            passes = self.times.get((FORWARD, batch), [])[: len(times)]
+            if name != FORWARD and passes:
+                row["forward_passes"] = float(np.median(np.array(times[: len(passes)]) / passes))
+            if batch == 1 and self.stages.get(name):
+                parts = self.stages[name]
+                row["stages_ms"] = {stage: float(np.median([p[stage] for p in parts])) * 1e3 for stage in parts[0]}
+            found.append(row)
+        return found
+
+
+def measure(
+    explainer: Explainer,
+    contenders: Sequence[Contender],
+    images: Sequence[Any],
+    batches: Sequence[int],
+    runs: int,
+    measured: Measured,
+    seconds: float = 60.0,
+) -> Iterator[str]:
+    """Fills `measured`, and says before each step what it is; may be stopped at any of them.
+
+    images: pictures as `explain` takes them, or network inputs; used in turn. Stages are of calls with them. Latency and
+    throughput are from the network's input to the map, so that the ratio to the forward pass says what explaining adds.
+    Contenders take turns, after three calls each; `seconds`: after which a batch size has had enough turns, at least three.
+
+    CamrtError if the maps are not those of the CPU in float32.
+    """
+    yield "comparing with the CPU"
+    measured.checked = check(explainer, [c for c in contenders if c.method], images[0])
+    inputs, _ = as_batch(images, explainer.manifest)
+    everyone = [Contender(FORWARD), *contenders]
+    for contender in contenders:
+        yield f"stages of {contender.name}"
+        measured.stages[contender.name] = stages(explainer, contender, images[0], min(runs, 20))
+    for batch in batches:
+        given = inputs[np.arange(batch) % len(inputs)]
+        for contender in everyone:
+            measured.times[contender.name, batch] = []
+            for _ in range(WARM_UP):
+                run(explainer, contender, given)
+        started = time.perf_counter()
+        for turn in range(runs):
+            if turn >= 3 and time.perf_counter() - started > seconds:
+                break
+            yield f"batches of {batch}"
+            for contender in everyone:
+                begun = time.perf_counter()
+                run(explainer, contender, given)
+                measured.times[contender.name, batch].append(time.perf_counter() - begun)
+        measured.memory = memory(explainer)
+
+
+def run(explainer: Explainer, contender: Contender, images: Any) -> Explanation | None:
+    if not contender.method:
+        explainer.classify(images)
+        return None
+    return explainer.explain(images, contender.method, **contender.options)
+
+
+def stages(explainer: Explainer, contender: Contender, image: Any, runs: int) -> list[dict[str, float]]:
+    """Seconds of each stage, call by call."""
+    found = []
+    for turn in range(WARM_UP + runs):
+        with explainer.timed() as noted:
+            begun = time.perf_counter()
+            run(explainer, contender, [image])
+            total = time.perf_counter() - begun
+        if turn >= WARM_UP:
+            found.append(noted.seconds(total))
+    return found
+
+
+def check(explainer: Explainer, contenders: Sequence[Contender], image: Any) -> str:
+    """Compares maps with those of ONNX Runtime on the CPU in float32. CamrtError where they differ; says what was found."""
+    half = explainer.precision == "fp16"
+    if explainer.backend.name == "onnxruntime" and not half:
+        return (
+            "not compared: this is the runtime that others are compared with; `camrt verify` compares it with PyTorch"
+        )
+    try:
+        reference = load(explainer.bundle.path, "onnxruntime", precision="fp32")
+    except BackendUnavailable as error:
+        return f"not compared: {error}"
+    worst = 0.0
+    distance = cosine_distance if half else largest_difference
+    for contender in contenders:
+        want = run(reference, contender, [image])
+        assert want is not None
+        got = explainer.explain([image], contender.method, want.target, **contender.options)
+        found = distance(minmax(got.maps), minmax(want.maps))
+        worst = max(worst, found)
+        if not found <= LIMIT:
+            raise CamrtError(
+                f"{contender.name}: not timed, because its map is wrong: {found:.2g} from the CPU's in float32, allowed {LIMIT}"
+            )
+    return f"maps at most {worst:.1e} from ONNX Runtime's on the CPU in float32 ({'1 - cosine' if half else 'largest difference'})"
+
+
+def memory(explainer: Explainer) -> dict[str, float]:
+    """MB: the most that this process has held; what is used of the GPU, by whomever."""
+    found = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    if explainer.backend.gpu is not None:
+        free, total = explainer.backend.gpu.stream.device.memory()
+        found["gpu_used_mb"] = (total - free) / 1e6
+    return found
+
+
+def example(explainer: Explainer, seed: int = 0) -> Any:
+    """A random picture of a photo's size, or where the bundle does not say how those become its input, that input."""
+    rng = np.random.default_rng(seed)
+    channels, height, width = explainer.manifest.input_shape
+    if explainer.manifest.preprocess is None:
+        return rng.standard_normal((channels, height, width), np.float32)
+    coarse = rng.integers(0, 256, (12, 16, channels), dtype=np.uint8)
+    return np.kron(coarse, np.ones((40, 40, 1), np.uint8))  # 480 x 640, not only noise
+
+
+def machine(explainer: Explainer) -> dict[str, Any]:
+    """What it was measured on."""
+    packages = {}
+    for name in (
+        "camrt",
+        "numpy",
+        "pillow",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tensorrt",
+        "tensorrt-rtx-cu13-bindings",
+    ):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "model": explainer.manifest.name,
+        "input_shape": list(explainer.manifest.input_shape),
+        "precision": explainer.precision,
+        "backend": str(explainer.backend),
+        "processor": processor(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Latency of one image with its stages, and throughput by batch size."""
+    single = [r for r in rows if r["batch"] == 1]
+    lines = ["| one image, ms | p50 | quartiles | p99 | forward passes | preprocess | network | method | rest |"]
+    lines.append("| --- " * 9 + "|")
+    for r in single:
+        low, high = r["quartiles_ms"]
+        parts = [f"{v:.2f}" for v in r.get("stages_ms", {}).values()] or [""] * 4
+        ratio = f"{r['forward_passes']:.2f}" if "forward_passes" in r else ""
+        cells = [r["what"], f"{r['p50_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{r['p99_ms']:.2f}", ratio, *parts]
+        lines.append(f"| {' | '.join(cells)} |")
+    batches = sorted({r["batch"] for r in rows})
+    names = list(dict.fromkeys(r["what"] for r in rows))
+    rates = {(r["what"], r["batch"]): f"{r['images_per_s']:.1f}" for r in rows}
+    lines += ["", "| images per second, in batches of | " + " | ".join(map(str, batches)) + " |"]
+    lines.append("| --- " * (1 + len(batches)) + "|")
+    lines += [f"| {name} | " + " | ".join(rates.get((name, b), "") for b in batches) + " |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Stages of one image's explanation, and images per second by batch size, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title)
+    staged = [r for r in rows if "stages_ms" in r]
+    start = np.zeros(len(staged))
+    for stage in staged[0]["stages_ms"] if staged else ():
+        widths = np.array([r["stages_ms"][stage] for r in staged])
+        left.barh([r["what"] for r in staged], widths, left=start, label=stage)
+        start += widths
+    left.set_xlabel("milliseconds from one picture to its map")
+    left.invert_yaxis()
+    if staged:
+        left.legend()
+    for name in dict.fromkeys(r["what"] for r in rows):
+        points = sorted((r["batch"], r["images_per_s"]) for r in rows if r["what"] == name)
+        right.plot(*zip(*points, strict=True), marker="o", label=name)
+    batches = sorted({r["batch"] for r in rows})
+    right.set_xscale("log", base=2)
+    right.set_xticks(batches, [str(b) for b in batches])
+    right.set_yscale("log")
+    right.set_xlabel("images in a batch")
+    right.set_ylabel("images per second")
+    right.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,81 @@
+"""camrt bench."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from ..runtime.errors import InputError
+from .explain import find_images
+from .methods import parse_method
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Prints and writes tables; interrupted, of what was measured until then (exit code 130)."""
+    from tqdm import tqdm
+
+    from .. import bench as benchmark
+    from ..runtime.explainer import load
+
+    _check(options)
+    explainer = load(
+        options.bundle,
+        options.backend,
+        max_batch=max(options.batches),
+        precision=options.precision,
+        threads=options.threads,
+    )
+    contenders = []
+    for text in dict.fromkeys(options.methods):
+        chosen = parse_method(text)
+        contenders.append(benchmark.Contender(chosen.text, chosen.name, chosen.options))
+    images = [str(p) for p in find_images(options.images)] or [benchmark.example(explainer)]
+    batches = tuple(sorted(set(options.batches)))
+    measured, interrupted = benchmark.Measured(batches), False
+    steps = benchmark.measure(explainer, contenders, images, batches, options.runs, measured, options.seconds)
+    total = 1 + len(contenders) + options.runs * len(batches)
+    with tqdm(total=total, leave=False, disable=None) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a map of zeros takes as long
+        try:
+            for step in steps:
+                bar.set_description(step)
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+    rows, machine = measured.rows(), benchmark.machine(explainer)
+    print(f"{machine['model']}, {machine['precision']}, {machine['backend']}, {machine['processor']}")
+    if measured.checked:
+        print(measured.checked)
+    if rows:
+        print("from the network's input to the map; the stages are of other calls, from a picture to its map\n")
+        print(benchmark.as_markdown(rows))
+        print(
+            ", ".join(
+                f"{k.removesuffix('_mb').replace('_', ' ')} memory {v:.0f} MB" for k, v in measured.memory.items()
+            )
+        )
+    report = {"machine": machine, "checked": measured.checked, "memory": measured.memory, "rows": rows}
+    if options.out is not None:
+        options.out.write_text(json.dumps(report | {"interrupted": interrupted}, indent=1) + "\n", encoding="utf-8")
+    if options.plot is not None and rows:
+        benchmark.plot(rows, f"{machine['model']}, {machine['backend']}, {machine['processor']}", options.plot)
+    if interrupted:
+        print("camrt: interrupted", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What would only be found out after minutes."""
+    if min(options.batches) < 1 or options.runs < 1:
+        raise InputError("--batches and --runs: from 1")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'camrt[bench]'")
+    if options.plot is not None and options.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {options.plot}: name it .png, .svg or .pdf")
+    for path in (options.out, options.plot):
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path}: no such folder")

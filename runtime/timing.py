@@ -1,0 +1,68 @@
+"""Where the time of calls goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .backends import Executable
+
+Interval = tuple[float, float]
+
+
+class Stages:
+    """When each stage was at work, on any thread. By `Explainer.timed`.
+
+    preprocess: from what the caller gave to the network's input; network: a program runs; method: what a CAM method does
+    around the network. synchronize: waits for the work that was queued.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._synchronize = synchronize
+        self._intervals: dict[str, list[Interval]] = {"preprocess": [], "network": [], "method": []}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._synchronize()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._intervals[stage].append((started, time.perf_counter()))
+
+    def seconds(self, total: float) -> dict[str, float]:
+        """Seconds of each stage in calls that took `total`, and `rest`: what is left.
+
+        A method's time leaves out what the network takes meanwhile, on whichever thread.
+        """
+        network, method = self._intervals["network"], self._intervals["method"]
+        found = {
+            "preprocess": covered(self._intervals["preprocess"]),
+            "network": covered(network),
+            "method": covered([*method, *network]) - covered(network),
+        }
+        return found | {"rest": max(0.0, total - sum(found.values()))}
+
+
+def covered(intervals: list[Interval]) -> float:
+    """The length of their union."""
+    length, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        length += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return length
+
+
+class Timed:
+    """An executable whose runs are noted as the network's."""
+
+    def __init__(self, executable: Executable, stages: Stages) -> None:
+        self._executable = executable
+        self._stages = stages
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        with self._stages("network"):
+            return self._executable.run(feeds)
