@@ -1,0 +1,61 @@
+"""The same picture gives the same map: again, in another process's place, in any batch, on any number of threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import camrt
+from camrt.demo.run import BUNDLE
+from camrt.demo.scenes import draw_scene
+from camrt.runtime.cams import METHODS
+
+SCENES = [draw_scene(seed)[0] for seed in range(7)]
+BATCH_LIMIT, THREADS_LIMIT = 1e-6, 1e-5  # after min-max
+
+
+@pytest.fixture(scope="module")
+def opened() -> camrt.Explainer:
+    return camrt.load(BUNDLE, "onnxruntime")
+
+
+def maps(explainer: camrt.Explainer, method: str, scenes: Any, target: Any = None) -> np.ndarray:
+    found = explainer.explain(scenes, method, target).normalized()
+    assert np.ptp(found) > 0.5, "maps that say nothing differ in nothing"
+    return found
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_same_bits(method: str, opened: camrt.Explainer) -> None:
+    want = [maps(opened, method, scene) for scene in SCENES[:3]]
+    other = camrt.load(BUNDLE, "onnxruntime")
+    for explainer in (opened, other):
+        for scene, expected in zip(SCENES[:3], want, strict=True):
+            np.testing.assert_array_equal(maps(explainer, method, scene), expected)
+    batch = maps(opened, method, SCENES)
+    np.testing.assert_array_equal(maps(other, method, SCENES), batch)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_any_batch(method: str, opened: camrt.Explainer) -> None:
+    """Alone, in batches of several sizes and places, and as one of several targets."""
+    alone = [opened.explain(scene, method) for scene in SCENES]
+    want = np.concatenate([a.normalized() for a in alone])
+    target = np.concatenate([a.target for a in alone])
+    for size in (2, 3, len(SCENES)):
+        for start in range(len(SCENES) - size + 1):
+            part = slice(start, start + size)
+            got = maps(opened, method, SCENES[part], target[part])
+            assert np.abs(got - want[part]).max() <= BATCH_LIMIT, (size, start)
+    several = np.stack([target, (target + 1) % 8], axis=1)
+    assert np.abs(maps(opened, method, SCENES, several)[:, 0] - want).max() <= BATCH_LIMIT
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_any_number_of_threads(method: str, opened: camrt.Explainer) -> None:
+    want = maps(opened, method, SCENES[:2])
+    for threads in (1, 2, 3, 5):
+        explainer = camrt.load(BUNDLE, "onnxruntime", threads=threads)
+        assert np.abs(maps(explainer, method, SCENES[:2]) - want).max() <= THREADS_LIMIT, threads
