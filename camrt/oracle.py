@@ -123,7 +123,7 @@ def _own_graph(bundle: Bundle) -> Oracle:
     import onnx_ir as ir
 
     program = max((p for p in bundle.manifest.programs if p.kind == "activations"), key=lambda p: len(p.taps))
-    model = ir.load(bundle.path / program.file)
+    model = ir.load(bundle.file(program))
     behind = {str(n.outputs[0].name): str(n.inputs[0].name) for n in model.graph if n.op_type == "Identity"}  # type: ignore[union-attr]
     producers = {str(y.name): n for n in model.graph for y in n.outputs}
     taps = {}

@@ -24,7 +24,7 @@ class RoundingBackend:
         return "PyTorch operators, rounding to float16"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> _Rounded:
-        return _Rounded(bundle.path / program.file, list(program.outputs))
+        return _Rounded(bundle.file(program), list(program.outputs))
 
 
 class _Rounded:

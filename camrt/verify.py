@@ -354,7 +354,7 @@ def _graph_rows(
     names = [f"gradient:{tap}" for tap in program.taps]
     feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
     with torch.no_grad():
-        out = Interpreter(bundle.path / program.file).run(feeds, names)
+        out = Interpreter(bundle.file(program)).run(feeds, names)
     for tap, name in zip(program.taps, names, strict=True):
         subject = f"float64 gradient {tap}"
         try:
@@ -449,7 +449,7 @@ def _full_grad_graph_rows(
     names = [name for name in program.outputs if name.startswith("grid:")]
     feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
     with torch.no_grad():
-        out = Interpreter(bundle.path / program.file).run(feeds, names)
+        out = Interpreter(bundle.file(program)).run(feeds, names)
     maps = tuple(out[name].numpy() for name in names)
     precise = full_grad(GridMaps((), seed, seed, maps, batch.shape[2:])).maps
     yield _row(program.file, "float64 full_grad", precise, reference.double, [], largest_difference, FULL_GRAD_LIMIT)

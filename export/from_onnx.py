@@ -45,8 +45,8 @@ def read_graph(
     except Exception as error:
         raise ExportError(f"{path}: not readable as ONNX ({first_line(error)})") from error
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor) and not Path(value.const_value.path).is_file():
-            raise ExportError(f"{path}: its weights lie in {value.const_value.location!r}, which is missing beside it")
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_beside(path, str(value.const_value.location))
     _keep_output(model, output)
     names = _layer_names(model.graph)
     model = modernise(model)
@@ -82,6 +82,15 @@ def read_graph(
         norm = "after" if batch_norm_after(y) else "none"
         taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+
+
+def _check_beside(path: Path, location: str) -> None:
+    """ExportError unless weights lie in a file beside the ONNX file, or below."""
+    place = Path(location)
+    if place.is_absolute() or ".." in place.parts:
+        raise ExportError(f"{path}: its weights lie in {location!r}, outside its folder: move them beside it")
+    if not (path.parent / place).is_file():
+        raise ExportError(f"{path}: its weights lie in {location!r}, which is missing beside it")
 
 
 def _producer(value: ir.Value) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .contents import check_program
 from .errors import BundleError, CamrtError
 from .manifest import MANIFEST, PRECISIONS, Manifest, Program, parse
 
+_LONGEST = 1 << 26  # characters of a manifest
 _AGAIN = "export the bundle again"
 _CUT = (
     "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be cut: "
@@ -29,12 +32,22 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _checked: set[str] = field(default_factory=set, compare=False)
 
     @property
     def precisions(self) -> list[str]:
         """Precisions that it can be run in, as users say it, float32 first."""
         classify = {p.precision for p in self.manifest.programs if p.kind == "classify"}
         return [name for name, recorded in PRECISIONS.items() if recorded in classify]
+
+    def file(self, program: Program) -> Path:
+        """A program's file, for an engine to read. BundleError if it is not as camrt writes them."""
+        path = self.path / program.file
+        if program.file not in self._checked:
+            weights = self.manifest.weights["file"]
+            check_program(path, weights, (self.path / weights).stat().st_size)
+            self._checked.add(program.file)
+        return path
 
     def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
         """The smallest program of a kind that covers the layers, in a precision; in fp16 some kinds are float32 all the same.
@@ -55,10 +68,13 @@ def read_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     if not path.exists():
         raise BundleError(f"{path}: no such bundle: make one with 'camrt export'")
-    if not (path / MANIFEST).is_file():
+    if not (path / MANIFEST).is_file() or (path / MANIFEST).is_symlink():
         raise BundleError(f"{path}: not a bundle, it has no {MANIFEST}: make one with 'camrt export'")
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        with (path / MANIFEST).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST)
+        if len(text) == _LONGEST:
+            raise BundleError(f"{path / MANIFEST}: too long for a manifest: export the bundle again")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path / MANIFEST}: cannot be read ({error}): export the bundle again") from None
     manifest = parse(text, str(path / MANIFEST))
@@ -75,6 +91,8 @@ def read_bundle(path: str | Path) -> Bundle:
 
 def _sha256(path: Path) -> str:
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # a link leads out of the bundle, a pipe waits for ever
+            raise BundleError(f"{path}: not a file of the bundle's own: export the bundle again")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

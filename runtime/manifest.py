@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from .errors import BundleError
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
+LAYOUTS = ("NCHW", "NHWC", "tokens")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+MOST_ELEMENTS = 1 << 31  # of a tensor
+LARGEST_SIDE = 1 << 14  # of a resized picture, in pixels
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # what users say -> what programs record
 
 
@@ -98,7 +103,7 @@ def parse(text: str, where: str) -> Manifest:
     """Reads manifest.json. BundleError on anything that is not a manifest of this format."""
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not readable as JSON ({error}): export the bundle again") from None
     if not isinstance(raw, dict) or "format" not in raw:
         raise BundleError(f"{where}: not a camrt manifest: export the bundle again")
@@ -121,21 +126,89 @@ def parse(text: str, where: str) -> Manifest:
             **raw,
         )
         _check(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
         raise BundleError(f"{where}: a field is missing or wrong ({error}): export the bundle again") from None
     return manifest
 
 
 def _check(m: Manifest) -> None:
-    """ValueError if parts of the manifest contradict each other."""
-    names = [t.name for t in m.taps]
-    if len(m.input_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in m.input_shape):
+    """ValueError if a field is not of its kind, or parts of the manifest contradict each other."""
+    _texts("name", m.name)
+    _texts("tools", *_mapping("tools", m.tools).values())
+    _mapping("source", m.source)
+    if len(m.input_shape) != 3:
         raise ValueError(f"input_shape {m.input_shape}")
+    _sizes("input_shape", *m.input_shape)
+    _sizes("num_classes", m.num_classes)
+    if m.batch not in ("dynamic", 1) or not isinstance(m.seeds_share_image, bool):
+        raise ValueError("batch or seeds_share_image")
+    if m.final_activation not in (None, "Softmax", "Sigmoid", "LogSoftmax"):
+        raise ValueError(f"final_activation {m.final_activation!r:.100}")
+    names = [t.name for t in m.taps]
+    for tap in m.taps:
+        _texts("taps", tap.name, *tap.roles)
+        _sizes("taps", tap.channels, *tap.grid)
+        _sizes("taps", tap.channels * math.prod(tap.grid))
+        if len(tap.grid) != 2 or tap.layout not in LAYOUTS or not isinstance(tap.prefix, int) or tap.prefix < 0:
+            raise ValueError(f"tap {tap.name!r:.100}")
     if len(set(names)) != len(names):
         raise ValueError("a tap is listed twice")
-    if any(t not in names for p in m.programs for t in p.taps):
-        raise ValueError("a program names a tap that is not listed")
-    if any(Path(f).name != f for f in [p.file for p in m.programs] + [m.weights["file"]]):
+    listed = set(names)
+    for program in m.programs:
+        _program(program, listed)
+    _texts("weights", *(_mapping("weights", m.weights)[key] for key in ("file", "sha256")))
+    if any(Path(f).name != f or f == ".." for f in [p.file for p in m.programs] + [m.weights["file"]]):
         raise ValueError("a file lies outside the bundle")
-    if m.classes is not None and len(m.classes) != m.num_classes:
-        raise ValueError(f"{len(m.classes)} class names for {m.num_classes} classes")
+    if m.classes is not None:
+        _texts("classes", *m.classes)
+        if len(m.classes) != m.num_classes:
+            raise ValueError(f"{len(m.classes)} class names for {m.num_classes} classes")
+    if m.preprocess is not None:
+        _recipe(m.preprocess, m.input_shape[0])
+
+
+def _program(program: Program, taps: set[str]) -> None:
+    _texts("programs", program.kind, program.file, program.sha256, *program.taps)
+    if not set(program.taps) <= taps:
+        raise ValueError("a program names a tap that is not listed")
+    if program.precision not in PRECISIONS.values():
+        raise ValueError(f"precision {program.precision!r:.100}")
+    for tensors in (program.inputs, program.outputs):
+        for name, shape in _mapping("programs", tensors).items():
+            _texts("programs", name)
+            if not isinstance(shape, list) or not all(d in ("batch", "seeds") or _is_size(d) for d in shape):
+                raise ValueError(f"the shape of {name!r:.100}")
+
+
+def _recipe(recipe: Preprocess, channels: int) -> None:
+    resize, crop = recipe.resize, recipe.crop
+    for part in (resize if isinstance(resize, tuple) else (resize, resize), crop or (1, 1)):
+        if len(part) != 2 or not all(_is_size(n) and n <= LARGEST_SIDE for n in part):
+            raise ValueError(f"preprocess: resize {resize}, crop {crop}")
+    for numbers in (recipe.mean, recipe.std):
+        if len(numbers) != channels or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise ValueError("preprocess: mean and std are one number per channel")
+    if not all(recipe.std):
+        raise ValueError("preprocess: std 0")
+    if recipe.interpolation not in INTERPOLATIONS:
+        raise ValueError(f"preprocess: interpolation {recipe.interpolation!r:.100}")
+
+
+def _texts(where: str, *values: Any) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{where}: a text")
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a mapping")
+    return value
+
+
+def _sizes(where: str, *values: Any) -> None:
+    if not all(map(_is_size, values)) or math.prod(values) > MOST_ELEMENTS:
+        raise ValueError(f"{where}: a size")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_ELEMENTS

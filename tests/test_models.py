@@ -52,7 +52,7 @@ def build_engines(bundle: Bundle) -> None:
             if program.file in built:
                 continue  # activations are the same file
             shapes = Shapes("batch", 16) if program.file == "layer_maps.onnx" else Shapes("single")
-            made = build_engine(library, bundle.path / program.file, program, Target((8, 9), None), shapes)
+            made = build_engine(library, bundle.file(program), program, Target((8, 9), None), shapes)
             assert len(made.engine) > 1000
             assert made.warnings == [], program.file
             built.append(program.file)

@@ -64,7 +64,7 @@ def _make(
 
     with Stages() as stages:
         stages(f"building {program.file} ({shapes.kind}) for {whom}")
-        built = build_engine(library, bundle.path / program.file, program, target, shapes, stages.detail)
+        built = build_engine(library, bundle.file(program), program, target, shapes, stages.detail)
     warned.update(dict.fromkeys(built.warnings))
     return built.engine
 

@@ -74,7 +74,7 @@ class OrtBackend:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
-        return OrtExecutable(self, bundle.path / program.file, concurrent)
+        return OrtExecutable(self, bundle.file(program), concurrent)
 
     def session(self, path: Path, single: bool, concurrent: bool = False) -> Any:
         """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread.
@@ -140,7 +140,7 @@ class OrtCudaBackend:
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> GpuProgram:
         """BundleError if the program cannot be loaded; OutOfMemory."""
-        session = self.session(bundle.path / program.file)
+        session = self.session(bundle.file(program))
         place = "cuda", self.gpu.stream.device.ordinal
         return GpuProgram(program, OrtCudaEngine(self._runtime, session, program.file, self.gpu, place), self.gpu)
 

@@ -362,7 +362,7 @@ class TensorRtEngine:
     def _load(self, shapes: Shapes) -> _Loaded:
         """EngineError where the engine cannot be built or loaded; OutOfMemory."""
         backend = self._backend
-        library, file = backend.tensorrt, self._bundle.path / self._program.file
+        library, file = backend.tensorrt, self._bundle.file(self._program)
         key = engine_key(library, self._bundle, self._program, backend.target, shapes)
 
         def build() -> bytes:

@@ -1,0 +1,50 @@
+"""Protocol buffers' wire format, as far as ONNX files need it: the runtime has no onnx package.
+
+Source: the protocol buffers' encoding specification. Field numbers are onnx.proto's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .errors import BundleError
+
+Field = tuple[int, int, int, int]  # number, value of a varint, start and end of a message or string (0, 0 for a varint)
+
+
+def fields(data: memoryview, start: int, end: int) -> Iterator[Field]:
+    """The fields of the message that lies between start and end. BundleError where it is cut off or is none."""
+    while start < end:
+        tag, start = varint(data, start, end)
+        number, kind = tag >> 3, tag & 7
+        if kind == 2:
+            length, start = varint(data, start, end)
+            if start + length > end:
+                raise _cut_off()
+            yield number, 0, start, start + length
+            start += length
+        elif kind == 0:
+            value, start = varint(data, start, end)
+            yield number, value, 0, 0
+        elif kind in (1, 5):
+            start += 8 if kind == 1 else 4
+            if start > end:
+                raise _cut_off()
+        else:
+            raise BundleError("an ONNX file is damaged: export the bundle again")
+
+
+def varint(data: memoryview, start: int, end: int) -> tuple[int, int]:
+    """A number in groups of seven bits, the lowest first, and where it ends."""
+    value = shift = 0
+    while start < end and shift < 64:
+        byte = data[start]
+        value |= (byte & 0x7F) << shift
+        start, shift = start + 1, shift + 7
+        if byte < 0x80:
+            return value, start
+    raise _cut_off()
+
+
+def _cut_off() -> BundleError:
+    return BundleError("an ONNX file is cut off: export the bundle again")
