@@ -54,8 +54,9 @@ def reduce_mean(op, node, g):
 
 @vjp("ReduceL2")
 def reduce_l2(op, node, g):
-    """dx = g x / y."""
-    return (op.Mul(node.inputs[0], op.Div(keep_dims(op, node, g), keep_dims(op, node, node.outputs[0]))), None)
+    """dx = g x / y; 0 where all of x is 0, as in PyTorch."""
+    norm = op.Max(keep_dims(op, node, node.outputs[0]), op.floats(1e-30))
+    return (op.Mul(node.inputs[0], op.Div(keep_dims(op, node, g), norm)), None)
 
 
 @vjp("ReduceSumSquare")

@@ -25,6 +25,7 @@ _SMALLEST = (
     b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
+_DISABLED = ["Pad_Fusion"]  # which breaks a graph that also returns what is padded (ONNX Runtime 1.31)
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -88,7 +89,9 @@ class OrtBackend:
             for symbol in _SYMBOLS:
                 options.add_free_dimension_override_by_name(symbol, 1)
         try:
-            return self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return self._runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+            )
         except Exception as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
@@ -160,7 +163,7 @@ class OrtCudaBackend:
             try:
                 # without the fallback, which runs on the CPU what failed on the GPU
                 session = self._runtime.InferenceSession(
-                    given, options, providers=[(_CUDA, settings)], enable_fallback=False
+                    given, options, providers=[(_CUDA, settings)], enable_fallback=False, disabled_optimizers=_DISABLED
                 )
             except Exception as error:
                 said = first_line(error)
