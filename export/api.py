@@ -146,7 +146,7 @@ def _write(
         batch="dynamic" if not isinstance(batch[0], int) else 1,
         seeds_share_image=seeds_share_image(graph),
         final_activation=graph.final_activation,
-        classes=None if classes is None else tuple(classes),
+        classes=None if classes is None else tuple(map(str, classes)),
         preprocess=preprocess,
     )
     programs = {}
