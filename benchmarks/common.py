@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from camrt.bench import processor
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import import_torchvision, warmed_up
 
@@ -63,7 +65,7 @@ def summary(times: np.ndarray) -> dict[str, float]:
 
 def machine() -> dict[str, str]:
     """The processor, the platform and Python."""
-    return {"cpu": cpu(), "platform": platform.platform(), "python": platform.python_version()}
+    return {"cpu": processor(), "platform": platform.platform(), "python": platform.python_version()}
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -76,11 +78,3 @@ def print_times(times: dict[str, Any], ratios: dict[str, float]) -> None:
         print(f"{name:32}{numbers['median_ms']:10.2f} ms   quartiles {low:.2f} to {high:.2f}")
     for name, ratio in ratios.items():
         print(f"{name:32}{ratio:10.2f}")
-
-
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -41,7 +41,6 @@ class Measured:
     checked: what the maps were compared with, and how far they were.
     """
 
-    batches: tuple[int, ...]
     times: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     stages: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     checked: str = ""
@@ -84,7 +83,7 @@ def measure(
     CamrtError if the maps are not those of the CPU in float32.
     """
     yield "comparing with the CPU"
-    measured.checked = check(explainer, [c for c in contenders if c.method], images[0])
+    measured.checked = check(explainer, contenders, images[0])
     inputs, _ = as_batch(images, explainer.manifest)
     everyone = [Contender(FORWARD), *contenders]
     for contender in contenders:
@@ -202,6 +201,7 @@ def machine(explainer: Explainer) -> dict[str, Any]:
 
 
 def processor() -> str:
+    """The name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import CamrtError, ExportError, InputError
-from ..runtime.manifest import PRECISIONS, Manifest, Preprocess
+from ..runtime.manifest import INTERPOLATIONS, PRECISIONS, Manifest, Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -193,10 +193,8 @@ def _check_preprocess(preprocess: Preprocess | None, shape: tuple[int, int, int]
         raise InputError(f"preprocess resize {preprocess.resize}: sizes are whole numbers from 1")
     if preprocess.crop is not None and any(c > r for c, r in zip(preprocess.crop, resize, strict=True)):
         raise InputError(f"preprocess crop {preprocess.crop} is larger than resize {preprocess.resize}")
-    if preprocess.interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
-        raise InputError(
-            f"preprocess interpolation {preprocess.interpolation!r}: use nearest, bilinear, bicubic or lanczos"
-        )
+    if preprocess.interpolation not in INTERPOLATIONS:
+        raise InputError(f"preprocess interpolation {preprocess.interpolation!r}: use {', '.join(INTERPOLATIONS)}")
     given = preprocess.crop if preprocess.crop is not None else preprocess.resize
     if isinstance(given, int) or tuple(given) != shape[1:]:
         raise InputError(f"preprocess gives {given}, the network takes {shape[1:]}: set crop, or resize without a crop")

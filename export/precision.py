@@ -13,7 +13,6 @@ constants.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,16 +25,14 @@ HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}  # always in float16
 # in float16 unless something computed in float32 comes in
-_FOLLOWERS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        Abs Add AveragePool Clip Concat DepthToSpace Equal Expand Flatten Gather GatherElements Greater GreaterOrEqual Identity
-        LeakyRelu Less LessOrEqual Max MaxPool Min Mul Neg Pad PRelu Relu Reshape ScatterElements ScatterND Sign Slice
-        SpaceToDepth Split Squeeze Sub Tile Transpose Unsqueeze Where
-        """,
-    )
-)
+# fmt: off
+_FOLLOWERS = {
+    "Abs", "Add", "AveragePool", "Clip", "Concat", "DepthToSpace", "Equal", "Expand", "Flatten", "Gather",
+    "GatherElements", "Greater", "GreaterOrEqual", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Max", "MaxPool",
+    "Min", "Mul", "Neg", "Pad", "PRelu", "Relu", "Reshape", "ScatterElements", "ScatterND", "Sign", "Slice",
+    "SpaceToDepth", "Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
+}
+# fmt: on
 SMALL = 2.0**-8  # a factor with no larger entry makes values small
 
 

@@ -117,14 +117,14 @@ def test_wrong_maps_are_not_timed(exported: Path) -> None:
     assert bench.check(good, contenders, bench.example(good)).startswith("maps at most 0.0e+00 from")
     wrong = Explainer(read_bundle(exported), Slow(factor=0.5))
     with pytest.raises(camrt.CamrtError, match="winsor_cam: not timed, because its map is wrong"):
-        list(bench.measure(wrong, contenders, [bench.example(wrong)], [1], 1, bench.Measured((1,))))
+        list(bench.measure(wrong, contenders, [bench.example(wrong)], [1], 1, bench.Measured()))
     reference = Explainer(read_bundle(exported), create("onnxruntime"))
     assert "camrt verify" in bench.check(reference, contenders, bench.example(reference))
 
 
 def test_time_is_limited(exported: Path) -> None:
     explainer = Explainer(read_bundle(exported), Slow(0.02))
-    measured = bench.Measured((1,))
+    measured = bench.Measured()
     for _ in bench.measure(explainer, METHODS[:1], [bench.example(explainer)], [1], 1000, measured, seconds=0.5):
         pass
     assert 3 <= len(measured.times["winsor_cam", 1]) < 30

@@ -303,3 +303,13 @@ def test_bad_input_is_refused_before_anything_runs(on_gpu: Explainer, backend: E
     with pytest.raises(camrt.CamrtError, match=r"percentile \[1\] is outside 0..100"):
         on_gpu.explain(IMAGES, percentile=[1])
     assert not [f for f, _ in backend.runs if f != "layer_maps.onnx"]
+
+
+def test_what_is_kept_for_later_is_given_back_before_batches_are_halved(
+    on_gpu: Explainer, backend: EmulatedBackend, explainer: camrt.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu.explain(IMAGES)
+    backend.room = 0
+    monkeypatch.setattr(EmulatedGpu, "give_back", lambda _: setattr(backend, "room", 1000))
+    assert_same(on_gpu.explain(IMAGES, percentile=10), explainer.explain(IMAGES, percentile=10))
+    assert on_gpu._runs.max_batch == 2

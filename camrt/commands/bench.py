@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 import warnings
-from pathlib import Path
 
 from ..runtime.errors import InputError
 from .explain import find_images
@@ -34,8 +33,8 @@ def bench(options: argparse.Namespace) -> int:
         chosen = parse_method(text)
         contenders.append(benchmark.Contender(chosen.text, chosen.name, chosen.options))
     images = [str(p) for p in find_images(options.images)] or [benchmark.example(explainer)]
-    batches = tuple(sorted(set(options.batches)))
-    measured, interrupted = benchmark.Measured(batches), False
+    batches = sorted(set(options.batches))
+    measured, interrupted = benchmark.Measured(), False
     steps = benchmark.measure(explainer, contenders, images, batches, options.runs, measured, options.seconds)
     total = 1 + len(contenders) + options.runs * len(batches)
     with tqdm(total=total, leave=False, disable=None) as bar, warnings.catch_warnings():
@@ -77,5 +76,5 @@ def _check(options: argparse.Namespace) -> None:
     if options.plot is not None and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {options.plot}: name it .png, .svg or .pdf")
     for path in (options.out, options.plot):
-        if path is not None and not Path(path).resolve().parent.is_dir():
+        if path is not None and not path.resolve().parent.is_dir():
             raise InputError(f"{path}: no such folder")
