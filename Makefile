@@ -1,10 +1,14 @@
 # make demo   explains pictures with the network in the package (no torch)
 # make test   sets up everything and runs the tests
+# make peers  sets up the public implementations, times camrt beside them, writes docs/benchmarks.md (20 minutes on two cores)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test clean
+PEERS := .venv-peers/bin/python
+WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
+
+.PHONY: demo test peers clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -23,5 +27,15 @@ test: .venv/test-ready
 	$(PIP) --editable '.[test]'
 	touch $@
 
+peers: .venv-peers/ready
+	$(PEERS) benchmarks/peers.py --out docs/benchmarks.json
+	$(PEERS) benchmarks/report.py
+
+.venv-peers/ready: pyproject.toml benchmarks/peers.txt
+	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip install --quiet --requirement benchmarks/peers.txt --editable '.[cpu,export]'
+	$(PEERS) -m pip install --quiet '$(WINSOR_CAM)' || echo "Winsor-CAM's public implementation could not be installed: it is left out"
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -22,25 +23,32 @@ from support import import_torchvision, warmed_up
 
 
 def build(name: str, size: int) -> nn.Module:
+    """torchvision's network of that name with random weights and warmed-up batch norm."""
     torch.manual_seed(0)
     return warmed_up(import_torchvision().models.get_model(name, weights=None), (3, size, size))
 
 
-def winsor_cam_peer(folder: Path, model: nn.Module, image: torch.Tensor, target: int) -> Callable[[], Any]:
-    """Winsor-CAM's public implementation (a checkout of its repository), over all convolutions, bilinear, percentile 90."""
-    spec = importlib.util.spec_from_file_location("winsorcam", folder / "winsorcam.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def winsor_cam_peer(model: nn.Module, folder: Path | None = None) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90: image (1, C, H, W), class -> (H, W).
+
+    folder: a checkout of its repository; without one, the installed package. It leaves hooks on the model. ImportError.
+    """
+    if folder is None:
+        module = importlib.import_module("winsorcam")
+    else:
+        spec = importlib.util.spec_from_file_location("winsorcam", folder / "winsorcam.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     wrapped = module.WinsorcamClass(model)
     wrapped.eval()
     layers = [f"model.{n}" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
 
-    def run() -> Any:
+    def run(image: torch.Tensor, target: int) -> torch.Tensor:
         stack, _, importance = wrapped.get_gradcams_and_importance(
             image, target, layers, "mean", "mean", True, "bilinear"
         )
-        return wrapped.winsorize_stacked_gradcam(image, stack, importance, "bilinear", 90)
+        return wrapped.winsorize_stacked_gradcam(image, stack, importance, "bilinear", 90)[0]
 
     return run
 

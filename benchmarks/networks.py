@@ -178,8 +178,8 @@ def _peers(name: str, folder: Path, expected: Any, runs: int, peer: Path | None)
     else:
         found["pytorch-grad-cam ScoreCAM"] = _times(synchronized(_score_cam(model, name, image, target)), 5)
     if peer is not None:
-        run = winsor_cam_peer(peer, model, image, target)
-        found["Winsor-CAM's public implementation"] = _times(synchronized(run), 10)
+        run = winsor_cam_peer(model, peer)
+        found["Winsor-CAM's public implementation"] = _times(synchronized(lambda: run(image, target)), 10)
     return found
 
 

@@ -88,7 +88,8 @@ def main() -> None:
             "retune": lambda: explained.retune(percentile=50),
         }
         if arguments.peer is not None:
-            contenders["peer"] = winsor_cam_peer(arguments.peer, model, torch.from_numpy(image), target)
+            peer, tensor = winsor_cam_peer(model, arguments.peer), torch.from_numpy(image)
+            contenders["peer"] = lambda: peer(tensor, target)
         times = take_turns(contenders, arguments.runs)
 
     ratios = {

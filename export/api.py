@@ -41,8 +41,9 @@ def export_model(
     """Exports a PyTorch classifier, in eval mode and float32, and returns the bundle's path.
 
     input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last", or
-    module names. precision: "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses. classes: names in logit order. preprocess: how a picture becomes the input; without it the bundle takes
-    preprocessed arrays only. progress is called with a line for every stage.
+    module names. precision: "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses. classes: names in
+    logit order. preprocess: how a picture becomes the input; without it the bundle takes preprocessed arrays only. progress is
+    called with a line for every stage.
 
     ExportError: the output is not (batch, classes), or PyTorch cannot export the model. UnsupportedOperator: no gradient
     rule. UnknownLayer. BundleError: `path` exists or cannot be written.

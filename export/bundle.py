@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import onnx_ir as ir
 
 from ..runtime.errors import BundleError
 from ..runtime.manifest import MANIFEST, WEIGHTS, Manifest, Program
+from .folder import whole_folder
 from .programs import Built
 
 _INLINE_BYTES = 1024  # smaller constants stay inside the program
@@ -62,7 +60,7 @@ def write_bundle(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Writes everything beside `path`, then renames: a bundle is there whole or not at all.
+    """Writes everything beside `path`, then puts it there: a bundle is there whole or not at all.
 
     `manifest` comes without its programs and weights. BundleError if `path` exists (and may not be overwritten, or is not
     a bundle) or cannot be written.
@@ -70,43 +68,29 @@ def write_bundle(
     path = Path(path)
     check_target(path, overwrite)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be written ({error.strerror}): choose another path") from None
-    try:
-        progress("writing the weights")
-        weights = WeightsFile(work / WEIGHTS)
-        written = []
-        for built in programs:
-            _externalise(built.model, weights)
-            data = ir.to_proto(built.model).SerializeToString()
-            (work / built.file).write_bytes(data)
-            written.append(
-                Program(
-                    kind=built.kind,
-                    file=built.file,
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    taps=built.taps,
-                    inputs={str(v.name): _shape(v) for v in built.model.graph.inputs},
-                    outputs={str(v.name): _shape(v) for v in built.model.graph.outputs},
-                    precision=built.precision,
+        with whole_folder(path) as folder:
+            progress("writing the weights")
+            weights = WeightsFile(folder / WEIGHTS)
+            written = []
+            for built in programs:
+                _externalise(built.model, weights)
+                data = ir.to_proto(built.model).SerializeToString()
+                (folder / built.file).write_bytes(data)
+                written.append(
+                    Program(
+                        kind=built.kind,
+                        file=built.file,
+                        sha256=hashlib.sha256(data).hexdigest(),
+                        taps=built.taps,
+                        inputs={str(v.name): _shape(v) for v in built.model.graph.inputs},
+                        outputs={str(v.name): _shape(v) for v in built.model.graph.outputs},
+                        precision=built.precision,
+                    )
                 )
-            )
-        complete = replace(manifest, programs=tuple(written), weights=weights.close())
-        (work / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
-        os.chmod(work, 0o755)
-        if path.exists():
-            replaced = Path(f"{work}.replaced")
-            os.rename(path, replaced)
-            os.rename(work, path)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(work, path)
+            complete = replace(manifest, programs=tuple(written), weights=weights.close())
+            (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror}): free space or choose another path") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return path
 
 

@@ -88,8 +88,10 @@ def ablation_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -
     return combined([weighted(weights[None], activation[None])], image.shape[2:])[0]
 
 
-def recipro_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap, gaussian: bool = False) -> torch.Tensor:
-    """Recipro-CAM (arXiv 2209.14074): (H, W)."""
+def recipro_cam(
+    model: nn.Module, image: torch.Tensor, target: int, tap: Tap, gaussian: bool = False, variant: str = "original"
+) -> torch.Tensor:
+    """Recipro-CAM (arXiv 2209.14074): (H, W). variant="openvino_xai": of logits less the lowest."""
     height, width = tap.grid
     line = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype)
     scores = []
@@ -111,9 +113,11 @@ def recipro_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap, ga
                 return torch.cat([output[:, : tap.prefix], kept.reshape(1, height * width, -1)], 1)
             return kept
 
-        with _replaced(model, tap.name, alone):
-            scores.append(_probability(model, image, target))
-    return combined([torch.cat(scores).reshape(1, height, width)], image.shape[2:])[0]
+        with _replaced(model, tap.name, alone), torch.no_grad():
+            scores.append(model(image)[:, target] if variant == "openvino_xai" else _probability(model, image, target))
+    found = torch.cat(scores)
+    found = found - found.min() if variant == "openvino_xai" else found
+    return combined([found.reshape(1, height, width)], image.shape[2:])[0]
 
 
 Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient where it is added, (B, K, h, w)

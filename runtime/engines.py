@@ -13,7 +13,6 @@ import json
 import os
 import stat
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ LIMIT_VARIABLE = "CAMRT_CACHE_GB"
 DEFAULT_GB = 20.0
 _MAGIC = b"camrt engine 1\n"
 _SUFFIX = ".engine"
+_PART = ".part"  # of one that is being written
 _HEADER_LIMIT = 1 << 16
 
 
@@ -148,13 +148,17 @@ class EngineCache:
         entries = self.entries()
         for entry in entries:
             entry.path.unlink(missing_ok=True)
-        for path in self.folder.glob("*.lock") if self.folder.is_dir() else ():
-            path.unlink(missing_ok=True)
+        for suffix in (".lock", _PART):
+            for path in self.folder.glob(f"*{suffix}") if self.folder.is_dir() else ():
+                path.unlink(missing_ok=True)
         return len(entries)
 
     def _put(self, key: dict[str, Any], engine: bytes) -> None:
         header = json.dumps({"key": key, "sha256": hashlib.sha256(engine).hexdigest()}).encode()
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")  # which only this user may read or write
+        prefix = f"{self.path(key).stem}."
+        handle, name = tempfile.mkstemp(
+            dir=self.folder, prefix=prefix, suffix=_PART
+        )  # which this user alone may read or write
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + header + b"\n")
@@ -194,8 +198,8 @@ class EngineCache:
                     ours = False
                 if not ours:  # whoever had it removed it, and others may lock a new one by now
                     continue
-                for part in self.folder.glob("*.part"):
-                    _remove_stale(part)
+                for part in self.folder.glob(f"{path.stem}.*{_PART}"):  # whoever wrote it was killed: the lock is ours
+                    part.unlink(missing_ok=True)
                 try:
                     yield
                 finally:
@@ -217,10 +221,3 @@ def _header(file: Any) -> tuple[dict[str, Any], str]:
 def _own(status: os.stat_result) -> bool:
     """Whether this user, and nobody else, may write."""
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _remove_stale(part: Path, after: float = 3600.0) -> None:
-    """What a killed process left half-written."""
-    with contextlib.suppress(OSError):
-        if time.time() - part.stat().st_mtime > after:
-            part.unlink()

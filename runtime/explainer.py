@@ -127,10 +127,8 @@ class Explainer:
 
     def _placed(self, opened: Opened) -> tuple[Any, Callable[[], list[np.ndarray]]]:
         """The network's input where the backend runs, and what draws the pictures that maps cover."""
-        if self._runs.memory.stream is None:
-            batch, pictures = opened.on_host()
-            return batch, lambda: pictures
-        return opened.on_gpu(self._runs.memory), opened.pictures
+        memory = self._runs.memory
+        return opened.on_host() if memory.stream is None else opened.on_gpu(memory)
 
     def _within_memory(self, work: Callable[[], Any]) -> Any:
         """work(), again with half as much at a time where a GPU's memory does not suffice. CamrtError."""

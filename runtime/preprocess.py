@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,14 @@ _FILTERS = {
 }
 
 
+Draw = Callable[[], list[np.ndarray]]
+"""Draws per image the uint8 (H, W, 3) picture that a map covers."""
+
+
 def as_batch(images: Any, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarray]]:
     """Network input (B, C, H, W) float32, and per image the uint8 (H, W, 3) picture that a map covers. As Opened."""
-    return Opened(images, manifest).on_host()
+    batch, draw = Opened(images, manifest).on_host()
+    return batch, draw()
 
 
 class Opened:
@@ -54,20 +59,23 @@ class Opened:
     def __len__(self) -> int:
         return len(self._items)
 
-    def on_host(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        tensors, pictures = zip(*map(self._one, self._items), strict=True)
-        return np.stack(tensors), list(pictures)
+    def on_host(self) -> tuple[np.ndarray, Draw]:
+        """Network input (B, C, H, W) float32, and what maps cover."""
+        made = [(i, None) if isinstance(i, np.ndarray) else preprocess(i, self._manifest) for i in self._items]
+        batch, recipe = np.stack([tensor for tensor, _ in made]), self._manifest.preprocess
 
-    def pictures(self) -> list[np.ndarray]:
-        """What maps cover."""
-        return [self._one(item)[1] for item in self._items]
+        def draw() -> list[np.ndarray]:
+            pictures = (picture for _, picture in made)
+            return [undo(x, recipe) if p is None else p for x, p in zip(batch, pictures, strict=True)]
 
-    def on_gpu(self, memory: Memory) -> Any:
-        """Network input (B, C, H, W) float32 on the GPU, to the same bits as on the host."""
-        batch = memory.empty((len(self), *self._manifest.input_shape))
-        for i, item in enumerate(self._items):
+        return batch, draw
+
+    def on_gpu(self, memory: Memory) -> tuple[Any, Draw]:
+        """The same on the GPU, to the same bits as on the host."""
+        batch, recipe = memory.empty((len(self), *self._manifest.input_shape)), self._manifest.preprocess
+        kept = [i.copy() if isinstance(i, np.ndarray) else i for i in self._items]  # their owner may write over them
+        for i, item in enumerate(kept):
             image = batch[i : i + 1].reshape(*self._manifest.input_shape)
-            recipe = self._manifest.preprocess
             if isinstance(item, np.ndarray) or recipe is None or recipe.interpolation == "nearest":
                 memory.stream.upload(self._one(item)[0], out=image)
                 continue
@@ -76,7 +84,7 @@ class Opened:
             turned = rows_first(picture.shape[:2], (height, width))
             shades = recipe.mean, recipe.std, recipe.interpolation
             resize_picture(memory.put(picture), (height, width), crop, *shades, turned, out=image, stream=memory.stream)
-        return batch
+        return batch, lambda: [self._one(item)[1] for item in kept]
 
     def _one(self, item: np.ndarray | Image.Image) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(item, np.ndarray):

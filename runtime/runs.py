@@ -265,13 +265,12 @@ class Runs:
     def _masked_runs(self, part: Part, names: Sequence[str]) -> MaskedRuns:
         """On the GPU, where there is one; what decides which masks run, and the seeds, come to the host."""
         memory, there = self.memory, self.memory.stream is not None
-        concurrent = self.backend.lanes > 1  # for both: the threads of a run that is over would spin and slow the lanes
-        out = self._open(self._program("activations", names), concurrent).run({"image": part.images})
+        out = self._open(self._program("activations", names)).run({"image": part.images})
         taps = self._taps(names)
         activations = tuple(a.reshape(*a.shape[1:]) for a in (out[f"activation:{t.name}"] for t in taps))
         logits, seeds = self._scores({"logits": memory.get(out["logits"])[0]}, part.seeds)
         check_finite(logits)
-        classify = self._open(self._program("classify"), concurrent)
+        classify = self._open(self._program("classify"), self.backend.lanes > 1)
 
         def run(masked: Any) -> Any:
             return classify.run({"image": masked})["logits"]
@@ -301,7 +300,7 @@ class Runs:
         for tap in taps:
             out = self._here(self._open(self._program("trunk", [tap.name])).run({"image": part.images}))
             context = {name: array for name, array in out.items() if name.startswith("context:")}
-            head = self._open(self._program("head", [tap.name]))
+            head = self._open(self._program("head", [tap.name]), self.backend.lanes > 1)
 
             def run(changed: np.ndarray, head: Executable = head, context: dict = context) -> np.ndarray:
                 repeated = {name: np.repeat(array, len(changed), axis=0) for name, array in context.items()}
@@ -311,8 +310,12 @@ class Runs:
             activations.append(out["activation"][0])
             logits = out
         assert logits is not None
-        scores = self._scores(logits, part.seeds)
-        return Heads(taps, *scores, tuple(activations), tuple(heads), self._probabilities, self.max_batch, self.size)
+        read = *self._scores(logits, part.seeds), tuple(activations), tuple(heads)
+        return Heads(taps, *read, self._probabilities, self.max_batch, self._in_lanes, self.size)
+
+    def _in_lanes(self, work: Callable[[slice], np.ndarray], parts: Sequence[slice]) -> list[np.ndarray]:
+        some = map if self.backend.lanes < 2 or len(parts) < 2 else self._pool().map
+        return list(some(work, parts))
 
     def _probabilities(self, logits: np.ndarray) -> np.ndarray:
         return probabilities(logits, self.manifest)

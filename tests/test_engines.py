@@ -130,6 +130,18 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
         assert EngineCache(tmp_path).fetch(KEY, lambda: ENGINE) == ENGINE
 
 
+def test_what_a_killed_build_left_goes_with_the_next_of_its_key(tmp_path: Path) -> None:
+    cache, other = EngineCache(tmp_path, 100), {"program": "b"}
+    cache.fetch(other, lambda: b"x")
+    mine, theirs = (cache.path(key).with_suffix(".abc.part") for key in ({"program": "a"}, other))
+    for part in (mine, theirs):
+        part.write_bytes(b"half")
+    assert cache.fetch({"program": "a"}, lambda: b"whole") == b"whole"
+    assert not mine.exists() and theirs.exists()
+    cache.clear()
+    assert not list(cache.folder.iterdir())
+
+
 def test_a_build_that_fails_leaves_nothing() -> None:
     cache = EngineCache()
     for error in (EngineError("no"), KeyboardInterrupt()):

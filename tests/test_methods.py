@@ -111,6 +111,7 @@ CASES = [
     run_case("ablation_cam"),
     run_case("recipro_cam"),
     run_case("recipro_cam", gaussian=True),
+    run_case("recipro_cam", variant="openvino_xai"),
 ]
 
 
@@ -420,6 +421,7 @@ REFUSALS = [
     ("score_cam_pp", {"baseline": "black"}, "baseline 'black': use none, zero"),
     ("score_cam_pp", {"max_error": -1}, "max_error -1: use a number from 0"),
     ("score_cam", {"variant": "tanh"}, "variant 'tanh': use original, pytorch_grad_cam"),
+    ("recipro_cam", {"variant": "paper"}, "variant 'paper': use original, openvino_xai"),
     ("integrative_cam", {"smooth": "log"}, "smooth 'log': use identity, exp, softmax, softplus, or camrt.Smooth"),
     ("finer_cam", {"comparisons": 0}, "comparisons 0: use a whole number from 1"),
     ("finer_cam", {"target": np.array([[1.0, -1, 0, 0, 0]])}, "finer_cam explains classes, not seed arrays"),

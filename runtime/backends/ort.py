@@ -26,6 +26,7 @@ _SMALLEST = (
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
 _DISABLED = ["Pad_Fusion"]  # which breaks a graph that also returns what is padded (ONNX Runtime 1.31)
+_FOLLOWED = ("activations", "trunk")  # programs whose run is followed by lanes, which spinning threads would slow
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -37,10 +38,11 @@ class OrtExecutable:
     session, whose runs take one thread each.
     """
 
-    def __init__(self, backend: OrtBackend, path: Path, concurrent: bool):
+    def __init__(self, backend: OrtBackend, path: Path, concurrent: bool, spins: bool):
         self._backend = backend
         self._path = path
         self._concurrent = concurrent
+        self._spins = spins
         self._sessions: dict[bool, Any] = {}
         self._lock = threading.Lock()
 
@@ -56,7 +58,7 @@ class OrtExecutable:
     def _session(self, single: bool) -> Any:
         with self._lock:
             if single not in self._sessions:
-                self._sessions[single] = self._backend.session(self._path, single, self._concurrent)
+                self._sessions[single] = self._backend.session(self._path, single, self._concurrent, self._spins)
             return self._sessions[single]
 
 
@@ -75,16 +77,19 @@ class OrtBackend:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
-        return OrtExecutable(self, bundle.file(program), concurrent)
+        return OrtExecutable(self, bundle.file(program), concurrent, program.kind not in _FOLLOWED)
 
-    def session(self, path: Path, single: bool, concurrent: bool = False) -> Any:
-        """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread.
+    def session(self, path: Path, single: bool, concurrent: bool = False, spins: bool = True) -> Any:
+        """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread, and threads that
+        spin wait busily for the next run.
 
         BundleError if it cannot be loaded.
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1 if concurrent else self._threads or 0
+        if not spins:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if single:
             for symbol in _SYMBOLS:
                 options.add_free_dimension_override_by_name(symbol, 1)

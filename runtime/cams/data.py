@@ -131,7 +131,8 @@ class MaskedRuns:
 class Heads:
     """One image, its activations (K, h, w) per layer, and the rest of the network after each layer.
 
-    heads: changed activations (N, K, h, w) -> logits (N, classes), for any N; batch: how many to make at a time.
+    heads: changed activations (N, K, h, w) -> logits (N, classes), for any N; batch: how many to make at a time. in_lanes(work,
+    parts): what work gives for each part, in their order, several at a time where the backend has several lanes.
     """
 
     taps: tuple[Tap, ...]
@@ -141,4 +142,5 @@ class Heads:
     heads: tuple[Callable[[np.ndarray], np.ndarray], ...]
     probabilities: Callable[[np.ndarray], np.ndarray]
     batch: int
+    in_lanes: Callable[[Callable[[slice], np.ndarray], Sequence[slice]], list[np.ndarray]]
     size: tuple[int, int]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..errors import InputError
 from .baseline import combined
 from .data import Heads
-from .registry import Result, cam
+from .registry import Result, cam, chosen
 
+RECIPRO_CAM_VARIANTS = ("original", "openvino_xai")
 _WINDOW = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 16
 
 
-def _scores(heads: Heads, index: int, changed, count: int, logits: bool) -> np.ndarray:
-    """seed . logits, or . probabilities, (S, count) of activations that changed(start, end) makes, (n, K, h, w)."""
-    parts = []
-    for start in range(0, count, heads.batch):
-        out = heads.heads[index](changed(start, min(start + heads.batch, count)))
-        parts.append(out if logits else heads.probabilities(out))
-    return heads.seeds @ np.concatenate(parts).T
+def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], count: int, logits: bool) -> np.ndarray:
+    """seed . logits, or . probabilities, (S, count) of activations that changed(part of 0..count) makes, (n, K, h, w)."""
+    parts = [slice(start, min(start + heads.batch, count)) for start in range(0, count, heads.batch)]
+    out = np.concatenate(heads.in_lanes(lambda part: heads.heads[index](changed(part)), parts))
+    return heads.seeds @ (out if logits else heads.probabilities(out)).T
 
 
 @cam("ablation_cam", needs="heads", layers="last", source="Desai and Ramaswamy, Ablation-CAM, WACV 2020")
@@ -33,9 +34,10 @@ def ablation_cam(heads: Heads) -> Result:
     for index, activation in enumerate(heads.activations):
         live = np.flatnonzero(activation.any(axis=(1, 2)))
 
-        def without(start: int, end: int, activation=activation, live=live) -> np.ndarray:
-            changed = np.repeat(activation[None], end - start, axis=0)
-            changed[np.arange(end - start), live[start:end]] = 0
+        def without(part: slice, activation: np.ndarray = activation, live: np.ndarray = live) -> np.ndarray:
+            channels = live[part]
+            changed = np.repeat(activation[None], len(channels), axis=0)
+            changed[np.arange(len(channels)), channels] = 0
             return changed
 
         weights = np.zeros((len(heads.seeds), len(activation)), np.float32)
@@ -47,21 +49,25 @@ def ablation_cam(heads: Heads) -> Result:
 
 
 @cam("recipro_cam", needs="heads", layers="last", source="Byun and Lee, Recipro-CAM, arXiv 2209.14074")
-def recipro_cam(heads: Heads, gaussian: bool = False) -> Result:
+def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original") -> Result:
     """M_ij = the class's probability when the tap keeps its activation at position (i, j) alone.
 
     gaussian: the position's activation is spread over its 3 x 3 neighbours with weights 1/4, 1/8, 1/16, as the paper offers.
-    Tokens before the grid (a class token) keep theirs.
+    Tokens before the grid (a class token) keep theirs. variant="openvino_xai": the logit in the probability's place, from its
+    lowest up, as that library takes it. InputError, UnknownMethod.
     """
+    chosen(variant, RECIPRO_CAM_VARIANTS, "variant")
     if not isinstance(gaussian, bool):
         raise InputError(f"gaussian {gaussian!r}: use True or False")
     per_layer = []
     for index, activation in enumerate(heads.activations):
         height, width = activation.shape[1:]
 
-        def alone(start: int, end: int, activation=activation, height=height, width=width) -> np.ndarray:
-            changed = np.zeros((end - start, *activation.shape), np.float32)
-            for n, position in enumerate(range(start, end)):
+        def alone(part: slice, activation: np.ndarray = activation) -> np.ndarray:
+            height, width = activation.shape[1:]
+            positions = range(part.start, part.stop)
+            changed = np.zeros((len(positions), *activation.shape), np.float32)
+            for n, position in enumerate(positions):
                 y, x = divmod(position, width)
                 kept = activation[:, y, x, None, None]
                 if not gaussian:
@@ -72,6 +78,8 @@ def recipro_cam(heads: Heads, gaussian: bool = False) -> Result:
                 changed[n, :, top : top + window.shape[0], left : left + window.shape[1]] = kept * window
             return changed
 
-        scores = _scores(heads, index, alone, height * width, logits=False)
+        scores = _scores(heads, index, alone, height * width, logits=variant == "openvino_xai")
+        if variant == "openvino_xai":
+            scores = scores - scores.min(axis=1, keepdims=True)
         per_layer.append(scores.reshape(-1, height, width).astype(np.float32))
     return combined(per_layer, heads.size)

@@ -1,0 +1,61 @@
+"""What could break camrt: damaged files by the hundred thousand, ten thousand explanations side by side, kill -9 at random moments.
+
+python benchmarks/reliability.py fuzz [--inputs 100000]         bundles' manifests and programs, ONNX models, pictures, damaged
+python benchmarks/reliability.py soak [--explanations 10000]    2 processes of 4 threads each; their results and memory
+python benchmarks/reliability.py kill [--rounds 60]             export, build and evaluate, killed and run again
+    [--seed 0] [--out docs/reliability.json]                    each writes its part of the file
+
+fuzz: an input must be refused by a CamrtError or be explained by finite maps. The death of the process, 20 seconds, 6 GiB of
+memory or any other exception is a finding; `fuzz --only NUMBER` makes and runs one input again. kill: after each kill the bundle
+that was there, or the new one, must load and give the same logits, and no engine may be damaged; at the end each command must
+run through and leave what it leaves undisturbed. Exit code 1 if anything was found. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from breaking import fuzzing, killing, soaking
+from common import machine, versions
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "fuzz": lambda given, work: fuzzing.fuzz(given.inputs, given.seed, work),
+    "soak": lambda given, _: soaking.soak(given.explanations),
+    "kill": lambda given, work: killing.kill(given.rounds, given.seed, work),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Damages, loads and kills camrt, and counts what breaks.")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--only", type=int)
+    parser.add_argument("--explanations", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="camrt-reliability-") as work:
+        if given.only is not None:
+            print(fuzzing.run_one(given.only, given.seed, Path(work)))
+            return 0
+        started = time.perf_counter()
+        found = PARTS[given.part](given, Path(work))
+    found |= {"seed": given.seed, "seconds": round(time.perf_counter() - started)}
+    found |= {"machine": machine(), "versions": versions("onnx", "pillow")}
+    if given.out is not None:
+        parts = json.loads(given.out.read_text()) if given.out.exists() else {}
+        given.out.write_text(json.dumps(parts | {given.part: found}, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(found, indent=1))
+    return 1 if found["findings"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
