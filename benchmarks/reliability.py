@@ -3,6 +3,7 @@
 python benchmarks/reliability.py fuzz [--inputs 100000]         bundles' manifests and programs, ONNX models, pictures, damaged
 python benchmarks/reliability.py soak [--explanations 10000]    2 processes of 4 threads each; their results and memory
 python benchmarks/reliability.py kill [--rounds 60]             export, build and evaluate, killed and run again
+python benchmarks/reliability.py networks [--examples 2000]     random networks of all operators against float64 autograd
     [--seed 0] [--out docs/reliability.json]                    each writes its part of the file
 
 fuzz: an input must be refused by a CamrtError or be explained by finite maps. The death of the process, 20 seconds, 6 GiB of
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +32,20 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "fuzz": lambda given, work: fuzzing.fuzz(given.inputs, given.seed, work),
     "soak": lambda given, _: soaking.soak(given.explanations),
     "kill": lambda given, work: killing.kill(given.rounds, given.seed, work),
+    "networks": lambda given, _: networks(given.examples),
 }
+
+
+def networks(examples: int) -> dict[str, Any]:
+    """tests/test_random_networks.py with so many examples, other ones each time."""
+    test = Path(__file__).parent.parent / "tests" / "test_random_networks.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    environment = {**os.environ, "HYPOTHESIS_EXAMPLES": str(examples), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=test.parent.parent)
+    findings = [{"what": line} for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode and not findings:
+        findings = [{"what": (done.stdout + done.stderr)[-500:]}]
+    return {"examples": examples, "findings": findings}
 
 
 def main() -> int:
@@ -38,6 +54,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--only", type=int)
     parser.add_argument("--explanations", type=int, default=10_000)
+    parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)

@@ -72,7 +72,99 @@ def _row(row: dict[str, Any]) -> list[str]:
     return [f"{row['library']} `{row['name']}`", *times[:2], distance, times[2]]
 
 
-PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"benchmarks": benchmarks}
+def reliability(found: dict[str, Any]) -> str:
+    """docs/reliability.md."""
+    fuzz, soak, kill, networks = (found[part] for part in ("fuzz", "soak", "kill", "networks"))
+    text = """# What was done to break camrt
+
+Each part is one command of `benchmarks/reliability.py`, which writes its numbers into `docs/reliability.json`; this page is made of
+that file by `python benchmarks/report.py`. All of it ran on the CPU.
+
+"""
+    text += "## Random networks\n\n"
+    text += f"`python benchmarks/reliability.py networks --examples {networks['examples']}`\n\n"
+    text += f"""Hypothesis draws small networks of all operators that have a gradient rule. Each is exported, and its gradient program is
+compared with PyTorch's autograd in float64, and run by ONNX Runtime. {networks["examples"]} networks in {_time(networks)}: {_said(networks)}.
+
+## Damaged files
+
+`python benchmarks/reliability.py fuzz --inputs {fuzz["inputs"]}`
+
+Bytes of manifests, of programs, of ONNX models and of pictures in ten formats are changed, put in, taken out or doubled; values of
+manifests are exchanged for others, and models changed in ways that leave them readable: operators, attributes, wiring, shapes,
+types, weights' places, versions, nested graphs. A changed program has its hash in the manifest, as whoever means harm would write it.
+Every input runs in a child process. It must be refused by a one-line message, or be explained by maps without NaN or infinity.
+The death of the process, {20} seconds without an end, 6 GiB of address space, or any other exception is a finding.
+
+"""
+    text += table(
+        ["", "inputs", "refused", "explained"],
+        [
+            [kind, str(sum(n.values())), str(n["refused"]), str(n["explained"])]
+            for kind, n in sorted(fuzz["kinds"].items())
+        ],
+    )
+    text += f"\n{fuzz['inputs']} inputs in {_time(fuzz)}: {_said(fuzz)}.\n\n"
+    text += f"""## Ten thousand explanations
+
+`python benchmarks/reliability.py soak --explanations {soak["explanations"]}`
+
+{soak["processes"]} processes of {soak["threads_each"]} threads share the work, the threads of a process one explainer: eight methods, one picture
+or two, retuned and drawn. Every map is compared with that of the same call when the process had one thread: the largest
+difference was {soak["largest_difference"]:.0e}. Memory is noted 40 times; between the second and the last quarter the processes' medians
+changed by {" and ".join(f"{100 * g:+.1f} %" for g in soak["growth"])}, at {" and ".join(f"{m[-1]:.0f} MB" for m in soak["memory_mb"])}. {soak["explanations"]} explanations in {_time(soak)}: {_said(soak)}.
+
+## Killed and run again
+
+`python benchmarks/reliability.py kill --rounds {kill["rounds"]}`
+
+`kill -9` at random moments; half of them follow within 30 ms on the moment when the command begins to write. After each kill of
+an export the bundle that was there, or the new one, must load and give the same logits, and after each kill of a build no engine
+may be damaged. At the end each command must run through, and leave what it leaves undisturbed: one bundle and no other folder,
+all engines, the same records once each.
+
+"""
+    text += table(
+        ["", "kills", "of them while it wrote"],
+        [
+            [name, str(n["kills"]), str(n["of_them_while_writing"])] if "kills" in n else [name, n["left_out"], ""]
+            for name, n in kill["commands"].items()
+        ],
+    )
+    text += f"\n{_said(kill).capitalize()}.\n"
+    text += """
+## Hostile bundles
+
+`python -m pytest tests/test_hostile.py`: weights outside the folder, absolute paths, links and pipes, gigantic shapes, operators of
+other domains, nested subgraphs and functions, manifests that contradict themselves or trap their reader. Each is refused before an
+engine reads it. What is not: a chain of operators that computes something huge from something small.
+
+## Determinism
+
+`python -m pytest tests/test_determinism.py`: on the CPU backend the same input gives the same bits, in any batch it travels in maps
+within 1e-6, and on any number of threads within 1e-5, for every method on the demo's network.
+
+## Coverage
+
+"""
+    covered = found["coverage"]
+    text += f"""`make coverage`: the tests run {covered["percent"]:.1f} % of the {covered["statements"]} statements of the packages. On a machine without a GPU they
+do not run `kernels/device.py` and `kernels/launch.py`'s calls of PyCUDA; without these it is {covered["percent_without_gpu"]:.1f} %.
+
+"""
+    text += f"{machine(found['fuzz'] | {'threads': 2})}.\n"
+    return text
+
+
+def _said(part: dict[str, Any]) -> str:
+    return f"{len(part['findings'])} findings" if part["findings"] else "nothing was found"
+
+
+def _time(part: dict[str, Any]) -> str:
+    return f"{part['seconds'] / 60:.0f} minutes"
+
+
+PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"benchmarks": benchmarks, "reliability": reliability}
 
 
 def pages() -> dict[Path, str]:

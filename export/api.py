@@ -89,14 +89,20 @@ def export_onnx(
     gradients are of the logits before it. Other arguments and errors as export_model.
     """
     check_packages("onnx", "onnxscript")
-    from .from_onnx import read_graph
+    from .from_onnx import read_graph, refuse_invalid
 
     _check_path(path, overwrite)
     precisions = _precisions(precision)
-    graph = read_graph(model, None if input_shape is None else _shape(input_shape), layers, output, progress)
     origin = {"kind": "onnx", "spec": str(model), "output": output}
     label, tools = name or Path(model).stem, ("onnx", "onnxscript")
-    return _write(graph, precisions, path, label, origin, tools, classes, preprocess, overwrite, progress)
+    try:
+        graph = read_graph(model, None if input_shape is None else _shape(input_shape), layers, output, progress)
+        return _write(graph, precisions, path, label, origin, tools, classes, preprocess, overwrite, progress)
+    except CamrtError:
+        raise
+    except Exception:
+        refuse_invalid(Path(model))
+        raise
 
 
 def _precisions(given: str | Sequence[str]) -> list[str]:

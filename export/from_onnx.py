@@ -47,6 +47,13 @@ def read_graph(
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             _check_beside(path, str(value.const_value.location))
+        try:
+            assert value.const_value is not None
+            value.const_value.numpy()
+        except Exception as error:
+            raise ExportError(
+                f"{path}: its tensor {value.name!r:.100} is damaged ({first_line(error)[:100]})"
+            ) from error
     _keep_output(model, output)
     names = _layer_names(model.graph)
     model = modernise(model)
@@ -82,6 +89,16 @@ def read_graph(
         norm = "after" if batch_norm_after(y) else "none"
         taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+
+
+def refuse_invalid(path: Path) -> None:
+    """ExportError if the file is not a model by ONNX's own checker, which does not accept all that can be exported."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise ExportError(f"{path}: not a valid ONNX model ({first_line(error)[:200]})") from error
 
 
 def _check_beside(path: Path, location: str) -> None:

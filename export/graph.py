@@ -13,7 +13,7 @@ import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
 from ..runtime.errors import ExportError, first_line
-from ..runtime.manifest import Tap
+from ..runtime.manifest import MOST_ELEMENTS, Tap
 from .tape import attribute, constant_of, dims
 
 OPSET = 18  # the oldest opset whose forms the gradient rules read; older models are converted to it
@@ -262,7 +262,9 @@ def channels_first(model: ir.Model) -> None:
 
 
 def check_static(graph: ir.Graph) -> None:
-    """ExportError naming the first value of whose sizes more than one, the batch's, could not be inferred."""
+    """ExportError naming the first value of whose sizes more than one, the batch's, could not be inferred, or which no machine
+    holds.
+    """
     for node in graph:
         for y in node.outputs:
             if y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None):
@@ -271,6 +273,10 @@ def check_static(graph: ir.Graph) -> None:
                 raise ExportError(
                     f"the sizes of {y.name!r} ({node.op_type}, node {node.name!r}) are not static ({y.shape}): "
                     "export the model with fixed height and width"
+                )
+            if y.shape is not None and math.prod(d for d in dims(y) if d is not None) > MOST_ELEMENTS:
+                raise ExportError(
+                    f"{y.name!r} ({node.op_type}, node {node.name!r}) is larger than machines are: {y.shape}"
                 )
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError
+from .errors import BundleError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -16,7 +20,7 @@ WEIGHTS = "weights.bin"
 LAYOUTS = ("NCHW", "NHWC", "tokens")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MOST_ELEMENTS = 1 << 31  # of a tensor
-LARGEST_SIDE = 1 << 14  # of a resized picture, in pixels
+LARGEST_SIDE = 1 << 14  # of a resized picture or a window, in pixels
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # what users say -> what programs record
 
 
@@ -53,6 +57,15 @@ class Program:
     inputs: dict[str, list[Any]]
     outputs: dict[str, list[Any]]
     precision: str = "float32"
+
+    def check_outputs(self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
+        """BundleError unless a run with these inputs gave what the program says that it gives."""
+        sizes = {self.inputs[name][0]: len(array) for name, array in feeds.items()}
+        for name, declared in self.outputs.items():
+            array, shape = out.get(name), tuple(sizes.get(d, d) for d in declared)
+            if array is None or str(array.dtype) != "float32" or array.shape != shape:
+                found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+                raise BundleError(f"{self.file}: {name!r} is {found}, not float32 {shape}: export the bundle again")
 
 
 @dataclass(frozen=True)
@@ -104,12 +117,15 @@ def parse(text: str, where: str) -> Manifest:
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: not readable as JSON ({error}): export the bundle again") from None
+        raise BundleError(
+            f"{where}: not readable as JSON ({first_line(error)[:200]}): export the bundle again"
+        ) from None
     if not isinstance(raw, dict) or "format" not in raw:
         raise BundleError(f"{where}: not a camrt manifest: export the bundle again")
     if raw["format"] != FORMAT:
+        written = str(raw["format"])[:20]
         raise BundleError(
-            f"{where}: bundle format {raw['format']}, this camrt reads format {FORMAT}: export the bundle again"
+            f"{where}: bundle format {written}, this camrt reads format {FORMAT}: export the bundle again"
         )
     try:
         taps = tuple(Tap(**{k: _tuples(v) for k, v in t.items()}) for t in raw.pop("taps"))
@@ -127,7 +143,8 @@ def parse(text: str, where: str) -> Manifest:
         )
         _check(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
-        raise BundleError(f"{where}: a field is missing or wrong ({error}): export the bundle again") from None
+        said = first_line(error)[:200]
+        raise BundleError(f"{where}: a field is missing or wrong ({said}): export the bundle again") from None
     return manifest
 
 
@@ -153,9 +170,10 @@ def _check(m: Manifest) -> None:
             raise ValueError(f"tap {tap.name!r:.100}")
     if len(set(names)) != len(names):
         raise ValueError("a tap is listed twice")
-    listed = set(names)
     for program in m.programs:
-        _program(program, listed)
+        _program(program, m)
+    if not any(p.kind == "classify" for p in m.programs):
+        raise ValueError("no program 'classify'")
     _texts("weights", *(_mapping("weights", m.weights)[key] for key in ("file", "sha256")))
     if any(Path(f).name != f or f == ".." for f in [p.file for p in m.programs] + [m.weights["file"]]):
         raise ValueError("a file lies outside the bundle")
@@ -167,17 +185,45 @@ def _check(m: Manifest) -> None:
         _recipe(m.preprocess, m.input_shape[0])
 
 
-def _program(program: Program, taps: set[str]) -> None:
+def _program(program: Program, m: Manifest) -> None:
     _texts("programs", program.kind, program.file, program.sha256, *program.taps)
-    if not set(program.taps) <= taps:
-        raise ValueError("a program names a tap that is not listed")
+    taps = [t for t in m.taps if t.name in program.taps]
+    if [t.name for t in taps] != list(program.taps):
+        raise ValueError("a program names a tap that is not listed, or not in the order of the list")
     if program.precision not in PRECISIONS.values():
         raise ValueError(f"precision {program.precision!r:.100}")
     for tensors in (program.inputs, program.outputs):
         for name, shape in _mapping("programs", tensors).items():
             _texts("programs", name)
-            if not isinstance(shape, list) or not all(d in ("batch", "seeds") or _is_size(d) for d in shape):
+            sizes = (
+                shape
+                if isinstance(shape, list) and len(shape) == (3 if name.startswith("grid:") else len(shape))
+                else []
+            )
+            if not sizes or not all(d in ("batch", "seeds") or _is_size(d) for d in sizes):
                 raise ValueError(f"the shape of {name!r:.100}")
+    for tensors, wanted in zip((program.inputs, program.outputs), _interface(program, taps, m), strict=True):
+        found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
+        if found != wanted:
+            raise ValueError(f"what {program.file!r:.100} takes or gives is not what {program.kind!r:.100} must")
+
+
+def _interface(program: Program, taps: list[Tap], m: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a program of its kind takes and gives, without the first size of each shape, `context:` and `grid:` tensors."""
+    image, seed, logits = {"image": m.input_shape}, {"seed": (m.num_classes,)}, {"logits": (m.num_classes,)}
+    activations = {f"activation:{t.name}": (t.channels, *t.grid) for t in taps}
+    gradients = {f"gradient:{t.name}": (t.channels, *t.grid) for t in taps}
+    alphas, maps = (sum(t.channels for t in taps),), (sum(math.prod(t.grid) for t in taps),)
+    alone = {"activation": (taps[0].channels, *taps[0].grid)} if len(taps) == 1 else {}
+    return {
+        "classify": (image, logits),
+        "activations": (image, logits | activations),
+        "gradients": (image | seed, logits | activations | gradients),
+        "layer_maps": (image | seed, logits | {"alphas": alphas, "maps": maps}),
+        "full_grad": (image | seed, logits),
+        "trunk": (image, logits | alone),
+        "head": (alone, logits),
+    }[program.kind]
 
 
 def _recipe(recipe: Preprocess, channels: int) -> None:

@@ -147,6 +147,22 @@ def test_a_manifest_that_contradicts_itself_is_refused(bundle: Path, changes: di
     assert_refused(bundle, "a field is missing or wrong")
 
 
+def test_a_program_that_gives_other_than_it_says_is_refused(bundle: Path) -> None:
+    """Of the right names, by the wrong program: each `logits` is there, of another shape or not at all."""
+    manifest = manifest_of(bundle)
+    files = {p["kind"]: p for p in manifest["programs"]}
+    for kind, other in (("classify", "gradients"), ("trunk", "classify"), ("activations", "classify")):
+        kept = files[kind]["file"], files[kind]["sha256"]
+        files[kind]["file"], files[kind]["sha256"] = files[other]["file"], files[other]["sha256"]
+        (bundle / MANIFEST).write_text(json.dumps(manifest))
+        method = {"classify": None, "trunk": "recipro_cam", "activations": "eigen_cam"}[kind]
+        image = np.zeros((1, 3, 32, 32), np.float32)
+        explainer = camrt.load(bundle)
+        with pytest.raises(camrt.CamrtError, match=r"ONNX Runtime refused|'activation.*' is nothing, not float32"):
+            explainer.classify(image) if method is None else explainer.explain(image, method)
+        files[kind]["file"], files[kind]["sha256"] = kept
+
+
 def test_not_a_bundle(tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere", "no such bundle")
     assert_refused(tmp_path, r"not a bundle, it has no manifest\.json")

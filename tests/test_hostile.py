@@ -244,6 +244,13 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "colours that are missing": lambda m: m["preprocess"].update(mean=[0.5], std=[0.5]),
     "another filter": lambda m: m["preprocess"].update(interpolation="__import__"),
     "a name that is none": lambda m: m.update(name=["a"]),
+    "no program that classifies": lambda m: m.update(programs=[p for p in m["programs"] if p["kind"] != "classify"]),
+    "a program of another kind": lambda m: m["programs"][0].update(kind="evil"),
+    "a layer of another size": lambda m: m["taps"][0].update(grid=[8, 7]),
+    "layers in another order": lambda m: m["taps"].reverse(),
+    "logits of other classes": lambda m: m["programs"][0]["outputs"].update(logits=["batch", 6]),
+    "a shape without sizes": lambda m: m["programs"][0]["inputs"].update({"context:x": []}),
+    "a key of many lines": lambda m: m.update({"x\n" * 4000: 1}),
     "an activation": lambda m: m.update(final_activation="Evil"),
 }
 

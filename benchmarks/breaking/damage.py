@@ -216,7 +216,7 @@ def _versions(model: onnx.ModelProto, rng: random.Random) -> None:
 
 def _nested(model: onnx.ModelProto, rng: random.Random) -> None:
     leaf = graph = helper.make_graph([], "leaf", [], [])
-    for _ in range(rng.choice((0, 3, 80))):
+    for _ in range(rng.choice((0, 3, 25))):
         branch = helper.make_node("If", ["c"], ["y"], then_branch=graph, else_branch=leaf)
         graph = helper.make_graph([branch], "inner", [], [])
     model.graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=graph, else_branch=leaf))

@@ -38,11 +38,12 @@ class OrtExecutable:
     session, whose runs take one thread each.
     """
 
-    def __init__(self, backend: OrtBackend, path: Path, concurrent: bool, spins: bool):
+    def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool):
         self._backend = backend
+        self._program = program
         self._path = path
         self._concurrent = concurrent
-        self._spins = spins
+        self._spins = program.kind not in _FOLLOWED
         self._sessions: dict[bool, Any] = {}
         self._lock = threading.Lock()
 
@@ -50,10 +51,12 @@ class OrtExecutable:
         session = self._session(not self._concurrent and all(len(array) == 1 for array in feeds.values()))
         names = [o.name for o in session.get_outputs()]
         try:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            out = dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
             raise InputError(f"ONNX Runtime refused {shapes}: {first_line(error)}") from error
+        self._program.check_outputs(feeds, out)
+        return out
 
     def _session(self, single: bool) -> Any:
         with self._lock:
@@ -77,7 +80,7 @@ class OrtBackend:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
-        return OrtExecutable(self, bundle.file(program), concurrent, program.kind not in _FOLLOWED)
+        return OrtExecutable(self, program, bundle.file(program), concurrent)
 
     def session(self, path: Path, single: bool, concurrent: bool = False, spins: bool = True) -> Any:
         """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread, and threads that
