@@ -1,6 +1,7 @@
-# make demo   explains pictures with the network in the package (no torch)
-# make test   sets up everything and runs the tests
-# make peers  sets up the public implementations, times camrt beside them, writes docs/benchmarks.md (20 minutes on two cores)
+# make demo      explains pictures with the network in the package (no torch)
+# make test      sets up everything and runs the tests
+# make coverage  runs them and says which lines they do not reach
+# make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; about 20 minutes on two cores
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PEERS := .venv-peers/bin/python
 WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
 
-.PHONY: demo test peers clean
+.PHONY: demo test coverage peers clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -26,6 +27,9 @@ test: .venv/test-ready
 	$(PIP) torch --constraint constraints.txt
 	$(PIP) --editable '.[test]'
 	touch $@
+
+coverage: .venv/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-report=json:build/coverage.json
 
 peers: .venv-peers/ready
 	$(PEERS) benchmarks/peers.py --out docs/benchmarks.json

@@ -25,27 +25,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from breaking import fuzzing, killing, soaking
-from common import machine, versions
-
-PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
-    "fuzz": lambda given, work: fuzzing.fuzz(given.inputs, given.seed, work),
-    "soak": lambda given, _: soaking.soak(given.explanations),
-    "kill": lambda given, work: killing.kill(given.rounds, given.seed, work),
-    "networks": lambda given, _: networks(given.examples),
-}
+# imported where they are needed, so that a child process, which runs this file again, holds what its own part needs
 
 
-def networks(examples: int) -> dict[str, Any]:
+def _fuzz(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from breaking import fuzzing
+
+    return fuzzing.fuzz(given.inputs, given.seed, work)
+
+
+def _soak(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from breaking import soaking
+
+    del work
+    return soaking.soak(given.explanations)
+
+
+def _kill(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    from breaking import killing
+
+    return killing.kill(given.rounds, given.seed, work)
+
+
+def _networks(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     """tests/test_random_networks.py with so many examples, other ones each time."""
+    del work
     test = Path(__file__).parent.parent / "tests" / "test_random_networks.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
-    environment = {**os.environ, "HYPOTHESIS_EXAMPLES": str(examples), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HYPOTHESIS_EXAMPLES": str(given.examples), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=test.parent.parent)
     findings = [{"what": line} for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode and not findings:
         findings = [{"what": (done.stdout + done.stderr)[-500:]}]
-    return {"examples": examples, "findings": findings}
+    return {"examples": given.examples, "findings": findings}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "fuzz": _fuzz,
+    "soak": _soak,
+    "kill": _kill,
+    "networks": _networks,
+}
 
 
 def main() -> int:
@@ -61,10 +81,14 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="camrt-reliability-") as work:
         if given.only is not None:
+            from breaking import fuzzing
+
             print(fuzzing.run_one(given.only, given.seed, Path(work)))
             return 0
         started = time.perf_counter()
         found = PARTS[given.part](given, Path(work))
+    from common import machine, versions
+
     found |= {"seed": given.seed, "seconds": round(time.perf_counter() - started)}
     found |= {"machine": machine(), "versions": versions("onnx", "pillow")}
     if given.out is not None:

@@ -15,6 +15,7 @@ from .graph import (
     channels_first,
     check_logits,
     check_static,
+    check_windows,
     fix_sizes,
     modernise,
     strip_final_activation,
@@ -60,6 +61,7 @@ def read_graph(
     channels_first(model)
     fix_sizes(model, input_shape)
     check_static(model.graph)
+    check_windows(model.graph)
     logits, final_activation = strip_final_activation(model.graph.outputs[0])
     check_logits(logits)
     model.graph.outputs.clear()

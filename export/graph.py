@@ -13,7 +13,7 @@ import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
 from ..runtime.errors import ExportError, first_line
-from ..runtime.manifest import MOST_ELEMENTS, Tap
+from ..runtime.manifest import LARGEST_SIDE, MOST_ELEMENTS, Tap
 from .tape import attribute, constant_of, dims
 
 OPSET = 18  # the oldest opset whose forms the gradient rules read; older models are converted to it
@@ -265,19 +265,37 @@ def check_static(graph: ir.Graph) -> None:
     """ExportError naming the first value of whose sizes more than one, the batch's, could not be inferred, or which no machine
     holds.
     """
+    for y in (*graph.inputs, *(y for node in graph for y in node.outputs)):
+        if not y.name or y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None):
+            continue
+        node = y.producer()
+        where = f"{y.name!r}" + ("" if node is None else f" ({node.op_type}, node {node.name!r})")
+        if y.shape is None or dims(y).count(None) > 1:
+            raise ExportError(
+                f"the sizes of {where} are not static ({y.shape}): export the model with fixed height and width"
+            )
+        known = [d for d in dims(y) if d is not None]
+        if min(known, default=1) < 1 or math.prod(known) > MOST_ELEMENTS:
+            raise ExportError(f"the sizes of {where} are none that a network has: {y.shape}")
+
+
+def check_windows(graph: ir.Graph) -> None:
+    """ExportError naming the first convolution or pooling whose window is none that a network has, or does not fit."""
     for node in graph:
-        for y in node.outputs:
-            if y.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, None):
-                continue
-            if y.name and (y.shape is None or dims(y).count(None) > 1):
-                raise ExportError(
-                    f"the sizes of {y.name!r} ({node.op_type}, node {node.name!r}) are not static ({y.shape}): "
-                    "export the model with fixed height and width"
-                )
-            if y.shape is not None and math.prod(d for d in dims(y) if d is not None) > MOST_ELEMENTS:
-                raise ExportError(
-                    f"{y.name!r} ({node.op_type}, node {node.name!r}) is larger than machines are: {y.shape}"
-                )
+        if node.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool"):
+            continue
+        x = node.inputs[0] if node.inputs else None
+        rank = len(x.shape) - 2 if x is not None and x.shape is not None else 0
+        weight = node.inputs[1] if node.op_type == "Conv" and len(node.inputs) > 1 else None
+        kernel = attribute(node, "kernel_shape") if weight is None else dims(weight)[2:]
+        numbers = [kernel, *(attribute(node, name, [1] * rank) for name in ("strides", "dilations"))]
+        pads = attribute(node, "pads", [0] * 2 * rank)
+        fit = all(n is not None and len(n) == rank and all(m and 0 < m <= LARGEST_SIDE for m in n) for n in numbers)
+        if rank < 1 or not fit or len(pads) != 2 * rank or not all(0 <= p <= LARGEST_SIDE for p in pads):
+            raise ExportError(
+                f"the window of {node.op_type} {node.name!r} is none that a network has: kernel {kernel}, strides and "
+                f"dilations {numbers[1:]}, pads {pads}"
+            )
 
 
 def keeps_batch_apart(values: set[ir.Value]) -> bool:

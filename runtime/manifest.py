@@ -175,8 +175,9 @@ def _check(m: Manifest) -> None:
     if not any(p.kind == "classify" for p in m.programs):
         raise ValueError("no program 'classify'")
     _texts("weights", *(_mapping("weights", m.weights)[key] for key in ("file", "sha256")))
-    if any(Path(f).name != f or f == ".." for f in [p.file for p in m.programs] + [m.weights["file"]]):
-        raise ValueError("a file lies outside the bundle")
+    for file in [*(p.file for p in m.programs), m.weights["file"]]:
+        if Path(file).name != file or file == ".." or not file.isprintable() or len(file) > 200:
+            raise ValueError("a file lies outside the bundle, or has no name that files have")
     if m.classes is not None:
         _texts("classes", *m.classes)
         if len(m.classes) != m.num_classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,39 @@ def unknown_operator(path: Path) -> Path:
     return path
 
 
+def changed(change: Callable[[onnx.GraphProto], object]) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        model = onnx.load(str(classifier(path)))
+        change(model.graph)
+        onnx.save(model, str(path))
+        return path
+
+    return make
+
+
+def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
+    """Sets an attribute of the graph's first node of a kind."""
+    node = next(n for n in graph.node if n.op_type == kind)
+    kept = [a for a in node.attribute if a.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
+        (
+            changed(lambda g: first(g, "MaxPool", "strides", [1 << 20] * 2)),
+            {},
+            r"window of MaxPool 'n_pooled' .*1048576",
+        ),
+        (
+            changed(lambda g: first(g, "Conv", "strides", [1 << 20] * 2)),
+            {},
+            "the sizes of .* are none that a network has",
+        ),
+        (changed(lambda g: g.initializer[0].dims.append(7)), {}, r"its tensor '.*' is damaged"),
+        (changed(lambda g: g.node[1].ClearField("output")), {}, "not a valid ONNX model"),
         (
             unknown_operator,
             {},
@@ -229,7 +260,19 @@ def unknown_operator(path: Path) -> Path:
         (lambda p: p.write_bytes(b"not a model") and p, {}, "not readable as ONNX"),
         (lambda p: classifier(p), {"output": "none"}, "no output 'none'"),
     ],
-    ids=["operator", "layer", "shape", "dynamic", "missing", "garbage", "output"],
+    ids=[
+        "window",
+        "pads",
+        "tensor",
+        "invalid",
+        "operator",
+        "layer",
+        "shape",
+        "dynamic",
+        "missing",
+        "garbage",
+        "output",
+    ],
 )
 def test_refusals_are_one_line(tmp_path: Path, make, arguments: dict, message: str) -> None:
     source = make(tmp_path / "model.onnx")

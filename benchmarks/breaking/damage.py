@@ -145,7 +145,7 @@ def _attribute(model: onnx.ModelProto, rng: random.Random) -> None:
     elif attribute.type == onnx.AttributeProto.TENSOR:
         _tensor(attribute.t, rng)
     else:
-        attribute.type = rng.randrange(16)  # type: ignore[assignment]
+        attribute.type = rng.randrange(15)  # type: ignore[assignment]
 
 
 def _wiring(model: onnx.ModelProto, rng: random.Random) -> None:

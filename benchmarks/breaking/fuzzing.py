@@ -101,7 +101,7 @@ def _model(place: Place, rng: random.Random) -> None:
         shutil.rmtree(bundle, ignore_errors=True)
 
 
-_RUN: dict[str, Callable[[Place, random.Random], None]] = {
+RUN: dict[str, Callable[[Place, random.Random], None]] = {
     "manifest": _manifest,
     "program": _program,
     "picture": _picture,
@@ -115,13 +115,15 @@ def _checked(result: camrt.Explanation, explainer: camrt.Explainer) -> None:
     assert np.isfinite(result.maps).all(), "a map holds NaN or infinity"
 
 
-def _run(number: int, seed: int, place: Place) -> str:
+def run(number: int, seed: int, place: Place) -> str:
     """ "explained", or the message it was refused with. Any exception but a CamrtError."""
     try:
-        _RUN[KINDS[number % len(KINDS)]](place, random.Random(f"{seed}/{number}"))
+        RUN[KINDS[number % len(KINDS)]](place, random.Random(f"{seed}/{number}"))
     except camrt.CamrtError as error:
         message = str(error)
-        assert message and "\n" not in message and len(message) < 2000, f"a message of {len(message)} characters"
+        assert message and "\n" not in message and len(message) < 2000, (
+            f"a message of {len(message)} characters: {message[:100]}"
+        )
         return message
     return "explained"
 
@@ -129,7 +131,7 @@ def _run(number: int, seed: int, place: Place) -> str:
 def run_one(number: int, seed: int, work: Path) -> str:
     """One input again, in this process: a finding ends it in the same way."""
     (work / "again").mkdir()
-    return f"{KINDS[number % len(KINDS)]}: {_run(number, seed, Place(work / 'again'))}"
+    return f"{KINDS[number % len(KINDS)]}: {run(number, seed, Place(work / 'again'))}"
 
 
 def _worker(numbers: range, seed: int, folder: Path, now: Any, tally: Any) -> None:
@@ -142,11 +144,11 @@ def _worker(numbers: range, seed: int, folder: Path, now: Any, tally: Any) -> No
     place_folder = folder / f"from-{numbers.start}"
     place_folder.mkdir()
     place = Place(place_folder)
-    kinds = sorted(_RUN)
+    kinds = sorted(RUN)
     for number in numbers:
         now[0], now[1] = number, time.monotonic()
         try:
-            explained = _run(number, seed, place) == "explained"
+            explained = run(number, seed, place) == "explained"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             found = f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
@@ -160,7 +162,7 @@ def _worker(numbers: range, seed: int, folder: Path, now: Any, tally: Any) -> No
 def fuzz(inputs: int, seed: int, work: Path) -> dict[str, Any]:
     """Runs that many inputs in child processes: how many of each kind were refused and explained, and the findings."""
     context = multiprocessing.get_context("spawn")
-    kinds = sorted(_RUN)
+    kinds = sorted(RUN)
     tallies, watched = [], []
     findings: list[dict[str, Any]] = []
 

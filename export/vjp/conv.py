@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.errors import ExportError
-from ...runtime.manifest import LARGEST_SIDE
 from ..autodiff import vjp
 from ..tape import Tape, attribute, static_dims, weight_dims
 from .shape import pad_zeros
@@ -37,14 +35,11 @@ class Window:
 def window_of(node: ir.Node, kernel: Sequence[int]) -> Window:
     """Geometry of a Conv or pooling node, with `auto_pad` resolved against the sizes of its input and output.
 
-    `after` may exceed the declared padding where ceil_mode lets the last window hang over. ExportError for a window that no
-    network has.
+    `after` may exceed the declared padding where ceil_mode lets the last window hang over.
     """
     rank = len(kernel)
     strides = tuple(attribute(node, "strides", [1] * rank))
     dilations = tuple(attribute(node, "dilations", [1] * rank))
-    if not all(0 < n <= LARGEST_SIDE for n in (*kernel, *strides, *dilations)):
-        raise ExportError(f"{node.name!r}: kernel {list(kernel)}, strides {list(strides)}, dilations {list(dilations)}")
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     x = node.inputs[0]
     assert x is not None
