@@ -37,8 +37,9 @@ def prepare(folder: Path, models: list[str]) -> None:
     from common import build
 
     from camrt.oracle import module_oracle
+    from camrt.probes import smooth_images
     from camrt.runtime.bundle import read_bundle
-    from camrt.verify import smooth_images, verify_bundle
+    from camrt.verify import verify_bundle
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in models:

@@ -29,8 +29,8 @@ from torch import nn
 import camrt
 from camrt.compare import largest_difference
 from camrt.kernels import mask_batch
+from camrt.probes import smooth_images
 from camrt.runtime.cams import Lane
-from camrt.verify import smooth_images
 
 
 def open_model(name: str) -> tuple[nn.Module, str, np.ndarray]:

@@ -25,9 +25,10 @@ from common import build, machine, print_times, summary, take_turns, versions, w
 
 import camrt
 from camrt.oracle import module_oracle
+from camrt.probes import smooth_images
 from camrt.runtime.backends import Settings, create
 from camrt.runtime.bundle import read_bundle
-from camrt.verify import smooth_images, verify_bundle
+from camrt.verify import verify_bundle
 
 
 def export_memory(name: str, size: int) -> dict[str, float]:

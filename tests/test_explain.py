@@ -15,8 +15,8 @@ from support import assert_maps_close, scaled, small_net
 import camrt
 from camrt.export.reference import grad_cam, record, winsor_cam
 from camrt.kernels import layer_importance
+from camrt.probes import smooth_images
 from camrt.runtime.runs import GRADIENT_AGGREGATIONS
-from camrt.verify import smooth_images
 
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
 IMAGES = smooth_images((3, 32, 32), 4)

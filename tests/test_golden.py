@@ -18,10 +18,11 @@ import camrt
 from camrt.export import reference_runs
 from camrt.export.reference import LAYER_METHODS, Recorded, combined, finer_seed, record, select, winsor_cam
 from camrt.kernels import fuse_layers, normalize_layers, winsorize
+from camrt.probes import last_bits
 from camrt.runtime.backends import create
 from camrt.runtime.manifest import Tap
 from camrt.runtime.preprocess import as_batch
-from camrt.verify import last_bits, verify
+from camrt.verify import verify
 
 pytestmark = needs_data
 

@@ -19,9 +19,9 @@ from camrt.kernels import device as gpu
 from camrt.kernels import minmax, reference
 from camrt.kernels.build import sources_hash
 from camrt.kernels.launches import Launch
+from camrt.probes import smooth_images
 from camrt.runtime.backends import BACKENDS
 from camrt.runtime.cams import METHODS
-from camrt.verify import smooth_images
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import camrt
 from camrt.oracle import module_oracle
-from camrt.verify import smooth_images, verify_bundle
+from camrt.probes import smooth_images
+from camrt.verify import verify_bundle
 
 
 class Gated(nn.Module):

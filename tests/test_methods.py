@@ -17,10 +17,10 @@ from torch import nn
 import camrt
 from camrt.compare import largest_difference
 from camrt.export import reference, reference_runs
+from camrt.probes import smooth_images
 from camrt.runtime.cams import METHODS
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
 from camrt.runtime.runs import Runs
-from camrt.verify import smooth_images
 
 IMAGES = smooth_images((3, 32, 32), 3)
 TARGETS = [1, 4, 0]

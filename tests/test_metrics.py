@@ -11,8 +11,8 @@ import pytest
 import torch
 from support import import_torchvision
 
+from camrt.probes import smooth_images
 from camrt.runtime import metrics
-from camrt.verify import smooth_images
 
 RNG = np.random.default_rng(0)
 

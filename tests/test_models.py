@@ -1,7 +1,7 @@
 """One network of each torchvision classification family, and small transformers: exported in float32 and float16, put to
 every comparison of `camrt verify`, and built into TensorRT engines.
 
-The comparisons are of activations, gradients and maps with PyTorch in float64, per tap, by the limits in camrt.verify.
+The comparisons are of activations, gradients and maps with PyTorch in float64, per tap, by the limits in camrt.comparisons.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from camrt.compare import largest_difference
 from camrt.export import reference_runs
 from camrt.export.reference import LAYER_METHODS
 from camrt.oracle import module_oracle
+from camrt.probes import smooth_images
 from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, find_library
 from camrt.runtime.bundle import Bundle, read_bundle
-from camrt.verify import Report, smooth_images, verify, verify_bundle
+from camrt.verify import Report, verify, verify_bundle
 
 # whose float16 programs are put to every comparison; of the others they are built into engines
 HALF = ("resnet18", "squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5", "convnext_tiny")

@@ -13,8 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import camrt
+from camrt.probes import smooth_images
 from camrt.runtime.bundle import read_bundle
-from camrt.verify import smooth_images, verify
+from camrt.verify import verify
 
 IMAGES = smooth_images((3, 20, 18), 3)
 

@@ -18,6 +18,7 @@ from PIL import Image
 import camrt
 from camrt.kernels import DeviceArray, DeviceError, OutOfMemory
 from camrt.kernels.launches import Queue
+from camrt.probes import smooth_images
 from camrt.runtime.backends import create
 from camrt.runtime.backends.gpu import Gpu, GpuProgram
 from camrt.runtime.bundle import Bundle, read_bundle
@@ -25,7 +26,6 @@ from camrt.runtime.cams import METHODS
 from camrt.runtime.errors import EngineError
 from camrt.runtime.explainer import Explainer
 from camrt.runtime.manifest import Program
-from camrt.verify import smooth_images
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the GPU pipeline is not tested")
 

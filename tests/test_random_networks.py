@@ -20,12 +20,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import camrt
 from camrt.compare import relative_l2
+from camrt.comparisons import GRAPH_LIMIT
 from camrt.export.autodiff import RULES
 from camrt.export.interpreter import Interpreter
 from camrt.oracle import open_oracle
+from camrt.probes import smooth_images
 from camrt.runtime.backends import create
 from camrt.runtime.bundle import read_bundle
-from camrt.verify import GRAPH_LIMIT, smooth_images, verify
+from camrt.verify import verify
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
 CLASSES = 4

@@ -1,0 +1,309 @@
+"""The comparisons that `camrt verify` makes, each a row: what a bundle gives, beside PyTorch in float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .compare import cosine_distance, largest_difference, relative_l2
+from .kernels import minmax
+from .oracle import Oracle
+from .probes import last_bits
+from .runtime.backends import Backend
+from .runtime.bundle import Bundle
+from .runtime.cams import GridMaps
+from .runtime.cams.gradient import full_grad
+from .runtime.explainer import Explainer
+from .runtime.manifest import Program
+
+if TYPE_CHECKING:
+    from .export.reference import Recorded
+
+GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
+FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
+SOURCE_LIMIT = 1e-4  # relative L2 from another float32 program
+ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
+MAP_LIMIT = 1e-3  # largest difference after min-max
+HALF_LIMIT = 1e-3  # 1 - cosine of maps after min-max, of programs in float16
+CLASS_LIMIT = 0.02  # part of the range of an image's logits within which classes are tied to float16
+PERCENTILES = (0, 50, 90, 100)
+FULL_GRAD_RUNS = 3  # how often PyTorch float32's own distance from FullGrad is sampled, a whole backward pass each,
+FLOAT32_UNITS = 16  # with images that differ by so many units in the last place
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: its distance from the float64 reference, PyTorch float32's own, and what is allowed.
+
+    A rectifier whose input is within rounding of 0 may fall to either side, and one that does moves early gradients by
+    1e-3 and more. Which ones fall is chance, so for gradients and maps PyTorch float32's own distance is the largest of
+    several runs, whose images differ in their last bits. Chance hides no error: the gradient program is also run as it
+    stands by PyTorch operators in float64, where rectifiers fall as they do in the reference.
+    """
+
+    program: str
+    subject: str
+    distance: float
+    torch_float32: float
+    limit: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and self.distance <= self.limit
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How maps of a precision are compared: what the rows say, the distance, and what is allowed of it."""
+
+    label: str
+    distance: Callable[[np.ndarray, np.ndarray], float]
+    limit: float
+
+    @classmethod
+    def of(cls, precision: str, engine: str) -> Compared:
+        if precision == "fp32":
+            return cls("methods", largest_difference, MAP_LIMIT)
+        return cls(f"methods fp16 {engine}", cosine_distance, HALF_LIMIT)
+
+
+def class_rows(explainer: Explainer, what: Compared, batch: np.ndarray, double: Recorded) -> Iterator[Row]:
+    """By how much of the range of its logits the top class in float16 falls short of the reference's."""
+    want = double.logits.numpy()
+    found = explainer.classify(batch).argmax(axis=1)
+    short = want.max(axis=1) - want[np.arange(len(want)), found]
+    yield Row(what.label, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
+
+
+def _row(
+    program: str,
+    subject: str,
+    got: np.ndarray,
+    want: np.ndarray,
+    own: Sequence[np.ndarray],
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    floor: float,
+) -> Row:
+    """Compares in float64; a comparison that cannot be made is a row that fails."""
+    try:
+        if got.dtype != np.float32:
+            raise ValueError(f"dtype {got.dtype} instead of float32")
+        distance = measure(got.astype(np.float64), want)
+        torch_float32 = max((measure(o.astype(np.float64), want) for o in own), default=0.0)
+    except ValueError as error:
+        return Row(program, subject, float("nan"), float("nan"), floor, str(error))
+    return Row(program, subject, distance, torch_float32, max(floor, 2 * torch_float32))
+
+
+def program_rows(
+    file: str, out: dict[str, np.ndarray], taps: Sequence[str], double: Recorded, singles: Sequence[Recorded]
+) -> Iterator[Row]:
+    def row(subject: str, name: str, pick: Callable[[Recorded], Any], continuous: bool) -> Row:
+        runs = singles[:1] if continuous else singles
+        want, own = pick(double).numpy(), [pick(r).numpy() for r in runs]
+        return _row(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
+
+    yield row("logits", "logits", lambda r: r.logits, True)
+    for tap in taps:
+        for name in ("activation", f"activation:{tap}"):
+            if name in out:
+                yield row(f"activation {tap}", name, lambda r, t=tap: r.activations[t], True)
+        if f"gradient:{tap}" in out:
+            yield row(f"gradient {tap}", f"gradient:{tap}", lambda r, t=tap: r.gradients[t], False)
+    if "maps" in out:
+        yield row("alphas", "alphas", lambda r: _side_by_side(r, taps)[0], False)
+        yield row("maps", "maps", lambda r: _side_by_side(r, taps)[1], False)
+
+
+def head_rows(
+    bundle: Bundle, engine: Backend, program: Program, batch: np.ndarray, double: Recorded, singles: Sequence[Recorded]
+) -> Iterator[Row]:
+    """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
+    trunk = bundle.program("trunk", program.taps)
+    out = engine.open(bundle, trunk).run({"image": batch[:1]})
+    given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
+    got = engine.open(bundle, program).run(given)["logits"]
+    want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
+    own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in singles[:1]]
+    yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
+
+
+def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
+    """Alphas (B, sum K) and maps (B, sum h w), as the layer_maps program lays them out."""
+    import torch
+
+    from .export.reference import layer_cam_maps, select
+
+    alphas, maps = layer_cam_maps(select(recorded, taps))
+    return torch.cat(alphas, 1), torch.cat([m.flatten(1) for m in maps], 1)
+
+
+def use_rows(
+    bundle: Bundle, engine: Backend, batch: np.ndarray, seed: np.ndarray, double: Recorded, singles: Sequence[Recorded]
+) -> Iterator[Row]:
+    """The widest layer_maps program as users run it: one image alone, and one image with two targets.
+
+    The second target is twice the first, whose maps must be twice the first's.
+    """
+    program = max((p for p in bundle.manifest.programs if p.kind == "layer_maps"), key=lambda p: len(p.taps))
+    executable = engine.open(bundle, program)
+    want, own = ([_side_by_side(r, program.taps)[1][:1].numpy() for r in runs] for runs in ([double], singles))
+    got = executable.run({"image": batch[:1], "seed": seed[:1]})["maps"]
+    yield _row(program.file, "single image", got, want[0], own, relative_l2, ACTIVATION_LIMIT)
+    count = 1 if bundle.manifest.seeds_share_image else 2
+    feeds = {"image": np.repeat(batch[:1], count, axis=0), "seed": np.concatenate([seed[:1], 2 * seed[:1]])}
+    if bundle.manifest.batch == 1:
+        return
+    got = executable.run(feeds)["maps"]
+    for i, subject in enumerate(("several targets, first", "several targets, second")):
+        yield _row(program.file, subject, got[i : i + 1] / (i + 1), want[0], own, relative_l2, ACTIVATION_LIMIT)
+
+
+def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
+    """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
+    manifest = bundle.manifest
+    spec = manifest.source.get("spec")
+    if manifest.source["kind"] != "onnx" or not spec or not Path(spec).is_file():
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(spec), providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    channels_last = entry.shape[3] == batch.shape[1] and entry.shape[1] != batch.shape[1]
+    fed = batch.transpose(0, 2, 3, 1) if channels_last else batch
+    output = [manifest.source["output"] or session.get_outputs()[0].name]
+    want = np.concatenate([np.asarray(session.run(output, {entry.name: fed[i : i + 1]})[0]) for i in range(len(fed))])
+    logits = engine.open(bundle, bundle.program("classify")).run({"image": batch})["logits"].astype(np.float64)
+    if manifest.final_activation == "Softmax":
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    else:
+        scores = 1 / (1 + np.exp(-logits)) if manifest.final_activation == "Sigmoid" else logits
+    got = scores.astype(np.float32)
+    want = want.reshape(got.shape).astype(np.float64)
+    yield _row("classify.onnx", "scores of the source file", got, want, [], relative_l2, SOURCE_LIMIT)
+
+
+def graph_rows(
+    bundle: Bundle,
+    precision: str,
+    batch: np.ndarray,
+    seed: np.ndarray,
+    double: Recorded,
+    progress: Callable[[str], None],
+) -> Iterator[Row]:
+    """The widest gradient program's arithmetic, in float64, without ONNX Runtime."""
+    import torch
+
+    from .export.interpreter import Interpreter
+
+    program = bundle.program("gradients", [t.name for t in bundle.manifest.taps], precision)
+    progress(f"checking {program.file} in float64")
+    names = [f"gradient:{tap}" for tap in program.taps]
+    feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
+    with torch.no_grad():
+        out = Interpreter(bundle.file(program)).run(feeds, names)
+    for tap, name in zip(program.taps, names, strict=True):
+        subject = f"float64 gradient {tap}"
+        try:
+            distance = relative_l2(out[name].numpy(), double.gradients[tap].numpy())
+            yield Row(program.file, subject, distance, 0.0, GRAPH_LIMIT)
+        except ValueError as error:
+            yield Row(program.file, subject, float("nan"), 0.0, GRAPH_LIMIT, str(error))
+
+
+def method_rows(
+    explainer: Explainer,
+    what: Compared,
+    batch: np.ndarray,
+    seed: np.ndarray,
+    double: Recorded,
+    singles: Sequence[Recorded],
+    progress: Callable[[str], None],
+) -> Iterator[Row]:
+    """Winsor-CAM, Integrative CAM, and at the last block every method that reads one activation and gradient."""
+    import torch
+
+    from .export.reference import LAYER_METHODS, integrative_cam, select, winsor_cam
+
+    size = batch.shape[2:]
+    roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
+
+    def row(subject: str, got: np.ndarray, compute: Callable[[Recorded], Any]) -> Row:
+        want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
+        return _row(what.label, subject, minmax(got), want, own, what.distance, what.limit)
+
+    if roles["conv"]:
+        progress("checking winsor_cam")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a map of zeros is compared all the same
+            first = explainer.explain(batch, "winsor_cam", seed, percentile=PERCENTILES[0])
+            for aggregation in ("mean", "max"):
+                for p in PERCENTILES:
+                    got = first.retune(percentile=p, layer_aggregation=aggregation).maps
+                    options = (size, p, aggregation)
+                    subject = f"winsor_cam {aggregation} p{p}"
+                    yield row(subject, got, lambda r, o=options: winsor_cam(select(r, roles["conv"]), *o)[0])
+        progress("checking integrative_cam")
+        got = explainer.explain(batch, "integrative_cam", seed).maps
+
+        def integrative(recorded: Recorded) -> Any:
+            kind = recorded.logits.dtype
+            return integrative_cam(select(recorded, roles["conv"]), torch.from_numpy(seed).to(kind), size)[0]
+
+        yield row("integrative_cam", got, integrative)
+    if roles["last"]:
+        for name, method in LAYER_METHODS.items():
+            progress(f"checking {name}")
+            got = explainer.explain(batch, name, seed).maps
+            yield row(name, got, lambda r, m=method: m(select(r, roles["last"]), size))
+
+
+@dataclass(frozen=True)
+class FullGrads:
+    """FullGrad's maps in float64, and PyTorch float32's."""
+
+    double: np.ndarray
+    singles: list[np.ndarray]
+
+
+def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray) -> FullGrads | None:
+    """None where the bundle has no program for it."""
+    if not any(p.kind == "full_grad" for p in bundle.manifest.programs):
+        return None
+    singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, FLOAT32_UNITS)]
+    return FullGrads(oracle.full_grad(batch, seed, True), singles)
+
+
+def full_grad_rows(
+    explainer: Explainer, what: Compared, batch: np.ndarray, seed: np.ndarray, reference: FullGrads | None
+) -> Iterator[Row]:
+    if reference is not None:
+        got = explainer.explain(batch, "full_grad", seed).maps
+        yield _row(what.label, "full_grad", got, reference.double, reference.singles, what.distance, what.limit)
+
+
+def full_grad_graph_rows(
+    bundle: Bundle, precision: str, batch: np.ndarray, seed: np.ndarray, reference: FullGrads | None
+) -> Iterator[Row]:
+    """The program's own arithmetic in float64."""
+    import torch
+
+    from .export.interpreter import Interpreter
+
+    if reference is None:
+        return
+    program = bundle.program("full_grad", (), precision)
+    names = [name for name in program.outputs if name.startswith("grid:")]
+    feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
+    with torch.no_grad():
+        out = Interpreter(bundle.file(program)).run(feeds, names)
+    maps = tuple(out[name].numpy() for name in names)
+    precise = full_grad(GridMaps((), seed, seed, maps, batch.shape[2:])).maps
+    yield _row(program.file, "float64 full_grad", precise, reference.double, [], largest_difference, FULL_GRAD_LIMIT)
