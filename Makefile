@@ -30,6 +30,8 @@ test: .venv/test-ready
 
 coverage: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-report=json:build/coverage.json
+	$(BIN)/python benchmarks/reliability.py coverage --out docs/reliability.json
+	$(BIN)/python benchmarks/report.py
 
 peers: .venv-peers/ready
 	$(PEERS) benchmarks/peers.py --out docs/benchmarks.json

@@ -4,6 +4,7 @@ python benchmarks/reliability.py fuzz [--inputs 100000]         bundles' manifes
 python benchmarks/reliability.py soak [--explanations 10000]    2 processes of 4 threads each; their results and memory
 python benchmarks/reliability.py kill [--rounds 60]             export, build and evaluate, killed and run again
 python benchmarks/reliability.py networks [--examples 2000]     random networks of all operators against float64 autograd
+python benchmarks/reliability.py coverage                       what `make coverage` measured, of all files and of those without a GPU
     [--seed 0] [--out docs/reliability.json]                    each writes its part of the file
 
 fuzz: an input must be refused by a CamrtError or be explained by finite maps. The death of the process, 20 seconds, 6 GiB of
@@ -21,9 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parent.parent
+NEED_A_GPU = ("kernels/device.py", "kernels/driver.py", "kernels/memory.py", "kernels/stream.py")
 
 # imported where they are needed, so that a child process, which runs this file again, holds what its own part needs
 
@@ -50,14 +54,33 @@ def _kill(given: argparse.Namespace, work: Path) -> dict[str, Any]:
 def _networks(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     """tests/test_random_networks.py with so many examples, other ones each time."""
     del work
-    test = Path(__file__).parent.parent / "tests" / "test_random_networks.py"
+    test = ROOT / "tests" / "test_random_networks.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
     environment = {**os.environ, "HYPOTHESIS_EXAMPLES": str(given.examples), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=test.parent.parent)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     findings = [{"what": line} for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode and not findings:
         findings = [{"what": (done.stdout + done.stderr)[-500:]}]
     return {"examples": given.examples, "findings": findings}
+
+
+def _coverage(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Of build/coverage.json: statements, and the percentage that tests run; also without what needs PyCUDA."""
+    del given, work
+    files = json.loads((ROOT / "build" / "coverage.json").read_text())["files"]
+    counted = {name: file["summary"] for name, file in files.items()}
+
+    def percent(names: Iterable[str]) -> float:
+        parts = [counted[name] for name in names]
+        return round(100 * sum(p["covered_lines"] for p in parts) / sum(p["num_statements"] for p in parts), 1)
+
+    elsewhere = [name for name in counted if name not in NEED_A_GPU]
+    return {
+        "statements": sum(p["num_statements"] for p in counted.values()),
+        "percent": percent(counted),
+        "percent_without_gpu": percent(elsewhere),
+        "findings": [],
+    }
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
@@ -65,6 +88,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "soak": _soak,
     "kill": _kill,
     "networks": _networks,
+    "coverage": _coverage,
 }
 
 

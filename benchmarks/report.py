@@ -148,8 +148,8 @@ within 1e-6, and on any number of threads within 1e-5, for every method on the d
 
 """
     covered = found["coverage"]
-    text += f"""`make coverage`: the tests run {covered["percent"]:.1f} % of the {covered["statements"]} statements of the packages. On a machine without a GPU they
-do not run `kernels/device.py` and `kernels/launch.py`'s calls of PyCUDA; without these it is {covered["percent_without_gpu"]:.1f} %.
+    text += f"""`make coverage`: the tests run {covered["percent"]:.1f} % of the {covered["statements"]} statements of the packages. Without what
+only a GPU runs, the side of the kernels that calls PyCUDA, it is {covered["percent_without_gpu"]:.1f} %.
 
 """
     text += f"{machine(found['fuzz'] | {'threads': 2})}.\n"

@@ -91,8 +91,6 @@ class _Converter:
                 self._convert(node)
 
     def _convert(self, node: ir.Node) -> None:
-        if node.op_type == "HardSigmoid" and node.attributes["alpha"].as_float() > 1e30:
-            node = self._step(node)
         if node.op_type == "Cast":
             self._cast_of_condition(node)
             return
@@ -163,25 +161,6 @@ class _Converter:
             y.type = ir.TensorType(HALF)
         elif x is not None and x.dtype == HALF:
             node.replace_input_with(0, self._as(x, FLOAT, node))
-
-    def _step(self, node: ir.Node) -> ir.Node:
-        """The tape's step function as a comparison: its slope is no float16 number."""
-        x, y = node.inputs[0], node.outputs[0]
-        assert x is not None
-        zero = initializer(self._graph, f"{y.name}_zero", np.zeros((), np.float32))
-        compared = ir.node("Greater", [x, zero])
-        compared.outputs[0].name, compared.outputs[0].shape = f"{y.name}_positive", y.shape
-        compared.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
-        cast = ir.node("Cast", [compared.outputs[0]], {"to": FLOAT})
-        result = cast.outputs[0]
-        name, shape, kind = y.name, y.shape, y.type
-        self._graph.insert_after(node, [compared, cast])
-        y.replace_all_uses_with(result, replace_graph_outputs=True)
-        self._graph.remove(node, safe=False)
-        result.name, result.shape, result.type = name, shape, kind
-        self._dependent.update((compared.outputs[0], result))
-        self._convert(compared)
-        return cast
 
 
 def _stays_float(node: ir.Node, index: int) -> bool:

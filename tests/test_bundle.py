@@ -16,6 +16,7 @@ from support import small_net
 from torch import nn
 
 import camrt
+from camrt.probes import smooth_images
 from camrt.runtime.manifest import MANIFEST
 from camrt.verify import verify
 
@@ -246,6 +247,18 @@ class Pair(Tokens):
         return y.mean((2, 3)), y
 
 
+class Decides(nn.Module):
+    """Control flow that depends on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x).mean((2, 3))
+        return y * 2 if y.sum() > 0 else y
+
+
 class Rolled(nn.Module):
     """A block that moves its positions about, so that its grid is no longer the image's."""
 
@@ -314,6 +327,16 @@ class ChannelsLast(nn.Module):
         (small_net, {"preprocess": camrt.Preprocess((16, 16), (0.5,) * 3, (1,) * 3)}, r"preprocess gives \(16, 16\)"),
         (small_net, {"preprocess": camrt.Preprocess((32, 32), (0.5,), (1,) * 3)}, "mean has 1 numbers for 3 channels"),
         (lambda: "resnet", {}, "takes a torch.nn.Module, not str"),
+        (Decides, {}, "PyTorch could not export the model"),
+        (small_net, {"precision": "int8"}, "precision 'int8': use fp32, fp16"),
+        (small_net, {"precision": []}, "no precision was given"),
+        (small_net, {"preprocess": camrt.Preprocess((32, 32), (0.5,) * 3, (1, 0, 1))}, "std holds a zero"),
+        (small_net, {"preprocess": camrt.Preprocess((0, 32), (0.5,) * 3, (1,) * 3)}, "sizes are whole numbers from 1"),
+        (
+            small_net,
+            {"preprocess": camrt.Preprocess((30, 30), (0.5,) * 3, (1,) * 3, (32, 32))},
+            r"crop \(32, 32\) is larger than resize",
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -345,3 +368,13 @@ def test_a_model_that_ends_in_a_softmax_is_explained_by_its_logits(tmp_path: Pat
     np.testing.assert_allclose(explainer.classify(image), model[0](torch.from_numpy(image)).detach().numpy(), atol=1e-5)
     report = verify(path)
     assert report.passed and "own forward graph" in report.oracle
+
+
+def test_an_exported_program_is_taken_as_well(tmp_path: Path) -> None:
+    program = torch.export.export(
+        small_net(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    path = camrt.export_model(program, tmp_path / "program.camrt", (3, 32, 32), "last")
+    image = smooth_images((3, 32, 32), 1)
+    want = small_net()(torch.from_numpy(image)).detach().numpy()
+    np.testing.assert_allclose(camrt.load(path).classify(image), want, atol=1e-5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, small_net
+from support import ROOT, import_torchvision, small_net
 
 import camrt
 from camrt.cli import main
@@ -38,6 +38,7 @@ def broken():
     raise RuntimeError("no weights here")
 
 number = 3
+Holder = list
 """
 
 
@@ -211,6 +212,9 @@ def test_export_timm(folder: Path) -> None:
         ("mymodels:number", "'int' object is not callable"),
         ("nowhere:build", "cannot import 'nowhere'"),
         ("missing.pt2", "missing.pt2: no such file"),
+        ("torchvision:resnet5000", "torchvision has no classification model 'resnet5000'"),
+        ("torchvision:resnet18:BEST", "torchvision has no weights 'BEST' for resnet18: it has IMAGENET1K_V1, DEFAULT"),
+        ("mymodels:Holder", "mymodels:Holder gave a list, not a torch.nn.Module"),
         ("mymodels.py.pt2", "no such file"),
         ("missing.onnx", "missing.onnx: no such file"),
         ("mymodels:build", "does not say its input's size: pass --input-shape 3 224 224"),
@@ -219,8 +223,15 @@ def test_export_timm(folder: Path) -> None:
 def test_sources_that_cannot_be_opened(
     folder: Path, capsys: pytest.CaptureFixture[str], source: str, message: str
 ) -> None:
+    if source.startswith("torchvision:"):
+        import_torchvision()
     assert message in refusal(capsys, "export", source, "out.camrt")
     assert not (folder / "out.camrt").exists()
+
+
+def test_a_file_that_is_no_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "damaged.pt2").write_bytes(b"not a zip")
+    assert "damaged.pt2: not a torch.export program" in refusal(capsys, "export", "damaged.pt2", "out.camrt")
 
 
 @pytest.mark.parametrize(
@@ -289,3 +300,72 @@ def test_a_refused_run_leaves_earlier_results(folder: Path, exported: Path) -> N
     assert main(["explain", str(exported), "photo.png", "--target=--5"]) == 2
     assert Path("explanations/explanations.jsonl").read_text() == before
     assert sorted(p.name for p in Path("explanations").iterdir()) == ["explanations.jsonl", "photo.npy", "photo.png"]
+
+
+def test_torchvision_weights_that_were_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's own file in its own place, with numbers of ours: classes and preprocessing come with the weights."""
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    models = import_torchvision().models
+    weights = models.SqueezeNet1_1_Weights.DEFAULT
+    torch.manual_seed(3)
+    file = folder / "torch" / "hub" / "checkpoints" / Path(weights.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(models.squeezenet1_1().state_dict(), file)
+    assert main(["export", "torchvision:squeezenet1_1:DEFAULT", "net.camrt", "--layers", "last"]) == 0
+    manifest = camrt.load("net.camrt").manifest
+    assert manifest.classes is not None and manifest.classes[340] == "zebra" and manifest.preprocess is not None
+    assert (manifest.preprocess.resize, manifest.preprocess.crop) == (256, (224, 224))
+    assert manifest.preprocess.mean == (0.485, 0.456, 0.406)
+
+
+def test_the_module_is_the_command(exported: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "camrt", "info", str(exported)], capture_output=True, text=True)
+    assert done.returncode == 0 and "block.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "camrt: interrupted\n"),
+        (PermissionError(13, "Permission denied", "x.png"), 2, "camrt: x.png: Permission denied\n"),
+        (BrokenPipeError(), 0, ""),
+    ],
+    ids=["interrupt", "permission", "pipe"],
+)
+def test_how_a_command_ends(
+    raised: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_: object) -> int:
+        raise raised
+
+    monkeypatch.setattr("camrt.commands.info.info", command)
+    assert main(["info", "x.camrt"]) == code
+    assert capsys.readouterr().err == said
+
+
+def test_info_lists_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("auto ->")] and any(
+        "onnxruntime " in x for x in lines
+    )
+    assert "name a bundle" in refusal(capsys, "info")
+
+
+def test_verify_on_given_images(folder: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(exported), "support:small_net", "--images", "photos", "other.png"]) == 0
+    assert "passed" in capsys.readouterr().out
+
+
+def test_class_names_and_sizes_that_do_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "names.json").write_text('{"0": "ant"}')
+    shape = ["--input-shape", "3", "32", "32"]
+    said = refusal(capsys, "export", "mymodels:build", "a.camrt", *shape, "--classes", "names.json")
+    assert "expected a JSON list of names" in said
+    mean = ["--mean", "0.5", "0.5", "0.5", "--std", "1", "1", "1"]
+    assert main(["export", "mymodels:build", "b.camrt", *shape, *mean]) == 0  # resized to the input
+    recipe = camrt.load("b.camrt").manifest.preprocess
+    assert recipe is not None and recipe.resize == (32, 32)
+    assert main(["export", "mymodels:build", "c.camrt", *shape, *mean, "--resize", "40", "--crop", "32", "32"]) == 0
+    recipe = camrt.load("c.camrt").manifest.preprocess
+    assert recipe is not None and recipe.resize == 40

@@ -303,3 +303,41 @@ def test_several_targets_where_the_batch_is_folded(tmp_path: Path) -> None:
         one = explainer.explain(IMAGES[:2], target=several.target[:, k], layer_aggregation="max")
         assert_maps_close(several.maps[:, k], one.maps, 1e-5)
     assert several.maps.max() > 0
+
+
+def test_a_batch_in_parts_is_retuned_as_a_whole(exported: Path) -> None:
+    whole, parts = (camrt.load(exported, max_batch=size).explain(IMAGES, percentile=90) for size in (4, 3))
+    assert len(parts) == 4
+    for options in ({"percentile": 20}, {"layer_aggregation": "max", "percentile": 70}):
+        again = parts.retune(**options)
+        assert_maps_close(again.maps, whole.retune(**options).maps, 1e-6)
+        assert not np.array_equal(again.maps, parts.maps)
+
+
+def test_one_seed_for_every_image(explainer: camrt.Explainer) -> None:
+    seed = np.array([0, 1, 0, -1, 0], np.float32)
+    shared = explainer.explain(IMAGES, target=seed)
+    each = explainer.explain(IMAGES, target=np.repeat(seed[None], 4, axis=0))
+    assert shared.target is None
+    np.testing.assert_array_equal(shared.maps, each.maps)
+
+
+def test_pictures_are_of_the_arrays_as_they_were(explainer: camrt.Explainer) -> None:
+    """A caller may fill the same buffer again before the overlay is drawn."""
+    buffer = IMAGES[:1].copy()
+    result = explainer.explain(buffer)
+    buffer[:] = 0
+    np.testing.assert_array_equal(result.pictures[0], explainer.explain(IMAGES[:1]).pictures[0])
+
+
+def test_arrays_without_a_recipe_are_stretched_to_be_drawn(tmp_path: Path) -> None:
+    path = camrt.export_model(small_net(), tmp_path / "plain.camrt", (3, 32, 32), "last")
+    (picture,) = camrt.load(path).explain(IMAGES[:1], "grad_cam").pictures
+    assert picture.dtype == np.uint8 and picture.shape == (32, 32, 3)
+    assert (picture.min(), picture.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(explainer: camrt.Explainer, mode: str) -> None:
+    with pytest.raises(camrt.CamrtError, match=r"has more than 8 bits a channel \((I;16|F)\): scale it to 8 bits"):
+        explainer.explain(Image.new(mode, (32, 32)))

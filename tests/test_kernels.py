@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +147,43 @@ def test_masks_and_their_sums(kind: str, grid: tuple[int, int], size: tuple[int,
 def test_an_unknown_gate_is_refused() -> None:
     with pytest.raises(ValueError, match="gate 'relu': use tanh, sigmoid_relu, minmax, identity"):
         kernels.mask_batch(np.zeros((3, 4, 4), np.float32), np.zeros((1, 2, 2), np.float32), "relu")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: kernels.check_finite(np.array([1, np.nan], np.float32)), "NaN or infinity"),
+        (
+            lambda: kernels.layer_importance(np.zeros((2, 3), np.float32), [], "mean"),
+            "needed one or more of at least one",
+        ),
+        (
+            lambda: kernels.class_scores(np.zeros((2, 0), np.float32), np.zeros((1, 0), np.float32), "softmax"),
+            "no classes",
+        ),
+        (
+            lambda: kernels.resize_picture(
+                np.zeros((4, 4, 3), np.uint8), (4, 4), (1, 0, 4, 4), [0] * 3, [1] * 3, "bilinear"
+            ),
+            r"crop \(1, 0, 4, 4\) lies outside \(4, 4\)",
+        ),
+        (
+            lambda: kernels.resize_picture(
+                np.zeros((4, 4, 3), np.uint8), (4, 4), (0, 0, 4, 4), [0] * 3, [1], "bilinear"
+            ),
+            "3 means and 1 deviations",
+        ),
+    ],
+    ids=["nan", "no layers", "no classes", "crop", "deviations"],
+)
+def test_what_no_kernel_takes(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_a_picture_is_resized_into_a_given_array() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    arguments = (picture, (6, 5), (0, 0, 6, 5), [0.5] * 3, [0.25] * 3, "bicubic")
+    out = np.empty((3, 6, 5), np.float32)
+    assert kernels.resize_picture(*arguments, out=out) is out
+    np.testing.assert_array_equal(out, kernels.resize_picture(*arguments))

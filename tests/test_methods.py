@@ -423,6 +423,16 @@ REFUSALS = [
     ("score_cam", {"variant": "tanh"}, "variant 'tanh': use original, pytorch_grad_cam"),
     ("recipro_cam", {"variant": "paper"}, "variant 'paper': use original, openvino_xai"),
     ("integrative_cam", {"smooth": "log"}, "smooth 'log': use identity, exp, softmax, softplus, or camrt.Smooth"),
+    (
+        "integrative_cam",
+        {"smooth": "softmax", "target": np.array([[1.0, -1, 0, 0, 0]])},
+        "smooth='softmax' explains classes, not seed arrays",
+    ),
+    (
+        "integrative_cam",
+        {"smooth": camrt.Smooth(np.square, np.zeros_like, np.ones_like, np.zeros_like)},
+        "the smooth function's first derivative is zero or infinite at a score",
+    ),
     ("finer_cam", {"comparisons": 0}, "comparisons 0: use a whole number from 1"),
     ("finer_cam", {"target": np.array([[1.0, -1, 0, 0, 0]])}, "finer_cam explains classes, not seed arrays"),
     ("full_grad", {"layers": "last"}, "full_grad reads the whole network: leave layers out"),

@@ -187,3 +187,11 @@ def test_otsu_is_opencvs(peer) -> None:
         levels = np.round(values * 255).astype(np.uint8)
         threshold, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
         np.testing.assert_array_equal(values > metrics.otsu(values), levels > threshold)
+
+
+def test_road_of_nothing_and_of_everything() -> None:
+    image = smooth_images((3, 8, 8), 1)[0]
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(metrics.impute(image, np.zeros((8, 8), bool), 0.0, rng), image)
+    with pytest.raises(ValueError, match="every pixel was removed"):
+        metrics.impute(image, np.ones((8, 8), bool), 0.0, rng)

@@ -14,10 +14,11 @@ import onnx
 import pytest
 import torch
 from families import FAMILIES, TRANSFORMERS, convnext, network
+from onnx import TensorProto
 from torch import nn
 
 import camrt
-from camrt.compare import largest_difference
+from camrt.compare import cosine_distance, largest_difference
 from camrt.export import reference_runs
 from camrt.export.reference import LAYER_METHODS
 from camrt.oracle import module_oracle
@@ -116,6 +117,37 @@ def test_a_branch_that_layer_scale_makes_small_in_float16(tmp_path: Path) -> Non
     assert len(found) == 8
     assert all(r.distance < 1e-5 for r in found), found
     assert report.passed, failures(report)
+
+
+class Gated(nn.Module):
+    """A rectifier written as a comparison: a cast of a condition, behind which the float16 network goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.block = nn.Conv2d(8, 12, 3, 2, 1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = self.block(x * (x > 0).to(x.dtype)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_condition_in_float16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Gated().eval()
+    path = camrt.export_model(model, tmp_path / "m.camrt", (3, 64, 64), precision=["fp32", "fp16"])
+    report = verify_bundle(read_bundle(path), module_oracle(model, "the model"))
+    assert report.passed, failures(report)
+    image = smooth_images((3, 64, 64), 1)
+    single, half = (camrt.load(path, precision=p).explain(image, "score_cam_pp").maps for p in ("fp32", "fp16"))
+    assert 0 < cosine_distance(half, single) < 1e-3
+    classify = onnx.load(str(path / "classify.fp16.onnx"), load_external_data=False)
+    nodes = classify.graph.node
+    conditions = {y for n in nodes if n.op_type == "Greater" for y in n.output}
+    (cast,) = [n for n in nodes if n.op_type == "Cast" and n.input[0] in conditions]
+    assert [a.i for a in cast.attribute if a.name == "to"] == [TensorProto.FLOAT16]
 
 
 def test_a_norm_behind_the_last_attention_is_refused(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def classifier(
         x = g.op("Flatten", x, out="flat")
     elif flatten == "Reshape":
         x = g.op("Reshape", x, g.constant("target", np.array([1, 12], np.int64)), out="flat")
+    elif flatten == "Reshape -1":
+        x = g.op("Reshape", x, g.constant("target", np.array([1, -1], np.int64)), out="flat", allowzero=1)
     else:  # the pattern that older exporters write: Reshape to (Shape(x)[0], -1)
         g.op("Shape", x, out="shape")
         g.op("Gather", "shape", g.constant("index", np.array(0, np.int64)), out="n", axis=0)
@@ -123,6 +125,7 @@ VARIANTS = {
     "opset 21": {"opset": 21},
     "pinned batch": {"batch": 1},
     "pinned batch, pinned reshape": {"batch": 1, "flatten": "Reshape"},
+    "pinned batch, open reshape": {"batch": 1, "flatten": "Reshape -1", "opset": 17},
     "channels last": {"channels_last": True},
 }
 
@@ -246,6 +249,16 @@ def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
         (changed(lambda g: g.initializer[0].dims.append(7)), {}, r"its tensor '.*' is damaged"),
         (changed(lambda g: g.node[1].ClearField("output")), {}, "not a valid ONNX model"),
         (
+            changed(lambda g: g.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))),
+            {},
+            r"the model has 2 inputs \(data, more\): camrt explains models with one image input",
+        ),
+        (
+            changed(lambda g: setattr(g.input[0].type.tensor_type, "elem_type", TensorProto.DOUBLE)),
+            {},
+            "not a valid ONNX model|camrt takes float32 images",
+        ),
+        (
             unknown_operator,
             {},
             r"no gradient rule for Atan \(node 'n_a2', between 'n_c2' and the logits\): tap a later layer",
@@ -263,9 +276,11 @@ def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
     ],
     ids=[
         "window",
-        "pads",
+        "sizes",
         "tensor",
         "invalid",
+        "inputs",
+        "type",
         "operator",
         "layer",
         "shape",

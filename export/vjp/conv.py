@@ -201,7 +201,11 @@ def conv(op, node, g):
 def conv_transpose(op, node, g):
     """dx = Conv of g with the same kernel, strides, dilations and padding."""
     x, weight = node.inputs[:2]
-    if op.wants(weight):
+    if (
+        op.wants(weight)
+        or attribute(node, "auto_pad", "NOTSET") != "NOTSET"
+        or attribute(node, "output_shape") is not None
+    ):
         return (None, None)
     kernel = list(weight_dims(weight)[2:])
     rank = len(kernel)
@@ -210,15 +214,7 @@ def conv_transpose(op, node, g):
     size, out = static_dims(x)[1:], static_dims(node.outputs[0])[1:]
     full = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(strides, size, dilations, kernel, strict=True)]
     trimmed = [f - o for f, o in zip(full, out, strict=True)]
-    mode = attribute(node, "auto_pad", "NOTSET")
-    if mode == "SAME_UPPER":
-        before = [t // 2 for t in trimmed]
-    elif mode == "SAME_LOWER":
-        before = [t - t // 2 for t in trimmed]
-    elif attribute(node, "output_shape") is not None:
-        before = [t // 2 for t in trimmed]
-    else:
-        before = list(attribute(node, "pads", [0] * 2 * rank))[:rank]
+    before = list(attribute(node, "pads", [0] * 2 * rank))[:rank]
     after = [t - b for t, b in zip(trimmed, before, strict=True)]
     g = crop_or_pad(op, g, out, before, after)
     return (

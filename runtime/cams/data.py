@@ -33,10 +33,6 @@ class LayerMaps:
     def grids(self) -> list[tuple[int, int]]:
         return [t.grid for t in self.taps]
 
-    def alpha_of_layers(self) -> list[np.ndarray]:
-        """(S, K) per layer."""
-        return np.split(self.alphas, np.cumsum([t.channels for t in self.taps])[:-1], axis=1)
-
     def map_of_layers(self) -> list[np.ndarray]:
         """(S, h, w) per layer."""
         parts = np.split(self.maps, np.cumsum([h * w for h, w in self.grids])[:-1], axis=1)
