@@ -135,6 +135,8 @@ def evaluate(
         "steps": steps,
         "threshold": threshold,
         "void": void,
+        "backend": explainer.backend.name,
+        "precision": explainer.precision,
         "camrt": __version__,
     }
     try:

@@ -15,6 +15,7 @@ from camrt.commands.methods import Chosen, parse_method
 from camrt.demo.run import BUNDLE, FIRST_SEED
 from camrt.demo.scenes import draw_scene
 from camrt.evaluate import RESULTS, as_markdown, bootstrap, evaluate, find_masks, read_mask, tabulate
+from camrt.runtime.backends.ort import OrtBackend
 
 METHODS = ["winsor_cam:percentile=50", "grad_cam"]
 
@@ -104,6 +105,13 @@ def test_other_settings_and_changed_images_are_measured_anew(scenes: Path) -> No
     assert len(records(scenes)) == 7 + 3 + 1
     table = json.loads((scenes / "out" / "table.json").read_text())
     assert table["grad_cam"]["iou"]["images"] == 3
+
+
+def test_another_backend_is_measured_anew(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(scenes, methods=["grad_cam"]) == 0
+    monkeypatch.setattr(OrtBackend, "name", "another")
+    assert run(scenes, methods=["grad_cam"]) == 0
+    assert [r["settings"]["backend"] for r in records(scenes)] == ["onnxruntime"] * 3 + ["another"] * 3
 
 
 def test_unreadable_images_and_masks_are_named_and_the_rest_measured(
