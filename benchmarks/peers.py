@@ -1,7 +1,7 @@
 """camrt beside the public implementations of the same methods: the same model, images and machine, in one run, in turns.
 
 make peers        installs them into .venv-peers, runs this and writes docs/benchmarks.json and docs/benchmarks.md
-python benchmarks/peers.py [--models resnet50 resnet18 mobilenet] [--threads 2] [--runs 15] [--images 3] [--out peers.json]
+python benchmarks/peers.py [--models resnet50 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15] [--images 3] [--out peers.json]
 
 Every map is compared with camrt's before anything is timed. Where both follow one definition they must agree within 1e-3 after
 min-max, Winsor-CAM's within twice PyTorch's own spread where that is more; a peer that does not is reported and not timed. mobilenet is the network of the data folder (see tests/support.py) on
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from camrt.runtime.explainer import Explainer
 
 LIMIT = 1e-3
 SIZE = 224
-LAST = {"resnet50": "layer4.2", "resnet18": "layer4.1", "mobilenet": "features.26"}
-SCORED = ("resnet18", "mobilenet")  # where Score-CAM takes seconds, not minutes
+LAST = {"resnet50": "layer4.2", "mobilenet_v3_small": "features.12", "mobilenet": "features.26"}
+SCORED = ("mobilenet_v3_small", "mobilenet")  # where Score-CAM takes seconds, not minutes
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,23 @@ class Definition:
     options: dict[str, Any] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
 
+    def differs(self, library: str, model: str) -> str | None:
+        """How the library's definition does, on every model or on this one."""
+        return self.others.get(library) or self.others.get(f"{library} on {model}")
+
     @property
     def spelled(self) -> str:
         return ":".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
 
 
 DEFINITIONS = (
-    Definition("winsor_cam", {"percentile": 90}),
+    Definition(
+        "winsor_cam",
+        {"percentile": 90},
+        {
+            "Winsor-CAM on mobilenet_v3_small": "reads the 1 x 1 grids of squeeze-and-excitation as grids of 1 x channels"
+        },
+    ),
     Definition("grad_cam"),
     Definition("grad_cam_pp", {}, {"torchcam": "leaves g^2 undivided: the division works on a copy"}),
     Definition("layer_cam"),
@@ -162,7 +172,8 @@ def measure(name: str, threads: int, runs: int, count: int) -> tuple[list[dict[s
             explainer = explainers["file" if definition.method == "recipro_cam" else "module"]
             turns = max(3, runs // 5) if definition.method == "score_cam" else runs
             rivals = [peer for peer in peers if peer.method == definition.method]
-            rows = beside(definition, explainer, rivals, photos, turns)
+            others = {peer.library: why for peer in rivals if (why := definition.differs(peer.library, name))}
+            rows = beside(replace(definition, others=others), explainer, rivals, photos, turns)
             results.append(
                 {"model": name, "method": definition.spelled, "images": len(photos), "turns": turns, "rows": rows}
             )

@@ -29,6 +29,9 @@ from camrt.runtime.backends import create
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import verify
 
+# of a gradient. Networks that subtract means and sum what is left amplify what float32 constants leave (1e-7) a hundredfold and
+# more; a rule that is wrong is off by far more than this, and tests/test_vjp.py holds each rule to 1e-6
+CANCELLED = 1e-4
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
 CLASSES = 4
 Shape = tuple[int, int, int]
@@ -330,16 +333,19 @@ def test_gradients_of_a_random_network(model: onnx.ModelProto, number: int) -> N
         batch = smooth_images(bundle.manifest.input_shape, count, number)
         seed = np.random.default_rng(number).standard_normal((count, CLASSES)).astype(np.float32)
         want = open_oracle(bundle, None).record(batch, seed, layers, True)
-        assume(all(t.isfinite().all() for t in want.gradients.values()))  # not at a norm's or a root's zero
+        known = [*want.activations.values(), *want.gradients.values(), want.logits]
+        assume(all(t.isfinite().all() for t in known))  # not at a norm's or a root's zero
         program = bundle.program("gradients", layers)
         feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
         with torch.no_grad():
             out = Interpreter(bundle.file(program)).run(feeds, list(program.outputs))
+        largest = max(float(t.norm()) for t in want.gradients.values())
         for layer in layers:
             for what, reference in (("activation", want.activations), ("gradient", want.gradients)):
                 got, expected = out[f"{what}:{layer}"].numpy(), reference[layer].numpy()
-                nothing = max(np.linalg.norm(got), np.linalg.norm(expected)) < 1e-9  # zero but for rounding
-                assert nothing or relative_l2(got, expected) <= GRAPH_LIMIT, (what, layer)
+                # where a mean is subtracted, gradients cancel but for what float32 constants leave of the later ones
+                nothing = max(np.linalg.norm(got), np.linalg.norm(expected)) < max(1e-9, GRAPH_LIMIT * largest)
+                assert nothing or relative_l2(got, expected) <= CANCELLED, (what, layer)
         single = create("onnxruntime").open(bundle, program).run({"image": batch, "seed": seed})
         logits = want.logits.numpy()
         assert np.abs(single["logits"] - logits).max() <= 1e-4 * max(1, np.abs(logits).max())
