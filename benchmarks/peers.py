@@ -123,10 +123,10 @@ def target_and_spread(model: nn.Module, image: np.ndarray) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class Peer:
-    """A library's method."""
+    """A method of another package."""
 
     method: str
-    library: str
+    package: str
     name: str
     run: Run
 
@@ -172,7 +172,7 @@ def measure(name: str, threads: int, runs: int, count: int) -> tuple[list[dict[s
             explainer = explainers["file" if definition.method == "recipro_cam" else "module"]
             turns = max(3, runs // 5) if definition.method == "score_cam" else runs
             rivals = [peer for peer in peers if peer.method == definition.method]
-            others = {peer.library: why for peer in rivals if (why := definition.differs(peer.library, name))}
+            others = {peer.package: why for peer in rivals if (why := definition.differs(peer.package, name))}
             rows = beside(replace(definition, others=others), explainer, rivals, photos, turns)
             results.append(
                 {"model": name, "method": definition.spelled, "images": len(photos), "turns": turns, "rows": rows}
@@ -210,16 +210,16 @@ def beside(
         runs["camrt score_cam_pp"] = on_the_next_image(lambda x, t: explainer.explain(x, "score_cam_pp", t))
         rows.append({"library": "camrt score_cam_pp", "name": "score_cam_pp", "differs": "ScoreCAM++"})
     for peer in peers:
-        row: dict[str, Any] = {"library": peer.library, "name": peer.name}
+        row: dict[str, Any] = {"library": peer.package, "name": peer.name}
         distances = peer.distances(ours, photos)
         row |= {"distance": max(distances), "spread": max(spreads)}
         rows.append(row)
-        if peer.library in definition.others:
-            row["differs"] = definition.others[peer.library]
+        if peer.package in definition.others:
+            row["differs"] = definition.others[peer.package]
         elif any(distance > max(LIMIT, 2 * own) for distance, own in zip(distances, spreads, strict=True)):
             row["problem"] = "not timed: its maps differ from camrt's"
             continue
-        runs[peer.library] = on_the_next_image(peer.run)
+        runs[peer.package] = on_the_next_image(peer.run)
     times = take_turns(runs, turns, warm_up=2)
     for row in rows:
         if row["library"] in times:
