@@ -1,7 +1,7 @@
 # make demo      explains pictures with the network in the package (no torch)
 # make test      sets up everything and runs the tests
 # make coverage  runs them and says which lines they do not reach
-# make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; about 20 minutes on two cores
+# make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt

@@ -4,9 +4,10 @@ make peers        installs them into .venv-peers, runs this and writes docs/benc
 python benchmarks/peers.py [--models resnet50 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15] [--images 3] [--out peers.json]
 
 Every map is compared with camrt's before anything is timed. Where both follow one definition they must agree within 1e-3 after
-min-max, Winsor-CAM's within twice PyTorch's own spread where that is more; a peer that does not is reported and not timed. mobilenet is the network of the data folder (see tests/support.py) on
-its photos; the others are torchvision's, with random weights and warmed-up batch norm. One image a call; a turn is one call of
-each contender on the same image; ratios are medians over turns. Score-CAM runs on the smaller networks alone, a fifth of the turns.
+min-max, Winsor-CAM's within twice PyTorch's own spread where that is more; a peer that does not is reported and not timed.
+mobilenet is the network of the data folder (see tests/support.py) on its photos; the others are torchvision's, with random
+weights and warmed-up batch norm. One image a call; a turn is one call of each contender on the same image; ratios are medians
+over turns. Score-CAM runs on the smaller networks alone, a fifth of the turns.
 """
 
 from __future__ import annotations

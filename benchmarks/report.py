@@ -96,7 +96,7 @@ Bytes of manifests, of programs, of ONNX models and of pictures in ten formats a
 manifests are exchanged for others, and models changed in ways that leave them readable: operators, attributes, wiring, shapes,
 types, weights' places, versions, nested graphs. A changed program has its hash in the manifest, as whoever means harm would write it.
 Every input runs in a child process. It must be refused by a one-line message, or be explained by maps without NaN or infinity.
-The death of the process, {20} seconds without an end, 6 GiB of address space, or any other exception is a finding.
+The death of the process, 20 seconds without an end, 6 GiB of address space, or any other exception is a finding.
 
 """
     text += table(

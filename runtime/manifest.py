@@ -196,12 +196,8 @@ def _program(program: Program, m: Manifest) -> None:
     for tensors in (program.inputs, program.outputs):
         for name, shape in _mapping("programs", tensors).items():
             _texts("programs", name)
-            sizes = (
-                shape
-                if isinstance(shape, list) and len(shape) == (3 if name.startswith("grid:") else len(shape))
-                else []
-            )
-            if not sizes or not all(d in ("batch", "seeds") or _is_size(d) for d in sizes):
+            known = isinstance(shape, list) and all(d in ("batch", "seeds") or _is_size(d) for d in shape)
+            if not known or not shape or (name.startswith("grid:") and len(shape) != 3):
                 raise ValueError(f"the shape of {name!r:.100}")
     for tensors, wanted in zip((program.inputs, program.outputs), _interface(program, taps, m), strict=True):
         found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}

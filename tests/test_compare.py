@@ -31,5 +31,5 @@ def test_distances() -> None:
     a, b = np.array([[3.0, 4.0], [0, 0]]), np.array([[3.0, 0], [0, 0]])
     assert relative_l2(a, b) == 4 / 3 and relative_l2(a, np.zeros((2, 2))) == 5
     assert largest_difference(a, b) == 4
-    assert np.isclose(cosine_distance(a, b), 0.4) and cosine_distance(b[::-1], a[::-1] * 0 + a[::-1]) >= 0
+    assert np.isclose(cosine_distance(a, b), 0.4)
     assert cosine_distance(b, b * 0) == 1
