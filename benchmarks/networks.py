@@ -36,8 +36,8 @@ def prepare(folder: Path, models: list[str]) -> None:
     import torch
     from common import build
 
+    from camrt.export.probes import smooth_images
     from camrt.oracle import module_oracle
-    from camrt.probes import smooth_images
     from camrt.runtime.bundle import read_bundle
     from camrt.verify import verify_bundle
 

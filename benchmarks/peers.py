@@ -35,8 +35,8 @@ from torch import nn
 
 import camrt
 from camrt.compare import largest_difference
+from camrt.export.probes import last_bits, smooth_images
 from camrt.export.reference import in_float64, record, winsor_cam
-from camrt.probes import last_bits, smooth_images
 from camrt.runtime.explainer import Explainer
 
 LIMIT = 1e-3

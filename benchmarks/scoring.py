@@ -28,8 +28,8 @@ from torch import nn
 
 import camrt
 from camrt.compare import largest_difference
+from camrt.export.probes import smooth_images
 from camrt.kernels import mask_batch
-from camrt.probes import smooth_images
 from camrt.runtime.cams import Lane
 
 

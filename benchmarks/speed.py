@@ -24,8 +24,8 @@ import torch
 from common import build, machine, print_times, summary, take_turns, versions, winsor_cam_peer
 
 import camrt
+from camrt.export.probes import smooth_images
 from camrt.oracle import module_oracle
-from camrt.probes import smooth_images
 from camrt.runtime.backends import Settings, create
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import verify_bundle

@@ -1,4 +1,4 @@
-"""The command line: camrt export | info | build | cache | methods | explain | evaluate | verify | bench | demo."""
+"""The command line: camrt export | recipe | info | build | cache | methods | explain | evaluate | verify | bench | demo."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="turn a trained model into a bundle")
     export.add_argument(
-        "source", help="package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, FILE.pt2 or FILE.onnx"
+        "source",
+        help="package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, hf:FOLDER, FILE.pt2 or FILE.onnx",
     )
     export.add_argument("bundle", type=Path, help="folder to write, e.g. resnet50.camrt")
     export.add_argument(
@@ -55,15 +56,18 @@ def _parser() -> argparse.ArgumentParser:
         help="of the programs: one or both (default: fp32)",
     )
     export.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one a line")
-    export.add_argument("--resize", type=int, nargs="+", metavar="N", help="shorter side, or height and width")
-    export.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="centre crop after resizing")
-    export.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in 0..1")
-    export.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in 0..1")
-    export.add_argument("--interpolation", help="of the resize: bilinear (default), bicubic, nearest, lanczos")
-    export.add_argument("--output", help="which output of an ONNX file holds the logits")
+    _add_recipe(export)
+    export.add_argument("--output", help="which output, attribute or key holds the logits, where there are several")
     export.add_argument("--name", help="the model's name in the manifest")
     export.add_argument("--force", action="store_true", help="replace an existing bundle")
     export.set_defaults(module="export", command="export")
+
+    recipe = commands.add_parser(
+        "recipe", help="show or set how pictures become a bundle's input, without a new export"
+    )
+    recipe.add_argument("bundle", type=Path)
+    _add_recipe(recipe)
+    recipe.set_defaults(module="recipe", command="recipe")
 
     info = commands.add_parser("info", help="show what a bundle holds, or what can run it here")
     info.add_argument("bundle", type=Path, nargs="?")
@@ -109,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("explanations"), help="folder to write (default: explanations)"
     )
     explain.add_argument("--method", default="winsor_cam", help="NAME or NAME:option=value,... (see 'camrt methods')")
-    explain.add_argument("--target", nargs="+", help="class numbers or names (default: each image's top class)")
+    explain.add_argument(
+        "--target",
+        nargs="+",
+        help="class numbers or names, or 'not' for what speaks against a network's single class (default: each image's top class)",
+    )
     explain.add_argument("--percentile", type=float, help="Winsor-CAM's percentile, 0..100 (default: 90)")
     explain.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")
     explain.add_argument("--batch", type=int, default=8, help="images in one run (default: 8)")
@@ -170,3 +178,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="other pictures (default: 0)")
     demo.set_defaults(module="demo", command="demo")
     return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """How a picture becomes the network's input, and what its scores are."""
+    parser.add_argument("--resize", type=int, nargs="+", metavar="N", help="shorter side, or height and width")
+    parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="centre crop after resizing")
+    parser.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in 0..1")
+    parser.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in 0..1")
+    parser.add_argument("--interpolation", help="of the resize: bilinear (default), bicubic, nearest, lanczos")
+    parser.add_argument(
+        "--fit", help="stretch to height and width (default), or letterbox: fit inside and fill the rest"
+    )
+    parser.add_argument("--fill", type=int, help="shade around a letterboxed picture, 0..255 (default: 114)")
+    parser.add_argument("--channels", help="the network's order: RGB (default) or BGR")
+    parser.add_argument(
+        "--activation", help="what makes probabilities of the logits: softmax, or sigmoid of each class"
+    )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compare import cosine_distance, largest_difference, relative_l2
+from .export.probes import last_bits
 from .kernels import minmax
 from .oracle import Oracle
-from .probes import last_bits
 from .runtime.backends import Backend
 from .runtime.bundle import Bundle
 from .runtime.cams import GridMaps
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
 FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
 SOURCE_LIMIT = 1e-4  # relative L2 from another float32 program
+ROUNDED_LIMIT = 5e-2  # the same, where the source rounds to float16 or quantises
 ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
 MAP_LIMIT = 1e-3  # largest difference after min-max
 HALF_LIMIT = 1e-3  # 1 - cosine of maps after min-max, of programs in float16
@@ -109,7 +110,8 @@ def program_rows(
         want, own = pick(double).numpy(), [pick(r).numpy() for r in runs]
         return _row(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
 
-    yield row("logits", "logits", lambda r: r.logits, True)
+    if "logits" in out:
+        yield row("logits", "logits", lambda r: r.logits, True)
     for tap in taps:
         for name in ("activation", f"activation:{tap}"):
             if name in out:
@@ -167,27 +169,25 @@ def use_rows(
 
 def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
     """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
+    from .export.check import finished
+    from .export.from_onnx import read_graph, source_logits
+
     manifest = bundle.manifest
     spec = manifest.source.get("spec")
     if manifest.source["kind"] != "onnx" or not spec or not Path(spec).is_file():
         return
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(spec), providers=["CPUExecutionProvider"])
-    entry = session.get_inputs()[0]
-    channels_last = entry.shape[3] == batch.shape[1] and entry.shape[1] != batch.shape[1]
-    fed = batch.transpose(0, 2, 3, 1) if channels_last else batch
-    output = [manifest.source["output"] or session.get_outputs()[0].name]
-    want = np.concatenate([np.asarray(session.run(output, {entry.name: fed[i : i + 1]})[0]) for i in range(len(fed))])
-    logits = engine.open(bundle, bundle.program("classify")).run({"image": batch})["logits"].astype(np.float64)
-    if manifest.final_activation == "Softmax":
-        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
-    else:
-        scores = 1 / (1 + np.exp(-logits)) if manifest.final_activation == "Sigmoid" else logits
-    got = scores.astype(np.float32)
-    want = want.reshape(got.shape).astype(np.float64)
-    yield _row("classify.onnx", "scores of the source file", got, want, [], relative_l2, SOURCE_LIMIT)
+    graph = read_graph(spec, manifest.input_shape, [], manifest.source["output"], pinned=manifest.batch == 1)
+    source = source_logits(Path(spec), manifest.source["output"], graph)
+    if graph.whole_numbers:
+        batch = np.clip(np.round(batch * 50 + 128), 0, 255).astype(np.float32)
+    found = [source(image[None]) for image in batch]
+    if any(f is None for f in found):
+        return
+    want = np.concatenate([np.asarray(f).reshape(1, -1) for f in found]).astype(np.float64)
+    logits = engine.open(bundle, bundle.program("classify")).run({"image": batch})["logits"]
+    got = np.stack([finished(row, manifest.final_activation) for row in logits]).astype(np.float32)
+    limit = ROUNDED_LIMIT if graph.rounded else SOURCE_LIMIT
+    yield _row("classify.onnx", "scores of the source file", got, want, [], relative_l2, limit)
 
 
 def graph_rows(

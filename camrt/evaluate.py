@@ -218,10 +218,10 @@ def _measure(
     """The metrics of one image's map."""
     result = explainer.explain(batch, method.name, **method.options)
     assert result.target is not None
-    target, image, scaled = int(result.target[0]), batch[0], result.normalized()[0]
+    target, image, scaled = int(result.target[0]), explainer.normalized(batch)[0], result.normalized()[0]
 
     def score(inputs: np.ndarray) -> np.ndarray:
-        return explainer.probabilities(inputs)[:, target]
+        return explainer.normalized_probabilities(inputs)[:, target]
 
     before, after = score(np.stack([image, metrics.masked(image, scaled)]))
     computations: dict[str, Callable[[], Any]] = {

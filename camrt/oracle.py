@@ -93,8 +93,8 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
 
 
 def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
-    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, and for
-    a PyTorch model that ends in a Softmax or Sigmoid, whose logits no module returns.
+    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, for a PyTorch
+    model that ends in a Softmax or Sigmoid, whose logits no module returns, and for one that does not run in float64.
 
     CamrtError if the source's weights are not those of the bundle.
     """
@@ -102,12 +102,14 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
     spec = source or manifest.source.get("spec")
     if manifest.source["kind"] == "torch" and spec and manifest.final_activation is None:
         from .export.from_torch import weights_digest
+        from .export.modules import prepare_module
         from .export.sources import open_source
 
-        model = open_source(spec).model
+        model = prepare_module(open_source(spec).model, manifest.source.get("output"))
         if weights_digest(model) != manifest.source["weights_sha256"]:
             raise CamrtError(f"{spec} has other weights than the bundle: name the model that was exported")
-        return module_oracle(model, f"{spec} in PyTorch")
+        if _runs_in_float64(model, manifest.input_shape):
+            return module_oracle(model, f"{spec} in PyTorch")
     if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
         from .export.from_onnx import read_graph
 
@@ -117,6 +119,20 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
     if source:
         raise ExportError(f"{source}: no such file")
     return _own_graph(bundle)
+
+
+def _runs_in_float64(model: Any, shape: Sequence[int]) -> bool:
+    """Whether nothing in the model's code insists on float32."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model.eval().double()(torch.zeros(2, *shape, dtype=torch.float64))
+        return True
+    except RuntimeError:
+        return False
+    finally:
+        model.float()
 
 
 def _own_graph(bundle: Bundle) -> Oracle:

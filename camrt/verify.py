@@ -24,9 +24,9 @@ from .comparisons import (
     source_rows,
     use_rows,
 )
+from .export.probes import last_bits, smooth_images
 from .kernels import DeviceError
 from .oracle import Oracle, open_oracle
-from .probes import last_bits, smooth_images
 from .rounding import RoundingBackend
 from .runtime.backends import Backend, Executable, Settings, create
 from .runtime.bundle import Bundle, read_bundle
@@ -119,8 +119,8 @@ def verify_bundle(
         given = cut | {"image": batch, "seed": seed}
         executable = engine.open(bundle, program)
         out = executable.run({name: given[name] for name in program.inputs})
-        if program.kind == "trunk":
-            cut = out  # what the head, which comes next, is given
+        if program.kind in ("trunk", "normalize"):
+            cut = out  # what the head, or the program that scores, which comes next, is given
         rows += program_rows(program.file, out, program.taps, double, singles)
         if program.kind == "head" and manifest.batch != 1:
             rows += head_rows(bundle, engine, program, batch, double, singles)

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..runtime.errors import CamrtError, ExportError, InputError
-from ..runtime.manifest import INTERPOLATIONS, PRECISIONS, Manifest, Preprocess
+from ..runtime.manifest import (
+    ACTIVATIONS,
+    PRECISIONS,
+    Manifest,
+    Normalized,
+    Preprocess,
+    check_recipe,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from .check import Checker, Logits
     from .graph import TappedGraph
 
 Progress = Callable[[str], None]
@@ -31,6 +43,8 @@ def export_model(
     layers: str | Sequence[str] = "default",
     *,
     precision: str | Sequence[str] = "fp32",
+    output: str | None = None,
+    activation: str | None = None,
     name: str | None = None,
     classes: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
@@ -40,32 +54,43 @@ def export_model(
 ) -> Path:
     """Exports a PyTorch classifier, in eval mode and float32, and returns the bundle's path.
 
-    input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last", or
-    module names. precision: "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses. classes: names in
-    logit order. preprocess: how a picture becomes the input; without it the bundle takes preprocessed arrays only. progress is
-    called with a line for every stage.
+    input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last", or names:
+    modules', and those of functions that modules call, as torchvision's feature extraction has them (layer4.2.relu_2). precision:
+    "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses. output: the attribute, key or position of the
+    logits, where the model returns several things. activation: "softmax" or "sigmoid", what makes probabilities of the logits.
+    classes: names in logit order. preprocess: how a picture becomes the input; without it the bundle takes preprocessed arrays
+    only. progress is called with a line for every stage.
 
-    ExportError: the output is not (batch, classes), or PyTorch cannot export the model. UnsupportedOperator: no gradient
-    rule. UnknownLayer. BundleError: `path` exists or cannot be written.
+    Ends by opening every program with ONNX Runtime and running it on two images; what differs from the model is not put in place.
+    ExportError: the output is no list of classes, or PyTorch cannot export the model. UnsupportedOperator: no gradient rule.
+    UnknownLayer. BundleError: `path` exists or cannot be written.
     """
     check_packages("torch", "onnx", "onnxscript")
-    import torch
-
-    from .from_torch import trace_module, weights_digest
+    from .check import RowsMixed
+    from .from_torch import NotTraced, trace_module, weights_digest
+    from .modules import check_output, prepare_module
+    from .reference import agreement, eager_logits
 
     shape = _shape(input_shape)
-    if isinstance(model, torch.export.ExportedProgram):
-        model = torch.export.unflatten(model)
-    if not isinstance(model, torch.nn.Module):
-        raise ExportError(f"export_model takes a torch.nn.Module, not {type(model).__name__}")
+    module = prepare_module(model, output)
     _check_path(path, overwrite)
-    _check_preprocess(preprocess, shape)
-    precisions = _precisions(precision)
-    graph = trace_module(model, shape, layers, progress)
-    origin = {"kind": "torch", "spec": source, "weights_sha256": weights_digest(model)}
+    check_recipe(preprocess, shape)
     label = name or type(model).__name__.lower()
-    tools = ("torch", "onnx", "onnxscript")
-    return _write(graph, precisions, path, label, origin, tools, classes, preprocess, overwrite, progress)
+    facts = _Facts(
+        path, label, "torch", _precisions(precision), _activation(activation), classes, preprocess, overwrite
+    )
+
+    def build(pinned: bool) -> TappedGraph:
+        try:
+            return trace_module(module, shape, layers, progress, pinned)
+        except NotTraced as problem:
+            if pinned:
+                raise
+            raise RowsMixed(str(problem)) from problem
+
+    check_output(module, shape)
+    origin = {"kind": "torch", "spec": source, "output": output, "weights_sha256": weights_digest(module)}
+    return _export(build, facts, origin, lambda _: eager_logits(module), lambda c, g: agreement(module, c, g), progress)
 
 
 def export_onnx(
@@ -76,33 +101,55 @@ def export_onnx(
     input_shape: Sequence[int] | None = None,
     precision: str | Sequence[str] = "fp32",
     output: str | None = None,
+    activation: str | None = None,
     name: str | None = None,
     classes: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
     overwrite: bool = False,
     progress: Progress = _silent,
 ) -> Path:
-    """Exports an ONNX classifier (opset 11 or later) and returns the bundle's path. PyTorch is not needed.
+    """Exports an ONNX classifier (opset 9 or later) and returns the bundle's path. PyTorch is not needed.
 
     layers: "default", "conv", "last", or names of nodes or tensors. input_shape: (channels, height, width), for a file
-    whose sizes are dynamic. output: which of several outputs holds the logits. A final Softmax or Sigmoid is set aside:
+    whose sizes are dynamic. output: which of several outputs holds the logits. A final Softmax, Sigmoid or LogSoftmax is set aside:
     gradients are of the logits before it. Other arguments and errors as export_model.
     """
     check_packages("onnx", "onnxscript")
-    from .from_onnx import read_graph, refuse_invalid
+    from .from_onnx import read_graph, refuse_invalid, source_logits
 
     _check_path(path, overwrite)
-    precisions = _precisions(precision)
+    label = name or Path(model).stem
+    facts = _Facts(path, label, "onnx", _precisions(precision), _activation(activation), classes, preprocess, overwrite)
     origin = {"kind": "onnx", "spec": str(model), "output": output}
-    label, tools = name or Path(model).stem, ("onnx", "onnxscript")
+    sizes = None if input_shape is None else _shape(input_shape)
     try:
-        graph = read_graph(model, None if input_shape is None else _shape(input_shape), layers, output, progress)
-        return _write(graph, precisions, path, label, origin, tools, classes, preprocess, overwrite, progress)
+        return _export(
+            lambda pinned: read_graph(model, sizes, layers, output, progress, pinned),
+            facts,
+            origin,
+            lambda graph: source_logits(Path(model), output, graph),
+            lambda checker, graph: None,
+            progress,
+        )
     except CamrtError:
         raise
     except Exception:
         refuse_invalid(Path(model))
         raise
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a user says of a bundle."""
+
+    path: str | Path
+    name: str
+    kind: str
+    precisions: list[str]
+    activation: str | None
+    classes: Sequence[str] | None
+    preprocess: Preprocess | None
+    overwrite: bool
 
 
 def _precisions(given: str | Sequence[str]) -> list[str]:
@@ -116,51 +163,111 @@ def _precisions(given: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(PRECISIONS[name] for name in names))
 
 
+def _activation(given: str | None) -> str | None:
+    if given is not None and given not in ACTIVATIONS:
+        raise InputError(f"activation {given!r}: use {' or '.join(ACTIVATIONS)}")
+    return given
+
+
+def _export(
+    build: Callable[[bool], TappedGraph],
+    facts: _Facts,
+    origin: dict[str, Any],
+    source: Callable[[TappedGraph], Logits],
+    agree: Callable[[Checker, TappedGraph], None],
+    progress: Progress,
+) -> Path:
+    """build(pinned): the graph, with batch 1 if pinned, which is tried where a free batch fails; source: what the model gives for an
+    image; agree: compares more, once the programs have run.
+    """
+    from .check import RowsMixed
+
+    try:
+        graph = build(False)
+        return _write(graph, facts, origin, source(graph), agree, progress)
+    except RowsMixed as problem:
+        warnings.warn(f"the bundle explains one image at a time (batch 1): {problem}", stacklevel=3)
+    graph = build(True)
+    return _write(graph, facts, origin, source(graph), agree, progress)
+
+
 def _write(
     graph: TappedGraph,
-    precisions: Sequence[str],
-    path: str | Path,
-    name: str,
-    source: dict[str, Any],
-    packages: Sequence[str],
-    classes: Sequence[str] | None,
-    preprocess: Preprocess | None,
-    overwrite: bool,
+    facts: _Facts,
+    origin: dict[str, Any],
+    source: Logits,
+    agree: Callable[[Checker, TappedGraph], None],
     progress: Progress,
 ) -> Path:
     from .bundle import write_bundle
-    from .graph import check_logits, named_values
+    from .check import Checker, looks_like_probabilities, warn_of_probabilities
+    from .graph import named_values
+    from .logits import class_count
+    from .probes import smooth_images
     from .programs import build_programs, seeds_share_image
     from .tape import static_dims
 
     values = named_values(graph.model.graph)
-    count = check_logits(values[graph.logits])
-    if classes is not None and len(classes) != count:
-        raise ExportError(f"{len(classes)} class names for a network with {count} classes")
+    count = class_count(values[graph.logits])
+    if facts.classes is not None and len(facts.classes) != count:
+        raise ExportError(f"{len(facts.classes)} class names for a network with {count} classes")
     shape = _shape(static_dims(graph.model.graph.inputs[0]))
-    _check_preprocess(preprocess, shape)
-    batch = values[graph.logits].shape
-    assert batch is not None
+    check_recipe(facts.preprocess, shape)
+    packages = ("torch", "onnx", "onnxscript") if facts.kind == "torch" else ("onnx", "onnxscript")
     manifest = Manifest(
-        name=name,
-        source=source,
+        name=facts.name,
+        source=origin,
         tools={p: importlib.metadata.version(p) for p in ("camrt", *packages)},
         input_shape=shape,
         num_classes=count,
         taps=tuple(t for t, _ in graph.taps),
         programs=(),
         weights={},
-        batch="dynamic" if not isinstance(batch[0], int) else 1,
+        batch=graph.batch,
         seeds_share_image=seeds_share_image(graph),
         final_activation=graph.final_activation,
-        classes=None if classes is None else tuple(map(str, classes)),
-        preprocess=preprocess,
+        activation=facts.activation,
+        last_layer=graph.last,
+        normalized=normalized_of(graph),
+        classes=None if facts.classes is None else tuple(map(str, facts.classes)),
+        preprocess=facts.preprocess,
     )
+    if manifest.assumes_softmax:
+        progress(
+            "nothing says what makes probabilities of the logits: a softmax is assumed (activation=, --activation)"
+        )
     programs = {}
-    for precision in precisions:
+    for precision in facts.precisions:
         for built in build_programs(replace(graph, precision=precision), progress):
             programs.setdefault(built.file, built)
-    return write_bundle(path, manifest, list(programs.values()), overwrite, progress)
+    images = smooth_images(shape)
+    if graph.whole_numbers:
+        images = np.clip(np.round(images * 50 + 128), 0, 255).astype(np.float32)
+    checker = Checker(graph, source, graph.rounded, images)
+
+    def check(folder: Path, complete: Manifest) -> None:
+        progress("checking every program")
+        started = time.perf_counter()
+        checker(folder, complete)
+        agree(checker, graph)
+        if graph.final_activation is None:
+            kind = looks_like_probabilities(checker.classifier(folder, complete), images)
+            if kind is not None:
+                warn_of_probabilities(kind)
+        progress(f"checked {len(complete.programs)} programs in {time.perf_counter() - started:.1f} s")
+
+    return write_bundle(facts.path, manifest, list(programs.values()), facts.overwrite, progress, check)
+
+
+def normalized_of(graph: TappedGraph) -> Normalized | None:
+    """Where the graph normalises its own image, and what that has."""
+    from .graph import named_values
+    from .tape import static_dims
+
+    if graph.normalized is None:
+        return None
+    value = named_values(graph.model.graph)[graph.normalized]
+    return Normalized(graph.normalized, _shape(static_dims(value)))
 
 
 def check_packages(*packages: str) -> None:
@@ -182,26 +289,3 @@ def _check_path(path: str | Path, overwrite: bool) -> None:
     from .bundle import check_target
 
     check_target(Path(path), overwrite)
-
-
-def _check_preprocess(preprocess: Preprocess | None, shape: tuple[int, int, int]) -> None:
-    """InputError if the recipe cannot give the network's input."""
-    if preprocess is None:
-        return
-    for field in ("mean", "std"):
-        if len(getattr(preprocess, field)) != shape[0]:
-            raise InputError(
-                f"preprocess {field} has {len(getattr(preprocess, field))} numbers for {shape[0]} channels"
-            )
-    if any(s == 0 for s in preprocess.std):
-        raise InputError("preprocess std holds a zero")
-    resize = preprocess.resize if isinstance(preprocess.resize, tuple) else (preprocess.resize,) * 2
-    if any(not isinstance(n, int) or n < 1 for n in resize):
-        raise InputError(f"preprocess resize {preprocess.resize}: sizes are whole numbers from 1")
-    if preprocess.crop is not None and any(c > r for c, r in zip(preprocess.crop, resize, strict=True)):
-        raise InputError(f"preprocess crop {preprocess.crop} is larger than resize {preprocess.resize}")
-    if preprocess.interpolation not in INTERPOLATIONS:
-        raise InputError(f"preprocess interpolation {preprocess.interpolation!r}: use {', '.join(INTERPOLATIONS)}")
-    given = preprocess.crop if preprocess.crop is not None else preprocess.resize
-    if isinstance(given, int) or tuple(given) != shape[1:]:
-        raise InputError(f"preprocess gives {given}, the network takes {shape[1:]}: set crop, or resize without a crop")

@@ -11,14 +11,26 @@ from .tape import Tape
 
 Rule = Callable[[Tape, ir.Node, ir.Value], tuple["ir.Value | None", ...]]
 RULES: dict[str, Rule] = {}
+NOT_SHARED: set[str] = (
+    set()
+)  # operators whose rules need as many seeds as images: their forward values do not broadcast
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+_QUANTISED = {
+    ir.DataType.INT8,
+    ir.DataType.UINT8,
+    ir.DataType.INT16,
+    ir.DataType.UINT16,
+    ir.DataType.INT4,
+    ir.DataType.UINT4,
+}
 
 
-def vjp(*op_types: str) -> Callable[[Rule], Rule]:
+def vjp(*op_types: str, shares_image: bool = True) -> Callable[[Rule], Rule]:
     """Registers a rule: (tape, node, cotangent of the node's first output) -> one cotangent or None per input.
 
-    A rule for a node with several outputs receives a tuple with None for the outputs that nothing needs.
+    A rule for a node with several outputs receives a tuple with None for the outputs that nothing needs. shares_image: whether what
+    it emits also works for several seeds of one image, the image's tensors being broadcast.
     """
 
     def register(rule: Rule) -> Rule:
@@ -26,22 +38,34 @@ def vjp(*op_types: str) -> Callable[[Rule], Rule]:
             if op_type in RULES:
                 raise ValueError(f"a gradient rule for {op_type} is registered already")
             RULES[op_type] = rule
+            if not shares_image:
+                NOT_SHARED.add(op_type)
         return rule
 
     return register
 
 
-def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value) -> set[ir.Value]:
-    """Floating-point values that depend on one of `sources` and that `target` depends on."""
+def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value, past_stops: bool = False) -> set[ir.Value]:
+    """Values that depend on one of `sources`, smoothly or but for rounding, and that `target` depends on.
+
+    Quantised numbers stand for real ones and are on the path; what a StopGradient gives is not. past_stops: what lies behind one
+    as well, which has a gradient of its own but gives the sources none.
+    """
     reached = set(sources)
     for node in graph:
-        if any(x in reached for x in node.inputs):
-            reached.update(y for y in node.outputs if y.dtype in _FLOATS)
+        if (past_stops or node.op_type != "StopGradient") and any(x in reached for x in node.inputs):
+            results = node.outputs[:1] if node.op_type == "DynamicQuantizeLinear" else node.outputs
+            reached.update(y for y in results if y.dtype in _FLOATS or _is_quantised(node, y))
     wanted = {target}
     for node in reversed(graph):
-        if any(y in wanted for y in node.outputs):
+        if node.op_type != "StopGradient" and any(y in wanted for y in node.outputs):
             wanted.update(x for x in node.inputs if x is not None)
     return reached & wanted
+
+
+def _is_quantised(node: ir.Node, y: ir.Value) -> bool:
+    """Whether y holds quantised numbers, which a Cast to whole numbers does not make."""
+    return y.dtype in _QUANTISED and node.op_type != "Cast"
 
 
 def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: ir.Value) -> list[ir.Value]:
@@ -54,7 +78,10 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
     path = on_path(graph, sources, target)
     for source in sources:
         if source not in path:
-            raise UnsupportedOperator(f"the logits do not depend on {_label(source)!r}: choose another layer")
+            raise UnsupportedOperator(
+                f"no gradient reaches {_label(source)!r}: the logits read it through detach or no_grad alone, or not at all: choose "
+                "another layer"
+            )
     tape.needed = path
     forward = list(graph)
     cotangents: dict[ir.Value, ir.Value] = {target: seed}

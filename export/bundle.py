@@ -59,10 +59,12 @@ def write_bundle(
     programs: Sequence[Built],
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    check: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
 ) -> Path:
     """Writes everything beside `path`, then puts it there: a bundle is there whole or not at all.
 
-    `manifest` comes without its programs and weights. BundleError if `path` exists (and may not be overwritten, or is not
+    `manifest` comes without its programs and weights. check(folder, manifest): raises for a bundle that must not be put in place.
+    BundleError if `path` exists (and may not be overwritten, or is not
     a bundle) or cannot be written.
     """
     path = Path(path)
@@ -89,6 +91,7 @@ def write_bundle(
                 )
             complete = replace(manifest, programs=tuple(written), weights=weights.close())
             (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+            check(folder, complete)
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror}): free space or choose another path") from None
     return path

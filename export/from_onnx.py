@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError, first_line
+from ..runtime.errors import BundleError, ExportError, first_line
+from ..runtime.opening import Run, open_file
 from .autodiff import on_path
-from .graph import (
-    TappedGraph,
-    batch_norm_after,
-    channels_first,
-    check_logits,
-    check_static,
-    check_windows,
-    fix_sizes,
-    modernise,
-    strip_final_activation,
-)
-from .layouts import TAPPABLE, layouts, read_by_prefix_only, refuse_unread, tap_at
-from .taps import choose
-
-_POOLING = {"AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "Pad", "Dropout"}
+from .check import Logits
+from .graph import TappedGraph, batch_norm_after
+from .layouts import TAPPABLE, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
+from .logits import find_logits
+from .normalized import normalized_image
+from .onnx_file import computes_in_half, modernise, read_model
+from .prepare import channels_first, settle, take_numbers_as_float
+from .tape import dims
+from .taps import choose, is_finished, last_on_grid
 
 
 def read_graph(
@@ -32,84 +30,89 @@ def read_graph(
     layers: str | Sequence[str] = "default",
     output: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    pinned: bool = False,
 ) -> TappedGraph:
-    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes.
+    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes. pinned: batch 1 in any case.
 
     ExportError if the file is not ONNX, has several outputs and none was chosen, or does not fit; UnknownLayer.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file")
     progress(f"reading {path.name}")
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise ExportError(f"{path}: not readable as ONNX ({first_line(error)})") from error
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            _check_beside(path, str(value.const_value.location))
-        try:
-            assert value.const_value is not None
-            value.const_value.numpy()
-        except Exception as error:
-            raise ExportError(
-                f"{path}: its tensor {value.name!r:.100} is damaged ({first_line(error)[:100]})"
-            ) from error
+    model = read_model(path)
     _keep_output(model, output)
     names = _layer_names(model.graph)
+    rounded = computes_in_half(model)
     model = modernise(model)
-    channels_first(model)
-    fix_sizes(model, input_shape)
-    check_static(model.graph)
-    check_windows(model.graph)
-    logits, final_activation = strip_final_activation(model.graph.outputs[0])
-    check_logits(logits)
+    channels_first(model, input_shape)
+    whole_numbers = take_numbers_as_float(model)
+    batch = settle(model, input_shape, pinned)
+    rounded = rounded or any("QuantizeLinear" in n.op_type for n in model.graph)
+    logits, final_activation = find_logits(model.graph)
     model.graph.outputs.clear()
 
-    known = layouts(model.graph)
+    followed = follow(model.graph)
+    known = named_layouts(followed)
     blind = read_by_prefix_only(model.graph, known, logits)
     reachable = on_path(model.graph, list(model.graph.inputs), logits)
-    spatial = {}
-    for node in model.graph:
-        y = node.outputs[0]
-        if y in reachable and y in known and known[y].kind in TAPPABLE:
-            spatial[names.get(str(y.name), str(y.name))] = y
-    convolutions = [n for n, y in spatial.items() if _producer(y) == "Conv"]
-    grids = [
-        n for n, y in spatial.items() if known[y].grid != (1, 1) and y not in blind and _producer(y) not in _POOLING
-    ]
-    last = grids[-1] if grids else None
-    if last is not None and known[spatial[last]].kind == "tokens":  # a transformer is tapped at a layer norm
-        last = next((n for n in reversed(grids) if _producer(spatial[n]) == "LayerNormalization"), last)
+    computed = [y for node in model.graph for y in node.outputs if y in reachable]
+    spatial = {names.get(str(y.name), str(y.name)): y for y in computed if y in known and known[y].kind in TAPPABLE}
+    last = last_on_grid([y for y in computed if y not in blind], known, followed)
+    by_value = {y: n for n, y in spatial.items()}
     aliases = {str(y.name): n for n, y in spatial.items()}
+    convolutions = [n for n, y in spatial.items() if _producer(y) == "Conv"]
     wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
-    roles = choose(wanted, convolutions, last, spatial)
+    last_name = None if last is None else by_value[last]
+    roles = choose(wanted, convolutions, last_name, spatial, lambda n: is_finished(spatial[n]))
     taps = []
     for name, roles_of_tap in roles.items():
         y = spatial[name]
         refuse_unread(name, y, blind)
         norm = "after" if batch_norm_after(y) else "none"
         taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
-    return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+    normalized = normalized_image(model.graph, known, logits)
+    return TappedGraph(
+        model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch, whole_numbers, rounded
+    )
+
+
+def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
+    """What the untouched file gives for an image, by ONNX Runtime; None, with a warning, where that cannot run it."""
+    model = onnx.load(str(path), load_external_data=False).graph
+    constants = {t.name for t in model.initializer}
+    entry = next(v for v in model.input if v.name not in constants)
+    shape = [d.dim_value if d.dim_value > 0 else None for d in entry.type.tensor_type.shape.dim]
+    kind = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
+    image_shape = dims(graph.model.graph.inputs[0])
+    turned = [d for d in shape[1:] if d is not None] != [
+        d for d, s in zip(image_shape[1:], shape[1:], strict=True) if s is not None
+    ]
+    wanted = output or model.output[0].name
+    opened: list[Run | None] = []
+
+    def run(image: np.ndarray) -> np.ndarray | None:
+        if turned:
+            image = image.transpose(0, 2, 3, 1)
+        fed = np.repeat(image, shape[0] or 1, axis=0).astype(kind)
+        try:
+            if not opened:
+                opened.append(open_file(path))
+            return None if opened[0] is None else opened[0]({entry.name: fed})[wanted][:1]
+        except BundleError as error:
+            opened[:] = [None]
+            warnings.warn(
+                f"ONNX Runtime cannot run the source, so its logits were not compared ({error})", stacklevel=2
+            )
+            return None
+
+    return run
 
 
 def refuse_invalid(path: Path) -> None:
     """ExportError if the file is not a model by ONNX's own checker, which does not accept all that can be exported."""
-    import onnx
-
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"{path}: not a valid ONNX model ({first_line(error)[:200]})") from error
-
-
-def _check_beside(path: Path, location: str) -> None:
-    """ExportError unless weights lie in a file beside the ONNX file, or below."""
-    place = Path(location)
-    if place.is_absolute() or ".." in place.parts:
-        raise ExportError(f"{path}: its weights lie in {location!r}, outside its folder: move them beside it")
-    if not (path.parent / place).is_file():
-        raise ExportError(f"{path}: its weights lie in {location!r}, which is missing beside it")
 
 
 def _producer(value: ir.Value) -> str:
@@ -119,13 +122,12 @@ def _producer(value: ir.Value) -> str:
 
 def _keep_output(model: ir.Model, output: str | None) -> None:
     outputs = model.graph.outputs
+    listed = ", ".join(f"{v.name} {'' if v.shape is None else v.shape}".strip() for v in outputs)
     names = [str(v.name) for v in outputs]
     if output is None and len(outputs) != 1:
-        raise ExportError(
-            f"the model has {len(outputs)} outputs ({', '.join(names)}): choose the logits with output=, --output"
-        )
+        raise ExportError(f"the model has {len(outputs)} outputs ({listed}): choose the logits with output=, --output")
     if output is not None and output not in names:
-        raise ExportError(f"the model has no output {output!r}: it has {', '.join(names)}")
+        raise ExportError(f"the model has no output {output!r}: it has {listed}")
     kept = outputs[names.index(output)] if output is not None else outputs[0]
     outputs.clear()
     outputs.append(kept)
@@ -137,4 +139,4 @@ def _layer_names(graph: ir.Graph) -> dict[str, str]:
     for node in graph:
         if node.name:
             count[node.name] = count.get(node.name, 0) + 1
-    return {str(n.outputs[0].name): n.name for n in graph if n.name and count[n.name] == 1}
+    return {str(n.outputs[0].name): n.name for n in graph if n.name and n.outputs and count[n.name] == 1}

@@ -6,42 +6,36 @@ import contextlib
 import hashlib
 import io
 import logging
+import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export.unflatten import InterpreterModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..runtime.errors import ExportError, first_line
-from .graph import (
-    OPSET,
-    TappedGraph,
-    batch_norm_after,
-    check_logits,
-    check_static,
-    fix_sizes,
-    modernise,
-    named_values,
-    strip_final_activation,
-)
-from .layouts import TAPPABLE, Layout, layouts, read_by_prefix_only, refuse_unread, tap_at
-from .taps import check_names, choose
+from ..runtime.errors import ExportError, UnsupportedOperator, first_line
+from .autodiff import on_path
+from .graph import TappedGraph, batch_norm_after
+from .layouts import TAPPABLE, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
+from .logits import find_logits
+from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
+from .normalized import normalized_image
+from .onnx_file import OPSET, modernise
+from .prepare import settle
+from .recording import recording
+from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
+from .taps import check_names, choose, is_finished, last_on_grid
 
 _CONVOLUTIONS = (nn.Conv2d,)
-_POOLING = (
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.Dropout,
-)
+_NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
 
 
 class _Recorder(nn.Module):
-    """Runs a model and returns (output, *outputs of the named submodules), each as it was when its module returned it."""
+    """Runs a model and returns (output, *tensors of the given names), each as it was when it was computed."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         super().__init__()
@@ -49,73 +43,63 @@ class _Recorder(nn.Module):
         self.names = list(names)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen: dict[str, list[torch.Tensor]] = {name: [] for name in self.names}
-        with hooked(self.model, self.names, lambda name, output: seen[name].append(output.clone())):
+        seen: dict[str, torch.Tensor] = {}
+        wanted = set(self.names)
+
+        def visit(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name in wanted:
+                seen[name] = tensor.clone()
+            return tensor
+
+        with recording(self.model, visit, tracing=True):
             output = self.model(image)
-        return (output, *(seen[name][0] for name in self.names))
+        return (output, *(seen[name] for name in self.names))
 
 
-@contextlib.contextmanager
-def hooked(model: nn.Module, names: Sequence[str], seen: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Calls seen(name, output) whenever a named submodule returns."""
+@dataclass
+class Forward:
+    """What an eager run of a model computes.
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen(name, output)
-
-    modules = dict(model.named_modules())
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            handle = modules[name].register_forward_hook(hook(name))
-            stack.callback(handle.remove)
-        yield
-
-
-@dataclass(frozen=True)
-class Modules:
-    """Submodules whose output may hold a feature map, in the order in which they finish.
-
-    outputs: name -> "" or why it cannot be tapped; blocks: those that may be the last block: the last module with children
-    whose output is an image-like grid, and every layer norm over channels (transformers are tapped there).
+    shapes: of every tensor that may hold a feature map, by name, in the order in which they are computed; convolutions: those of
+    modules and calls that convolve; blocks: those that a module with children returns; read: those that the output's gradient reaches; own_gradients: classes of
+    torch.autograd.Function with a backward pass of their own.
     """
 
-    outputs: dict[str, str]
-    convolutions: list[str]
-    blocks: list[str]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    convolutions: list[str] = field(default_factory=list)
+    blocks: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    own_gradients: list[str] = field(default_factory=list)
 
 
-def spatial_modules(model: nn.Module, image: torch.Tensor) -> Modules:
-    """Finds them in one forward pass. Pooling is no block."""
-    outputs: dict[str, list[torch.Tensor]] = {}
-    finished: list[str] = []
+def run_forward(model: nn.Module, image: torch.Tensor) -> Forward:
+    """Runs the model once; it returns a single tensor."""
+    found, modules = Forward(), dict(unwrapped(model).named_modules())
+    functions = {}
 
-    def record(name: str, output: object) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() in (3, 4):
-            outputs.setdefault(name, []).append(output)
-            finished.append(name)
+    def visit(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() in (3, 4):
+            found.shapes[name] = tuple(tensor.shape)
+            functions[name] = tensor.grad_fn
+            module = module_of(name, modules)
+            if module is not None:
+                found.modules.add(name)
+                if any(True for _ in module.children()):
+                    found.blocks.add(name)
+            is_call = module is None and name.split(".")[-1].startswith(("conv2d", "convolution"))
+            if is_call or (module is not None and is_a(module, _CONVOLUTIONS)):
+                found.convolutions.append(name)
+        return tensor
 
-    names = [n for n, _ in model.named_modules() if n]
-    with torch.no_grad(), hooked(model, names, record):
+    image = image.detach().clone().requires_grad_()
+    with torch.enable_grad(), recording(model, visit):
         output = model(image)
-    if not isinstance(output, torch.Tensor):
-        raise ExportError(
-            f"the model returns a {type(output).__name__}: camrt explains classifiers, whose output is one (batch, classes) tensor"
-        )
-    known = {
-        n: "" if len(outputs[n]) == 1 else f"it runs {len(outputs[n])} times in one forward pass"
-        for n in dict.fromkeys(finished)
-    }
-    modules = dict(model.named_modules())
-    convolutions = [n for n in known if is_a(modules[n], _CONVOLUTIONS)]
-    once = [n for n in finished if not known[n]]
-    grids = [n for n in once if outputs[n][0].dim() == 4 and outputs[n][0].shape[2:].numel() > 1]
-    parents = [n for n in grids if any(True for _ in modules[n].children())]
-    blocks = [n for n in once if is_a(modules[n], (nn.LayerNorm,))]
-    if not parents and not blocks:
-        parents = [n for n in grids if not is_a(modules[n], _POOLING)]
-    if parents:
-        final = outputs[parents[-1]][0]
-        blocks.append(next(n for n in parents if outputs[n][0] is final))
-    return Modules(known, convolutions, [n for n in known if n in blocks])
+    assert isinstance(output, torch.Tensor)
+    found.own_gradients = backward_functions(output)
+    reached = backward_nodes(output)
+    found.read = {name for name, function in functions.items() if function in reached}
+    return found
 
 
 def is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -130,51 +114,102 @@ def trace_module(
     input_shape: Sequence[int],
     layers: str | Sequence[str] = "default",
     progress: Callable[[str], None] = lambda _: None,
+    pinned: bool = False,
 ) -> TappedGraph:
-    """Exports a module, in eval mode and float32, with hooks on the tapped layers.
+    """Exports a module, in eval mode and float32, with the tapped tensors as outputs. pinned: batch 1 in any case.
 
-    ExportError if its output is not (batch, classes) or a tapped module runs more than once; UnknownLayer.
+    ExportError if its output is not a list of classes; UnknownLayer.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        image = torch.zeros(2, *input_shape, device=device)
-        try:
-            modules = spatial_modules(model, image)
-        except Exception as error:  # models check their input in many ways
-            raise ExportError(
-                f"the model does not run on an image of shape {tuple(input_shape)}: {first_line(error)}"
-            ) from error
-        by_role = modules.convolutions if layers in ("conv", "default") else []
-        wanted = {*check_names(layers, modules.outputs), *by_role, *modules.blocks}
-        traced = [n for n, problem in modules.outputs.items() if n in wanted and not problem]
-        progress(f"tracing the model with {len(traced)} taps")
-        exported = _to_onnx(_Recorder(model, traced), image)
+        image = torch.zeros(1 if pinned else 2, *input_shape, device=device)
+        with without_autocast():
+            forward = run_forward(model, image)
+        for name in forward.own_gradients:
+            warnings.warn(
+                f"{name} has a backward pass of its own: camrt differentiates its forward pass; where those differ, as in a "
+                "straight-through estimator, so do the maps (camrt verify shows it)",
+                stacklevel=4,
+            )
+        check_names(layers, forward.shapes)
+        for near_the_end in (_NEAR_THE_END, len(forward.shapes)):
+            names = _to_trace(forward, layers, near_the_end)
+            progress("tracing the model")
+            exported = _to_onnx(_Recorder(model, names), image, pinned)
+            progress("preparing the graph")
+            graph = tap_outputs(exported, layers, forward, names, pinned)
+            if graph is not None:
+                return graph
     finally:
         for module in was_training:
             module.training = True
-    progress("preparing the graph")
-    return tap_outputs(exported, layers, modules, traced)
+    raise AssertionError("with every tensor traced, the last on a grid is among them")
 
 
-def _to_onnx(recorder: _Recorder, image: torch.Tensor) -> ir.Model:
-    with quiet():
+def _to_trace(forward: Forward, layers: str | Sequence[str], near_the_end: int) -> list[str]:
+    """Tensors that are named, convolutions, and those near the end, in the order in which they are computed."""
+    grids = [n for n, shape in forward.shapes.items() if len(shape) == 3 or shape[2] * shape[3] > 1]
+    wanted = {*check_names(layers, forward.shapes), *forward.convolutions, *grids[-near_the_end:]}
+    return [n for n in forward.shapes if n in wanted]
+
+
+def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model:
+    # attention by the math kernel: other decompositions fail under a free batch
+    with quiet(), without_autocast(), checkpoints_as_calls(), sdpa_kernel(SDPBackend.MATH):
         try:
-            batch = torch.export.Dim("batch")
-            program = torch.export.export(recorder.eval(), (image,), dynamic_shapes=[{0: batch}], strict=False)
+            shapes = None if pinned else [{0: torch.export.Dim("batch")}]
+            with symbolic_len():
+                program = torch.export.export(recorder.eval(), (image,), dynamic_shapes=shapes, strict=False)
             _pool_by_mean(program)
+            _attention_over_heads(program)
+            mark(program)
             exported = torch.onnx.export(
-                program, dynamo=True, input_names=["image"], opset_version=OPSET, verbose=False
+                program,
+                dynamo=True,
+                input_names=["image"],
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table={MARK: to_onnx},
             )
+        except ExportError:
+            raise
         except Exception as error:  # the exporter raises errors of many kinds
             cause = error.__cause__ or error
-            raise ExportError(
+            raise NotTraced(
                 f"PyTorch could not export the model ({first_line(cause)}): "
                 "export it to ONNX by other means and pass the .onnx file"
             ) from error
     assert exported is not None
     return exported.model
+
+
+class NotTraced(ExportError):
+    """torch.export or torch.onnx could not follow the model."""
+
+
+def _attention_over_heads(program: torch.export.ExportedProgram) -> None:
+    """Attention without an axis of heads gets one of size 1, which ONNX's form of it needs."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target != torch.ops.aten.scaled_dot_product_attention.default or node.meta["val"].dim() != 3:
+            continue
+        given = list(node.args)
+        for i, x in enumerate(given[:4]):
+            value = x.meta["val"] if isinstance(x, torch.fx.Node) else None
+            if value is not None and value.dim() == 3:
+                with graph.inserting_before(node):
+                    given[i] = graph.call_function(torch.ops.aten.unsqueeze.default, (x, 1))
+                given[i].meta["val"] = value.unsqueeze(1)
+        value = node.meta["val"]
+        node.args = tuple(given)
+        node.meta["val"] = value.unsqueeze(1)
+        with graph.inserting_after(node):
+            narrow = graph.call_function(torch.ops.aten.squeeze.dim, (node, 1))
+        narrow.meta["val"] = value
+        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
+    program.graph_module.recompile()
 
 
 def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
@@ -198,38 +233,61 @@ def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the exporter's progress lines and deprecation notices from a user who can do nothing about them."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
-def tap_outputs(model: ir.Model, layers: str | Sequence[str], modules: Modules, traced: Sequence[str]) -> TappedGraph:
-    """From a graph whose outputs are the model's and then those of the traced modules."""
+def tap_outputs(
+    model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], pinned: bool
+) -> TappedGraph | None:
+    """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was not traced."""
     for i, output in enumerate(model.graph.outputs):
         output.name = f"camrt_output_{i}"
     model = modernise(model)
-    fix_sizes(model, None)
-    check_static(model.graph)
+    for node in model.graph:
+        node.domain = ""  # StopGradient's
+    stops = [n for n in model.graph if n.op_type == "StopGradient" and not n.inputs[0].is_initializer()]  # type: ignore[union-attr]
+    if stops:
+        warnings.warn(
+            f"the model stops gradients (detach, no_grad or .data) in {len(stops)} places: camrt's stop there as PyTorch's do",
+            stacklevel=4,
+        )
+    batch = settle(model, None, pinned)
     output, *values = [_behind_identity(v) for v in model.graph.outputs]
     model.graph.outputs.clear()
-    logits, final_activation = strip_final_activation(output)
-    check_logits(logits)
-    known = layouts(model.graph)
+    model.graph.outputs.append(output)
+    logits, final_activation = find_logits(model.graph)
+    model.graph.outputs.clear()
+    followed = follow(model.graph)
+    known = named_layouts(followed)
     blind = read_by_prefix_only(model.graph, known, logits)
     tensors = dict(zip(traced, values, strict=True))
-    order = {y: i for i, node in enumerate(model.graph) for y in node.outputs}
-    last = _last_block([n for n in modules.blocks if n in tensors], tensors, known, blind, order)
-    named, left_out = check_names(layers, modules.outputs), []
-    taps = []
-    for name, roles in choose(layers, modules.convolutions, last, modules.outputs).items():
-        if modules.outputs[name]:
-            raise ExportError(f"layer {name!r} cannot be tapped: {modules.outputs[name]}; name the layers to explain")
+    reachable = on_path(model.graph, list(model.graph.inputs), logits, past_stops=True)
+    last = last_on_grid(
+        [y for n in model.graph for y in n.outputs if y in reachable and y not in blind], known, followed
+    )
+    named = check_names(layers, forward.shapes)
+    last_name = _name_of(last, tensors, forward) if last is not None else None
+    if last is not None and last_name is None and len(traced) < len(forward.shapes):
+        return None
+    read = {tensors[n] for n in forward.convolutions if n in tensors and n in forward.read}
+    convolved = [
+        n for n in forward.convolutions if n in tensors and (n in forward.read or n in named or tensors[n] not in read)
+    ]
+    of_modules = {tensors[n] for n in convolved if n in forward.modules}
+    convolutions = [n for n in convolved if n in forward.modules or tensors[n] not in of_modules]
+    left_out, without_gradient, taps = [], [], []
+    roles = choose(layers, convolutions, last_name, forward.shapes, lambda n: is_finished(tensors[n]))
+    for name, of_tap in roles.items():
         value = tensors[name]
         if value not in known or known[value].kind not in TAPPABLE:
             if name not in named:
@@ -239,44 +297,43 @@ def tap_outputs(model: ir.Model, layers: str | Sequence[str], modules: Modules, 
                 f"layer {name!r} has output {value.shape}, which is not known to be a feature map "
                 "(batch, channels, height, width), channels-last, or tokens of a grid: name other layers"
             )
+        if value not in reachable or name not in forward.read:
+            if name in named:
+                raise UnsupportedOperator(
+                    f"no gradient reaches layer {name!r}: the logits read it through detach or no_grad alone, or not at all: choose "
+                    "another layer"
+                )
+            without_gradient.append(name)
+            continue
         refuse_unread(name, value, blind)
         norm = "after" if batch_norm_after(value) else "none"
-        taps.append((tap_at(name, roles, value, known[value], norm), str(value.name)))
+        taps.append((tap_at(name, of_tap, value, known[value], norm), str(value.name)))
     if left_out:
         warnings.warn(f"left out, because they are not known to be feature maps: {', '.join(left_out)}", stacklevel=4)
+    if without_gradient:
+        warnings.warn(
+            f"left out, because no gradient reaches them (the logits read them through detach or no_grad alone): "
+            f"{', '.join(without_gradient)}",
+            stacklevel=4,
+        )
     if not taps:
         raise ExportError(f"layers={layers!r} finds no feature map in this model: name the layers to explain")
-    assert logits.name in named_values(model.graph)
-    return TappedGraph(model, str(logits.name), tuple(taps), final_activation)
+    if last is None and layers in ("last", "default"):
+        warnings.warn(
+            "no tensor that the logits read is known to be a feature map on a grid: methods that explain the last layer need it named",
+            stacklevel=4,
+        )
+    normalized = normalized_image(model.graph, known, logits)
+    return TappedGraph(model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch)
 
 
-def _last_block(
-    blocks: Sequence[str],
-    tensors: dict[str, ir.Value],
-    known: dict[ir.Value, Layout],
-    unread: set[ir.Value],
-    order: dict[ir.Value, int],
-) -> str | None:
-    """The last of the blocks in the graph whose grid is larger than 1 x 1 and is read.
-
-    None, with a warning, if a later block is not known to be a feature map: an earlier one would pass for the last.
-    """
-
-    def usable(name: str) -> bool:
-        layout = known.get(tensors[name])
-        return layout is not None and layout.kind in TAPPABLE and layout.grid != (1, 1)
-
-    read = sorted((n for n in blocks if tensors[n] not in unread), key=lambda n: order.get(tensors[n], -1))
-    for name in reversed(read):
-        if usable(name):
-            return name
-        if tensors[name] not in known or known[tensors[name]].kind not in TAPPABLE:
-            warnings.warn(
-                f"the last block, {name!r}, is not known to be a feature map, so the bundle has no layer for the methods that "
-                "explain it: name one",
-                stacklevel=5,
-            )
-            return None
+def _name_of(value: ir.Value, tensors: Mapping[str, ir.Value], forward: Forward) -> str | None:
+    """What PyTorch calls a tensor: the first block that returns it, else the first module, else the first function."""
+    names = [n for n, v in tensors.items() if v is value and n in forward.read]
+    for preferred in (forward.blocks, forward.modules, forward.shapes):
+        found = next((n for n in names if n in preferred), None)
+        if found is not None:
+            return found
     return None
 
 
@@ -289,9 +346,13 @@ def _behind_identity(value: ir.Value) -> ir.Value:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names and bytes of a module's parameters and buffers."""
+    """sha256 over the names and bytes of a module's parameters and buffers, and of whatever else its state holds."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, value in sorted(unwrapped(model).state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if isinstance(value, torch.Tensor):
+            data = value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+            digest.update(data.contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(pickle.dumps(value))
     return digest.hexdigest()

@@ -54,6 +54,29 @@ def head(graph: TappedGraph) -> ir.Model | None:
     return finish(model, [output(tape, logits, "logits", ["batch", dims(logits)[1]])])
 
 
+def normalize(graph: TappedGraph) -> ir.Model:
+    """image -> `normalized` (B, C', H, W): what the network's first layer reads."""
+    model = graph.model.clone()
+    value = named_values(model.graph)[str(graph.normalized)]
+    model.graph.inputs[0].name = "image"
+    return finish(model, [output(Tape(model.graph), value, "normalized", ["batch", *dims(value)[1:]])])
+
+
+def score(graph: TappedGraph) -> ir.Model:
+    """`normalized` -> logits."""
+    model = graph.model.clone()
+    values = named_values(model.graph)
+    value, logits = values[str(graph.normalized)], values[graph.logits]
+    entry = _input("normalized", dims(value)[1:])
+    for node in list(value.consumers()):
+        for i, x in enumerate(node.inputs):
+            if x is value:
+                node.replace_input_with(i, entry)
+    model.graph.inputs.clear()
+    model.graph.inputs.append(entry)
+    return finish(model, [output(Tape(model.graph), logits, "logits", ["batch", dims(logits)[1]])])
+
+
 def _parts(graph: TappedGraph, model: ir.Model):
     values = named_values(model.graph)
     ((tap, name),) = graph.taps
@@ -95,6 +118,6 @@ def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> list[ir.Val
         if x.dtype not in _FLOATS or x.shape is None or None in dims(x)[1:] or not len(x.shape):
             return None
         # one row an image: a symbolic size that is not the batch itself may be a multiple of it
-        if not is_batch(x.shape[0]) and (x not in known or known[x].kind == "folded"):
+        if not is_batch(graph, x.shape[0]) and x not in known:
             return None
     return list(context)

@@ -5,12 +5,15 @@ Semantics are the ONNX specification's (onnx.ai/onnx/operators). Reads graphs in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.reference
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
@@ -141,6 +144,21 @@ for _name, _function in {
     "Neg": torch.neg,
     "Abs": torch.abs,
     "Sign": torch.sign,
+    "Sin": torch.sin,
+    "Cos": torch.cos,
+    "Tan": torch.tan,
+    "Asin": torch.asin,
+    "Acos": torch.acos,
+    "Atan": torch.atan,
+    "Sinh": torch.sinh,
+    "Cosh": torch.cosh,
+    "Asinh": torch.asinh,
+    "Acosh": torch.acosh,
+    "Atanh": torch.atanh,
+    "Round": torch.round,
+    "IsNaN": torch.isnan,
+    "Xor": torch.logical_xor,
+    "StopGradient": lambda x: x.detach(),
     "Softplus": F.softplus,
     "Floor": torch.floor,
     "Ceil": torch.ceil,
@@ -215,6 +233,23 @@ def selu(attributes, x):
     return gamma * torch.where(x > 0, x, alpha * (torch.exp(x) - 1))
 
 
+@operator("Shrink")
+def shrink(attributes, x):
+    lambd, bias = attributes.get("lambd", 0.5), attributes.get("bias", 0.0)
+    return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, 0))
+
+
+@operator("Mod")
+def mod(attributes, a, b):
+    return torch.fmod(a, b) if attributes.get("fmod", 0) else torch.remainder(a, b)
+
+
+@operator("Hardmax")
+def hardmax(attributes, x):
+    axis = attributes.get("axis", -1)
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)
+
+
 @operator("HardSigmoid")
 def hard_sigmoid(attributes, x):
     return F.hardtanh(attributes.get("alpha", 0.2) * x + attributes.get("beta", 0.5), 0.0, 1.0)
@@ -274,12 +309,69 @@ OPERATORS["ReduceMax"] = _reduction(lambda x, a, k: x.amax(a, keepdim=k))
 OPERATORS["ReduceMin"] = _reduction(lambda x, a, k: x.amin(a, keepdim=k))
 OPERATORS["ReduceL2"] = _reduction(lambda x, a, k: (x * x).sum(a, keepdim=k).sqrt())
 OPERATORS["ReduceSumSquare"] = _reduction(lambda x, a, k: (x * x).sum(a, keepdim=k))
+OPERATORS["ReduceL1"] = _reduction(lambda x, a, k: x.abs().sum(a, keepdim=k))
+OPERATORS["ReduceLogSumExp"] = _reduction(lambda x, a, k: x.logsumexp(a, keepdim=k))
+OPERATORS["ReduceLogSum"] = _reduction(lambda x, a, k: x.sum(a, keepdim=k).log())
 OPERATORS["ReduceProd"] = _reduction(lambda x, a, k: _fold(torch.mul, [x.prod(a[0], keepdim=k)]))
 
 
 @operator("ArgMax")
 def arg_max(attributes, x):
     return x.argmax(attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+@operator("CumSum")
+def cum_sum(attributes, x, axis):
+    axis = int(axis.item())
+    x = x.flip(axis) if attributes.get("reverse", 0) else x
+    y = x.cumsum(axis)
+    y = y - x if attributes.get("exclusive", 0) else y
+    return y.flip(axis) if attributes.get("reverse", 0) else y
+
+
+@operator("TopK")
+def top_k(attributes, x, k):
+    largest = bool(attributes.get("largest", 1))
+    return tuple(
+        torch.topk(x, int(k.reshape(-1)[0]), attributes.get("axis", -1), largest, bool(attributes.get("sorted", 1)))
+    )
+
+
+# ---- quantised numbers, which stand for real ones: held as floats, so that autograd passes straight through their rounding
+
+_RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int16: (-32768, 32767)}
+
+
+def _along(value, x, attributes):
+    if value is None or value.dim() == 0 or value.numel() == 1:
+        return value
+    axis = attributes.get("axis", 1) % x.dim()
+    return value.reshape([-1 if i == axis else 1 for i in range(x.dim())])
+
+
+@operator("QuantizeLinear")
+def quantize_linear(attributes, x, scale, zero=None):
+    low, high = _RANGES[torch.uint8 if zero is None else zero.dtype]
+    position = x / _along(scale, x, attributes)
+    rounded = position + (position.round() - position).detach()
+    shifted = rounded if zero is None else rounded + _along(zero, x, attributes)
+    return shifted.clamp(low, high)
+
+
+@operator("DequantizeLinear")
+def dequantize_linear(attributes, x, scale, zero=None):
+    number = x if x.is_floating_point() else x.to(scale.dtype)
+    shifted = number if zero is None else number - _along(zero, x, attributes)
+    return shifted * _along(scale, x, attributes)
+
+
+@operator("DynamicQuantizeLinear")
+def dynamic_quantize_linear(attributes, x):
+    low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
+    scale = (high - low) / 255
+    zero = (-low / scale).round().clamp(0, 255)
+    position = x / scale
+    return position + (position.round() - position).detach() + zero, scale, zero
 
 
 # ---- shapes
@@ -357,17 +449,104 @@ def gather_nd(attributes, x, indices):
     return x[tuple(indices.unbind(-1))]
 
 
+@operator("GatherElements")
+def gather_elements(attributes, x, indices):
+    axis = attributes.get("axis", 0)
+    return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices))
+
+
+@operator("ScatterElements")
+def scatter_elements(attributes, x, indices, updates):
+    axis = attributes.get("axis", 0)
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices)
+    return (x.scatter_add if attributes.get("reduction", "none") == "add" else x.scatter)(axis, indices, updates)
+
+
+@operator("Tile")
+def tile(attributes, x, repeats):
+    return x.repeat(tuple(repeats.tolist()))
+
+
+@operator("Trilu")
+def trilu(attributes, x, k=None):
+    return (torch.triu if attributes.get("upper", 1) else torch.tril)(x, 0 if k is None else int(k.item()))
+
+
+@operator("Einsum")
+def einsum(attributes, *xs):
+    return torch.einsum(attributes["equation"], *xs)
+
+
 @operator("Pad")
 def pad(attributes, x, pads, value=None, axes=None):
     rank = x.dim()
     axes = list(range(rank)) if axes is None else [a % rank for a in axes.tolist()]
-    amounts = pads.tolist()
-    if attributes.get("mode", "constant") != "constant":
-        raise ExportError(f"verification does not know Pad with mode {attributes['mode']!r}")
+    amounts, mode = pads.tolist(), attributes.get("mode", "constant")
+    if mode != "constant":
+        for i, axis in enumerate(axes):
+            size = x.shape[axis]
+            picked = np.pad(np.arange(size), (amounts[i], amounts[i + len(axes)]), mode=mode)
+            x = x.index_select(axis, torch.from_numpy(picked))
+        return x
     flat = [0] * 2 * rank
     for i, axis in enumerate(axes):
         flat[2 * (rank - 1 - axis)], flat[2 * (rank - 1 - axis) + 1] = amounts[i], amounts[i + len(axes)]
     return F.pad(x, flat, value=0.0 if value is None else value.item())
+
+
+@operator("Resize")
+def resize(attributes, x, roi=None, scales=None, sizes=None):
+    """Along each axis a matrix, which ONNX's own evaluator gives for the unit vectors."""
+    rank = x.dim()
+    axes = [a % rank for a in attributes.get("axes", range(rank))]
+    for i, axis in enumerate(axes):
+        scale = float(scales[i]) if scales is not None and sizes is None else None
+        size = (
+            math.floor(x.shape[axis] * scale)
+            if scale is not None
+            else int(sizes[i])
+            if sizes is not None
+            else x.shape[axis]
+        )
+        mode, whole = attributes.get("coordinate_transformation_mode"), scale is None or size == x.shape[axis] * scale
+        if mode == "half_pixel_symmetric" and not whole:
+            raise ExportError(f"verification does not know Resize with {mode} and sizes that are rounded")
+        if mode == "align_corners":
+            scale = None  # ONNX's evaluator aligns the corner of a size that is not rounded, engines that of the output
+        if size == x.shape[axis] and scale in (None, 1.0):
+            continue
+        region = None if roi is None or not roi.numel() else (float(roi[i]), float(roi[i + len(axes)]))
+        kept = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attributes.items()) if k != "axes")
+        matrix = torch.from_numpy(_resize_matrix(x.shape[axis], size, scale, region, kept)).to(x.dtype)
+        x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    return x
+
+
+@functools.cache
+def _resize_matrix(size, out, scale, region, attributes) -> np.ndarray:
+    """(size, out)."""
+    given = ["x", "", "scales" if scale is not None else "", "sizes" if scale is None else ""]
+    feeds: dict[str, Any] = {"x": np.eye(size)}
+    feeds |= {"scales": np.array([1, scale], np.float32)} if scale is not None else {"sizes": np.array([size, out])}
+    if region is not None:
+        given[1], feeds["roi"] = "roi", np.array([0, region[0], 1, region[1]], np.float32)
+    while not given[-1]:
+        given.pop()
+    make = onnx.helper.make_tensor_value_info
+    kinds = {"x": 11, "scales": 1, "sizes": 7, "roi": 1}
+    node = onnx.helper.make_node("Resize", given, ["y"], **dict(attributes))
+    graph = onnx.helper.make_graph([node], "resize", [make(n, kinds[n], None) for n in feeds], [make("y", 11, None)])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    return np.asarray(onnx.reference.ReferenceEvaluator(model).run(None, feeds)[0])  # type: ignore[arg-type]
+
+
+@operator("GridSample")
+def grid_sample(attributes, x, grid):
+    given = str(attributes.get("mode", "linear"))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(given, given)
+    return F.grid_sample(
+        x, grid, mode, attributes.get("padding_mode", "zeros"), bool(attributes.get("align_corners", 0))
+    )
 
 
 @operator("Expand")
@@ -521,6 +700,42 @@ def layer_normalization(attributes, x, scale, bias=None):
 @operator("InstanceNormalization")
 def instance_normalization(attributes, x, scale, bias):
     return F.instance_norm(x, weight=scale, bias=bias, eps=attributes.get("epsilon", 1e-5))
+
+
+@operator("GroupNormalization")
+def group_normalization(attributes, x, scale, bias):
+    groups = attributes["num_groups"]
+    if scale.numel() == groups and groups != x.shape[1]:  # before opset 21
+        scale, bias = (v.repeat_interleave(x.shape[1] // groups) for v in (scale, bias))
+    return F.group_norm(x, groups, scale, bias, attributes.get("epsilon", 1e-5))
+
+
+@operator("MeanVarianceNormalization")
+def mean_variance_normalization(attributes, x):
+    axes = tuple(attributes.get("axes", [0, 2, 3]))
+    centred = x - x.mean(axes, keepdim=True)
+    return centred / ((centred * centred).mean(axes, keepdim=True).sqrt() + 1e-9)
+
+
+@operator("RMSNormalization")
+def rms_normalization(attributes, x, scale):
+    axis = attributes.get("axis", -1) % x.dim()
+    square = (x * x).mean(tuple(range(axis, x.dim())), keepdim=True)
+    return x * (square + attributes.get("epsilon", 1e-5)).rsqrt() * scale
+
+
+@operator("LpPool")
+def lp_pool(attributes, x):
+    p = attributes.get("p", 2)
+    padded, kernel, strides, _, _, _ = _windows(attributes, x, 0.0)
+    pooled = _AVERAGE_POOL[len(kernel)](padded.abs() ** p, tuple(kernel), tuple(strides))
+    return (pooled * math.prod(kernel)) ** (1 / p)
+
+
+@operator("GlobalLpPool")
+def global_lp_pool(attributes, x):
+    p = attributes.get("p", 2)
+    return (x.abs() ** p).sum(tuple(range(2, x.dim())), keepdim=True) ** (1 / p)
 
 
 @operator("LpNormalization")

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .graph import batch_norm_affine, infer_types, initializer, tidy
-from .tape import constant_of
+from .graph import batch_norm_affine, infer_types, tidy
+from .tape import constant_of, initializer
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 

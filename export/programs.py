@@ -16,10 +16,10 @@ import onnx_ir as ir
 from ..runtime.errors import UnsupportedOperator
 from ..runtime.manifest import Tap
 from . import vjp  # noqa: F401  registers the gradient rules
+from .autodiff import NOT_SHARED, on_path
 from .autodiff import gradients as cotangents
-from .autodiff import on_path
 from .graph import TappedGraph, batch_norm_affine, finish, fold_batch_norm, keeps_batch_apart, named_values
-from .head import head, trunk
+from .head import head, normalize, score, trunk
 from .layouts import layouts, to_maps
 from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
@@ -27,6 +27,7 @@ from .tape import Tape, attribute, constant_of, dims, output, static_dims, weigh
 ONCE = (
     "activations",
     "trunk",
+    "normalize",
 )  # they run once an explanation, which rests on the activation and the class that they find
 SEED_SCALE = 256.0  # in mixed precision the largest entry of a seed: of gradients, 2e-7 to 250 for a seed of ones are normal numbers
 
@@ -62,6 +63,9 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
             built.append(Built(kind, f"{name}.onnx", taps, model, "float16" if half else "float32"))
 
     add("classify", "", whole, classify)
+    if graph.normalized is not None:
+        add("normalize", "", whole, normalize)
+        add("score", "", whole, score)
     for suffix, scope in scopes:
         add("activations", suffix, scope, activations)
         add("gradients", suffix, scope, gradients)
@@ -81,10 +85,14 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
 
 
 def seeds_share_image(graph: TappedGraph) -> bool:
-    """True if one image serves many seeds: every tensor between the taps and the logits keeps the batch, alone, in front."""
+    """True if one image serves many seeds: every tensor between the taps and the logits keeps the batch, alone, in front, and
+    every rule there broadcasts the image's tensors.
+    """
     values = named_values(graph.model.graph)
     path = on_path(graph.model.graph, [values[name] for _, name in graph.taps], values[graph.logits])
-    return keeps_batch_apart(path)
+    if any(n.op_type in NOT_SHARED and any(y in path for y in n.outputs) for n in graph.model.graph):
+        return False
+    return keeps_batch_apart(graph.model.graph, path)
 
 
 def classify(graph: TappedGraph) -> ir.Model:

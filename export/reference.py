@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..runtime.errors import first_line
 from ..runtime.manifest import Tap
+from .check import Checker, check_gradients, relative_l2
+from .graph import TappedGraph
+from .modules import own_gradients, without_autocast
+from .recording import recording
+from .stop_gradient import checkpoints_as_calls
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ def as_maps(recorded: Recorded, taps: Sequence[Tap]) -> Recorded:
 def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, layers: Sequence[str]) -> Recorded:
     """One forward and one backward pass, in the precision of model and image.
 
-    target: a class, or a seed (B, classes), the cotangent of the logits. A layer's activation is cloned as its module
-    returns it, because an in-place ReLU behind it would change what the hook saw.
+    target: a class, or a seed (B, classes), the cotangent of the logits. A layer's activation is cloned as it is computed, because
+    an in-place ReLU behind it would change it. Where no gradient reaches a layer its gradient is zero.
     """
     activations: dict[str, torch.Tensor] = {}
 
@@ -67,35 +75,102 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
         def backward(ctx, *grad_outputs):
             return grad_outputs[0]
 
-    def keep(name: str) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            output.retain_grad()
-            activations[name] = output
-            return Keep.apply(output)
+    def keep(name: str, output: torch.Tensor) -> torch.Tensor:
+        if name not in wanted:
+            return output
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        output.retain_grad()
+        activations[name] = output
+        return Keep.apply(output)  # type: ignore[return-value]
 
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
-    try:
-        with torch.enable_grad():
+    wanted = set(layers)
+    with torch.enable_grad(), without_autocast(), checkpoints_as_calls():
+        with recording(model, keep):
             logits = model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+        logits = logits.reshape(len(image), -1)
     seed = torch.zeros_like(logits)
     if isinstance(target, int):
         seed[:, target] = 1
     else:
         seed[:] = target
-    grads = torch.autograd.grad(logits, list(activations.values()), seed)
+    named = {n: activations[n] for n in layers}
+    grads = torch.autograd.grad(logits, list(named.values()), seed, allow_unused=True)
     return Recorded(
         logits.detach(),
-        {n: a.detach() for n, a in activations.items()},
-        dict(zip(activations, grads, strict=True)),
+        {n: a.detach() for n, a in named.items()},
+        {n: torch.zeros_like(a) if g is None else g for (n, a), g in zip(named.items(), grads, strict=True)},
     )
+
+
+def eager_logits(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """What a float32 module gives for an image (1, C, H, W)."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def run(image: np.ndarray) -> np.ndarray:
+        training = [m for m in model.modules() if m.training]
+        model.eval()
+        try:
+            with torch.no_grad(), without_autocast():
+                return model(torch.from_numpy(image).to(device)).cpu().numpy()
+        finally:
+            for module in training:
+                module.training = True
+
+    return run
+
+
+def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
+    """Compares the bundle's gradients of one image's top class with PyTorch's. ExportError; a warning where the model has backward
+    passes of its own, whose gradients camrt does not have.
+    """
+    if not checker.gradients or graph.final_activation is not None or checker.logits is None:
+        return
+    taps = [t for t, _ in graph.taps]
+    names = [t.name for t in taps]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = int(checker.logits[0].argmax())
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with without_autocast():
+            image = torch.from_numpy(checker.images[:1]).to(device)
+            recorded = as_maps(record(model, image, target, names), taps)
+            found = {n: g.cpu().numpy() for n, g in recorded.gradients.items()}
+            check_gradients(
+                checker.gradients, found, own_gradients(model, image), lambda: _exact(model, image, target, graph)
+            )
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _exact(model: nn.Module, image: torch.Tensor, target: int, graph: TappedGraph) -> dict[str, float]:
+    """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer."""
+    from .interpreter import Interpreter
+    from .programs import gradients
+
+    taps = [t for t, _ in graph.taps]
+    try:
+        want = as_maps(record(model.double(), image.double(), target, [t.name for t in taps]), taps)
+    except RuntimeError as error:  # code that casts to float32 by itself
+        warnings.warn(
+            f"the model does not run in float64, so its gradients were compared roughly ({first_line(error)})",
+            stacklevel=6,
+        )
+        return {}
+    finally:
+        model.float()
+    seed = torch.zeros_like(want.logits).cpu()
+    seed[:, target] = 1
+    program = gradients(replace(graph, precision="float32"))
+    names = [f"gradient:{t.name}" for t in taps]
+    with torch.no_grad():
+        found = Interpreter(program).run({"image": image.double().cpu(), "seed": seed}, names)
+    return {
+        t.name: relative_l2(found[n].numpy(), want.gradients[t.name].cpu().numpy())
+        for t, n in zip(taps, names, strict=True)
+    }
 
 
 def in_float64(model: nn.Module) -> nn.Module:

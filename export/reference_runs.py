@@ -10,21 +10,16 @@ from torch import nn
 
 from ..runtime.manifest import Tap
 from .from_torch import is_a
+from .modules import Selected, module_of, unwrapped
+from .recording import recording
 from .reference import as_maps, combined, minmax, record, resize, weighted
 
 
 @contextmanager
 def _replaced(model: nn.Module, layer: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """While it lasts, the layer's output goes through `change`."""
-
-    def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        return change(output)
-
-    handle = dict(model.named_modules())[layer].register_forward_hook(hook)
-    try:
+    with recording(model, lambda name, output: change(output) if name == layer else output):
         yield
-    finally:
-        handle.remove()
 
 
 def _activation(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -> torch.Tensor:
@@ -141,10 +136,22 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
         model(image)
     for handle in handles:
         handle.remove()
-    biased = {name: constant for name, constant in constants.items() if constant.any()}
+    named = {module: constants[name] for name, module in modules.items() if name in constants and constants[name].any()}
+    biased: dict[str, torch.Tensor] = {}
+    inner = dict(unwrapped(model).named_modules())
+
+    def visit(name: str, output: torch.Tensor) -> torch.Tensor:
+        module = module_of(name, inner)
+        if module in named and output.dim() == 4:
+            biased[name] = named[module]
+        return output
+
+    with torch.no_grad(), recording(model, visit):
+        model(image)
     entry = nn.Sequential(nn.Identity(), model)  # the image is then the output of a module, which `record` can record
-    recorded = record(entry, image, seed, ["0", *(f"1.{name}" for name in biased)])
-    return recorded.gradients["0"], [(constant, recorded.gradients[f"1.{name}"]) for name, constant in biased.items()]
+    prefix = "1.model." if isinstance(model, Selected) else "1."
+    recorded = record(entry, image, seed, ["0", *(prefix + name for name in biased)])
+    return recorded.gradients["0"], [(constant, recorded.gradients[prefix + name]) for name, constant in biased.items()]
 
 
 def full_grad(image: torch.Tensor, image_gradient: torch.Tensor, biased: list[Biased]) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""What the command line calls SOURCE: `package.module:callable`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`, a .pt2 file."""
+"""What the command line calls SOURCE: `package.module:callable`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`, `hf:FOLDER`, a .pt2
+file.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ class Source:
     input_shape: tuple[int, int, int] | None = None
     classes: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
+    output: str | None = None  # which part of what the model returns holds the logits
 
 
 def is_onnx(spec: str) -> bool:
@@ -39,12 +42,15 @@ def open_source(spec: str) -> Source:
     origin, _, rest = spec.partition(":")
     if not rest:
         raise ExportError(
-            f"{spec!r} is no source: use package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, FILE.pt2 or FILE.onnx"
+            f"{spec!r} names no model: use package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, hf:FOLDER, FILE.pt2 or "
+            "FILE.onnx"
         )
     if origin == "torchvision":
         return _torchvision(spec, *rest.partition(":")[::2])
     if origin == "timm":
         return _timm(spec, rest)
+    if origin == "hf":
+        return _hugging_face(spec, rest)
     return _callable(spec, origin, rest)
 
 
@@ -100,9 +106,73 @@ def _timm(spec: str, name: str) -> Source:
         raise ExportError(f"timm could not make {name!r} ({first_line(error)})") from error
     data = timm.data.resolve_data_config({}, model=model)
     channels, height, width = (int(n) for n in data["input_size"])
-    resize = int(height / data["crop_pct"])
-    preprocess = Preprocess(resize, tuple(data["mean"]), tuple(data["std"]), (height, width), data["interpolation"])
+    mean, std, interpolation = tuple(data["mean"]), tuple(data["std"]), data["interpolation"]
+    mode = data.get("crop_mode", "center")
+    if mode == "squash":
+        resized = int(height / data["crop_pct"]), int(width / data["crop_pct"])
+        preprocess = Preprocess(resized, mean, std, (height, width), interpolation)
+    elif mode == "border":
+        preprocess = Preprocess((height, width), mean, std, None, interpolation, "letterbox", 0)
+    else:
+        preprocess = Preprocess(int(height / data["crop_pct"]), mean, std, (height, width), interpolation)
     return Source(spec, name, model, (channels, height, width), None, preprocess)
+
+
+def _hugging_face(spec: str, place: str) -> Source:
+    """A Hugging Face image classifier, from a folder or by its id, with its image processor's recipe and its class names."""
+    transformers = _module("transformers", "transformers (pip install 'transformers>=4.50')")
+    try:
+        model = transformers.AutoModelForImageClassification.from_pretrained(place, attn_implementation="eager")
+    except Exception as error:
+        raise ExportError(
+            f"transformers could not open {place!r} as an image classifier ({first_line(error)[:200]})"
+        ) from error
+    labels = model.config.id2label
+    classes = tuple(str(labels[i]) for i in sorted(labels))
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
+    except Exception:  # a folder without one: the user says what the input is
+        processor = {}
+    shape, preprocess = processed(processor, model.config)
+    return Source(spec, Path(place).name, model, shape, classes, preprocess, "logits")
+
+
+def processed(processor: dict[str, Any], config: Any) -> tuple[tuple[int, int, int] | None, Preprocess | None]:
+    """(input shape, recipe) that a Hugging Face image processor's settings mean; None for what they do not say."""
+    channels = int(getattr(config, "num_channels", 3))
+    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    size, crop = ({"height": s, "width": s} if isinstance(s, int) else dict(s) for s in (size, crop))
+    resize: tuple[int, int] | int | None = None
+    given = None
+    if processor.get("do_resize", True) and size:
+        if "shortest_edge" in size:
+            resize = int(size["shortest_edge"])
+            if processor.get("crop_pct"):  # ConvNeXt: the shorter side, then a centre crop, under 384
+                given = (resize, resize)
+                resize = int(resize / processor["crop_pct"]) if resize < 384 else resize
+                if given[0] >= 384:
+                    resize = given
+        elif "height" in size:
+            resize = int(size["height"]), int(size["width"])
+    cropped = (int(crop["height"]), int(crop["width"])) if processor.get("do_center_crop") and crop else None
+    cropped = cropped or (given if isinstance(resize, int) else None)
+    final = cropped if cropped is not None else resize
+    if final is None or isinstance(final, int):
+        side = getattr(config, "image_size", None)
+        if side is None:
+            return None, None
+        final = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+        return (channels, *final), None
+    scaled = processor.get("rescale_factor", 1 / 255) * 255 if processor.get("do_rescale", True) else 255.0
+    normalised = processor.get("do_normalize", True) and processor.get("image_mean") is not None
+    mean = [m / scaled for m in processor["image_mean"]] if normalised else [0.0] * channels
+    std = [s / scaled for s in processor["image_std"]] if normalised else [1 / scaled] * channels
+    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    interpolation = names.get(int(processor.get("resample") or 2), "bilinear")
+    order = "BGR" if processor.get("do_flip_channel_order") else "RGB"
+    assert resize is not None
+    recipe = Preprocess(resize, tuple(mean), tuple(std), cropped, interpolation, channels=order)
+    return (channels, *final), recipe
 
 
 def _callable(spec: str, module_name: str, attribute: str) -> Source:

@@ -59,6 +59,20 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+    """A new constant of the graph, under a name that is not taken."""
+    while name in graph.initializers:
+        name += "_"
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(data.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(data.dtype)),
+        const_value=ir.tensor(data, name=name),
+    )
+    graph.register_initializer(value)
+    return value
+
+
 class Tape:
     """Appends nodes to one graph; arrays and numbers become initializers, equal ones a single initializer.
 
@@ -136,10 +150,13 @@ class Tape:
         if operand is None or not self.wants(operand):
             return None
         have, want = dims(result), dims(operand)
-        if len(want) != len(have) or any((w is None) != (h is None) for w, h in zip(want, have, strict=True)):
+        leading = len(have) - len(want)
+        wide = (1,) * leading + want
+        if any((w is None) != (h is None) for w, h in zip(wide, have, strict=True)):
             return None
-        axes = [i for i, (w, h) in enumerate(zip(want, have, strict=True)) if w == 1 and h != 1]
-        return self.ReduceSum(g, axes, keepdims=1) if axes else g
+        axes = [i for i, (w, h) in enumerate(zip(wide, have, strict=True)) if w == 1 and h != 1]
+        summed = self.ReduceSum(g, axes, keepdims=1) if axes else g
+        return self.Squeeze(summed, list(range(leading))) if leading else summed
 
     def expand_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
         """Broadcasts g to the sizes of `value`, keeping g's own batch."""

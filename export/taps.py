@@ -1,20 +1,148 @@
-"""Which tensors a bundle taps: `layers="conv"`, `"last"`, `"default"` (both), or a list of names."""
+"""Which tensors a bundle taps, and in which role: `layers="conv"`, `"last"`, `"default"` (both), or a list of names.
+
+Roles come from the graph. "last" is the last tensor on a spatial grid that the logits read before the grid is pooled or flattened,
+behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. How PyTorch modules are nested
+plays no part, so that a network has the same roles from PyTorch and from ONNX.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+
+import onnx_ir as ir
 
 from ..runtime.errors import ExportError, UnknownLayer, near
+from .layouts import TAPPABLE, Layout
+from .tape import dims
 
 ROLES = ("conv", "last", "default")
 
+# they change how a tensor is held, not what it holds
+_SAME_NUMBERS = ("Transpose", "Identity", "Dropout", "Cast", "Reshape", "Flatten")
+_PROJECTION = (
+    *_SAME_NUMBERS,
+    "MatMul",
+    "Gemm",
+    "Add",
+    "Mul",
+    "Div",
+    "Split",
+    "Slice",
+    "Gather",
+    "Squeeze",
+    "Unsqueeze",
+)
+_PROJECTION += ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+_NORMS = ("BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization", "LRN")
+_ACTIVATIONS = (
+    "Relu",
+    "LeakyRelu",
+    "PRelu",
+    "Elu",
+    "Selu",
+    "Celu",
+    "Clip",
+    "Sigmoid",
+    "HardSigmoid",
+    "HardSwish",
+    "Gelu",
+)
+_ACTIVATIONS += ("Mish", "Swish", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Erf")
+_ACTIVATIONS += ("QuantizeLinear",)  # a quantised network's rectifiers lie in the range of its numbers
+
+
+def last_on_grid(
+    order: Sequence[ir.Value], known: Mapping[ir.Value, Layout], followed: Container[ir.Value]
+) -> ir.Value | None:
+    """The tensor in the role "last". order: the tensors that the logits read at their grid, as the graph computes them; followed:
+    those of whose axes something is known.
+
+    None, with a warning, where a later tensor has positions that are not followed: an earlier one would pass for the last.
+    """
+    grids = [
+        v
+        for v in order
+        if v in known and known[v].kind in TAPPABLE and known[v].grid != (1, 1) and _made_by(v) not in ("Slice", "Pad")
+    ]
+    if not grids:
+        return None
+    lost = next((v for v in order[order.index(grids[-1]) :] if v not in followed and _has_positions(v)), None)
+    if lost is not None:
+        node = lost.producer()
+        assert node is not None
+        warnings.warn(
+            f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map, so the bundle has no last layer for "
+            "the methods that explain it: name a layer",
+            stacklevel=5,
+        )
+        return None
+    last = grids[-1]
+    if known[last].kind == "tokens":
+        last = _behind_projection(last, known, followed)
+    usable = set(grids)
+    while (node := last.producer()) is not None and (node.op_type in _SAME_NUMBERS or node.op_type == "Slice"):
+        before = node.inputs[0]
+        if before not in usable or known[before].grid != known[last].grid:  # type: ignore[index]
+            break
+        if node.op_type == "Slice" and known[before].prefix == known[last].prefix:  # type: ignore[index]
+            break  # channels, not the tokens before the grid, were left behind
+        last = before  # type: ignore[assignment]
+    return last
+
+
+def _has_positions(value: ir.Value) -> bool:
+    """Whether a layer of a network made the tensor, and it has more than one position."""
+    sizes = dims(value)[1:]
+    if _made_by(value) in ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalization") and len(sizes) == 3:
+        return any(n != 1 for n in sizes[1:])
+    return _made_by(value) == "LayerNormalization" and any(n != 1 for n in sizes[:-1])
+
+
+def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
+    """The norm that a token tensor is a projection of, as attention's keys and values are; else the tensor itself."""
+    inner = value
+    while (node := inner.producer()) is not None:
+        if node.op_type in _NORMS:
+            return inner if inner in known else value
+        computed = [x for x in node.inputs if x is not None and x in followed]
+        if node.op_type not in _PROJECTION or len(computed) != 1:
+            return value
+        inner = computed[0]
+    return value
+
+
+def _made_by(value: ir.Value) -> str:
+    node = value.producer()
+    return node.op_type if node is not None else ""
+
+
+def is_finished(value: ir.Value) -> bool:
+    """Whether a tensor lies behind its norm and activation: not all that reads it normalises or activates it."""
+    readers = [n for n in value.consumers() if n.op_type != "Identity"]
+    gates = {n.outputs[0] for n in readers if n.op_type in _ACTIVATIONS}
+
+    def continues(node: ir.Node) -> bool:
+        if node.op_type in (*_NORMS, *_ACTIVATIONS):
+            return True
+        if node.op_type in ("Mul", "Div") and any(x in gates for x in node.inputs):  # x sigmoid(x)
+            return True
+        return node.op_type in ("Mul", "Div") and any(n.op_type in _ACTIVATIONS for n in node.outputs[0].consumers())
+
+    return not readers or not all(continues(n) for n in readers)
+
 
 def choose(
-    layers: str | Sequence[str], convolutions: Sequence[str], last: str | None, known: Iterable[str]
+    layers: str | Sequence[str],
+    convolutions: Sequence[str],
+    last: str | None,
+    known: Iterable[str],
+    finished: Callable[[str], bool] = lambda _: False,
 ) -> dict[str, tuple[str, ...]]:
     """Names to tap, in the model's order, with their roles.
 
-    UnknownLayer names near misses; ExportError if nothing is left to tap.
+    Where layers are named and the last tensor on the grid is not among them, the deepest that is `finished` takes its role, with a
+    warning. UnknownLayer names near misses; ExportError if nothing is left to tap.
     """
     known = list(known)
     check_names(layers, known)
@@ -26,11 +154,23 @@ def choose(
         }.get(layers, [layers])
     else:
         wanted = list(layers)
-    if not wanted:
+    if not wanted and isinstance(layers, str):
         raise ExportError(f"layers={layers!r} finds nothing in this model: name the layers to explain")
+    chosen = [n for n in known if n in set(wanted)]
+    named = layers not in ROLES
+    stand_in = None
+    if named and last not in chosen:
+        stand_in = next((n for n in reversed(chosen) if finished(n)), None)
+        if stand_in is not None:
+            warnings.warn(
+                f"layer {stand_in!r} stands for the last layer, the deepest of those named that lies behind its norm and activation; "
+                f"the network's own is {last!r}",
+                stacklevel=6,
+            )
     roles = {}
-    for name in (n for n in known if n in set(wanted)):
-        roles[name] = tuple(role for role, holds in (("conv", name in convolutions), ("last", name == last)) if holds)
+    for name in chosen:
+        is_last = name == (stand_in if stand_in is not None else last)
+        roles[name] = tuple(role for role, holds in (("conv", name in convolutions), ("last", is_last)) if holds)
     return roles
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .contents import check_program
-from .errors import BundleError, CamrtError
-from .manifest import MANIFEST, PRECISIONS, Manifest, Program, parse
+from .errors import BundleError, CamrtError, InputError
+from .manifest import MANIFEST, PRECISIONS, Manifest, Program, check_recipe, parse
 
 _LONGEST = 1 << 26  # characters of a manifest
 _AGAIN = "export the bundle again"
@@ -87,6 +87,23 @@ def read_bundle(path: str | Path) -> Bundle:
                 f"{path / file}: damaged, its contents are not what was exported: export the bundle again"
             )
     return Bundle(path, manifest)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Puts another manifest in the place of a bundle's, at once. InputError if it does not hold together; BundleError."""
+    text = manifest.to_json()
+    try:
+        parse(text, str(path / MANIFEST))
+        check_recipe(manifest.preprocess, manifest.input_shape)
+    except BundleError as error:
+        raise InputError(str(error).removesuffix(": export the bundle again")) from None
+    beside = path / f".{MANIFEST}.new"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path / MANIFEST)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise BundleError(f"{path / MANIFEST}: cannot be written ({error.strerror})") from None
 
 
 def _sha256(path: Path) -> str:

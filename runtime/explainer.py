@@ -71,7 +71,8 @@ class Explainer:
 
         images: float32 NCHW arrays, or uint8 HWC arrays, paths or Pillow images, preprocessed as the bundle says.
         target: None (each image's top class), an int, one int per image, K ints per image (B, K), or a float seed array
-        (classes,), (B, classes) or (B, K, classes), the cotangent of the logits. layers: names or a role ("conv", "last"); the
+        (classes,), (B, classes) or (B, K, classes), the cotangent of the logits; "not", of a network with a single score: what
+        speaks against its class. layers: names or a role ("conv", "last"); the
         method's own by default. options: the method's, e.g. percentile=90.
 
         InputError, UnknownMethod, UnknownLayer for arguments that do not fit; nothing is explained in part.
@@ -158,6 +159,19 @@ class Explainer:
         """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one class."""
         return probabilities(self.classify(images), self.manifest)
 
+    def normalized(self, images: Any) -> np.ndarray:
+        """What masks multiply, (B, C', H, W) float32: the network's input, or where the network normalises it itself, what its
+        first layer reads.
+        """
+        opened = Opened(images, self.manifest)
+        return self._within_memory(lambda: self._runs.memory.get(self._runs.normalized(self._placed(opened)[0]))[0])
+
+    def normalized_probabilities(self, normalized: np.ndarray) -> np.ndarray:
+        """`probabilities` of what `normalized` gives, (B, C', H, W)."""
+        if self.manifest.normalized is None:
+            return self.probabilities(normalized)
+        return probabilities(self._within_memory(lambda: self._runs.scored(normalized)), self.manifest)
+
     def _seeds_of(self, method: Method, batch: Any, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
         """The seeds of a method that makes its own from the logits, (B, K, classes)."""
         assert method.seeds is not None
@@ -168,6 +182,16 @@ class Explainer:
     def targets(self, target: Any, images: int) -> Targets:
         """Checks `target` as explain takes it. InputError for a class out of range or a shape that does not fit."""
         classes = self.manifest.num_classes
+        if isinstance(target, str):
+            if target != "not":
+                raise InputError(
+                    f"target {target!r}: pass class numbers, or 'not' for what speaks against a single class"
+                )
+            if classes != 1:
+                raise InputError(
+                    f"target 'not' is for networks with a single score, this one has {classes} classes: name one"
+                )
+            return Targets(np.full((images, 1, 1), -1, np.float32), None, False)
         if target is None:
             return Targets(np.zeros((images, 1, classes), np.float32), np.full((images, 1), -1), False)
         try:
@@ -213,9 +237,15 @@ class Explainer:
         if isinstance(wanted, str) and wanted in ("conv", "last"):
             names = tuple(t.name for t in self.manifest.taps if wanted in t.roles)
             if not names:
+                own = self.manifest.last_layer
+                add = (
+                    f"export it with --layers {wanted}"
+                    if wanted == "conv" or own is None
+                    else f"export it with layer {own!r} as well"
+                )
                 raise UnknownLayer(
-                    f"{method.name} needs the layers {wanted!r}, which this bundle lacks: export it with --layers {wanted}, or "
-                    f"name layers, it has {', '.join(self.layers[:5])}"
+                    f"{method.name} needs the layers {wanted!r}, which this bundle lacks: {add}, or name layers, it has "
+                    f"{', '.join(self.layers[:5])}"
                 )
             return names
         names = (wanted,) if isinstance(wanted, str) else tuple(dict.fromkeys(wanted))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, first_line
+from .errors import BundleError, InputError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,9 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 LAYOUTS = ("NCHW", "NHWC", "tokens")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+FITS = ("stretch", "letterbox")
+CHANNEL_ORDERS = ("RGB", "BGR")
+ACTIVATIONS = ("softmax", "sigmoid")  # what makes probabilities of logits
 MOST_ELEMENTS = 1 << 31  # of a tensor
 LARGEST_SIDE = 1 << 14  # of a resized picture or a window, in pixels
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # what users say -> what programs record
@@ -60,7 +63,7 @@ class Program:
 
     def check_outputs(self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
         """BundleError unless a run with these inputs gave what the program says that it gives."""
-        sizes = {self.inputs[name][0]: len(array) for name, array in feeds.items()}
+        sizes = {"batch": 1} | {self.inputs[name][0]: len(array) for name, array in feeds.items()}  # a fixed batch is 1
         for name, declared in self.outputs.items():
             array, shape = out.get(name), tuple(sizes.get(d, d) for d in declared)
             if array is None or str(array.dtype) != "float32" or array.shape != shape:
@@ -70,9 +73,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image file to the network's input: RGB -> resize -> centre crop -> /255 -> (x - mean) / std.
+    """From an image file to the network's input: resize -> centre crop -> /255 -> (x - mean) / std.
 
-    resize: (h, w), or one number for the shorter side; crop: (h, w) or None; mean, std: one number per channel.
+    resize: (h, w), or one number for the shorter side; crop: (h, w) or None; mean, std: one number per channel, in the network's
+    order. fit: "stretch" resizes to (h, w) whatever the picture's shape; "letterbox" resizes the picture to fit into (h, w) and
+    fills the rest with the shade `fill` (0..255). channels: "RGB" or "BGR", the network's order.
     """
 
     resize: tuple[int, int] | int
@@ -80,11 +85,26 @@ class Preprocess:
     std: tuple[float, ...]
     crop: tuple[int, int] | None = None
     interpolation: str = "bilinear"
+    fit: str = "stretch"
+    fill: int = 114
+    channels: str = "RGB"
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """The tensor (batch, *shape) that a network's first layer reads, where the network normalises the image itself."""
+
+    tensor: str
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime must know to run a bundle and to say what it is. Sizes are in elements, shapes without batch."""
+    """Everything a runtime must know to run a bundle and to say what it is. Sizes are in elements, shapes without batch.
+
+    final_activation: the one that was set aside from the network's end; activation: what its user says makes probabilities of the
+    logits. last_layer: the layer of the role "last", tapped or not. normalized: what masks multiply in place of the image.
+    """
 
     name: str
     source: dict[str, Any]
@@ -97,12 +117,34 @@ class Manifest:
     batch: str | int = "dynamic"
     seeds_share_image: bool = True
     final_activation: str | None = None
+    activation: str | None = None
+    last_layer: str | None = None
+    normalized: Normalized | None = None
     classes: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
+
+    @property
+    def probability(self) -> str:
+        """What makes probabilities of logits, "softmax" or "sigmoid": as the user says; as the network ended; else the softmax of
+        several classes and the sigmoid of one.
+        """
+        if self.activation is not None:
+            return self.activation
+        return "sigmoid" if self.final_activation == "Sigmoid" or self.num_classes == 1 else "softmax"
+
+    @property
+    def assumes_softmax(self) -> bool:
+        """Whether neither the network nor its user says that its probabilities are a softmax."""
+        return self.activation is None and self.final_activation is None and self.num_classes > 1
+
+    @property
+    def scored_shape(self) -> tuple[int, int, int]:
+        """Of what masks multiply: the image, or what the network's first layer reads."""
+        return self.input_shape if self.normalized is None else self.normalized.shape
 
     def tap(self, name: str) -> Tap:
         return next(t for t in self.taps if t.name == name)
@@ -133,7 +175,11 @@ def parse(text: str, where: str) -> Manifest:
         preprocess = raw.pop("preprocess")
         if preprocess is not None:
             preprocess = Preprocess(**{k: _tuples(v) for k, v in preprocess.items()})
+        normalized = raw.pop("normalized", None)
+        if normalized is not None:
+            normalized = Normalized(**{k: _tuples(v) for k, v in normalized.items()})
         manifest = Manifest(
+            normalized=normalized,
             taps=taps,
             programs=programs,
             preprocess=preprocess,
@@ -161,6 +207,15 @@ def _check(m: Manifest) -> None:
         raise ValueError("batch or seeds_share_image")
     if m.final_activation not in (None, "Softmax", "Sigmoid", "LogSoftmax"):
         raise ValueError(f"final_activation {m.final_activation!r:.100}")
+    if m.activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation {m.activation!r:.100}")
+    if m.last_layer is not None:
+        _texts("last_layer", m.last_layer)
+    if m.normalized is not None:
+        _texts("normalized", m.normalized.tensor)
+        if len(m.normalized.shape) != 3 or m.normalized.shape[1:] != m.input_shape[1:]:
+            raise ValueError(f"normalized {m.normalized.shape}")
+        _sizes("normalized", *m.normalized.shape)
     names = [t.name for t in m.taps]
     for tap in m.taps:
         _texts("taps", tap.name, *tap.roles)
@@ -211,6 +266,7 @@ def _interface(program: Program, taps: list[Tap], m: Manifest) -> tuple[dict[str
     activations = {f"activation:{t.name}": (t.channels, *t.grid) for t in taps}
     gradients = {f"gradient:{t.name}": (t.channels, *t.grid) for t in taps}
     alphas, maps = (sum(t.channels for t in taps),), (sum(math.prod(t.grid) for t in taps),)
+    normalized = {} if m.normalized is None else {"normalized": m.normalized.shape}
     alone = {"activation": (taps[0].channels, *taps[0].grid)} if len(taps) == 1 else {}
     return {
         "classify": (image, logits),
@@ -220,6 +276,8 @@ def _interface(program: Program, taps: list[Tap], m: Manifest) -> tuple[dict[str
         "full_grad": (image | seed, logits),
         "trunk": (image, logits | alone),
         "head": (alone, logits),
+        "normalize": (image, normalized),
+        "score": (normalized, logits),
     }[program.kind]
 
 
@@ -233,8 +291,43 @@ def _recipe(recipe: Preprocess, channels: int) -> None:
             raise ValueError("preprocess: mean and std are one number per channel")
     if not all(recipe.std):
         raise ValueError("preprocess: std 0")
-    if recipe.interpolation not in INTERPOLATIONS:
-        raise ValueError(f"preprocess: interpolation {recipe.interpolation!r:.100}")
+    for value, known in (
+        (recipe.interpolation, INTERPOLATIONS),
+        (recipe.fit, FITS),
+        (recipe.channels, CHANNEL_ORDERS),
+    ):
+        if value not in known:
+            raise ValueError(f"preprocess: {value!r:.100}")
+    if not isinstance(recipe.fill, int) or not 0 <= recipe.fill <= 255:
+        raise ValueError(f"preprocess: fill {recipe.fill!r:.100}")
+    if recipe.fit == "letterbox" and (isinstance(recipe.resize, int) or recipe.crop is not None):
+        raise ValueError("preprocess: letterbox takes a height and a width, and no crop")
+
+
+def check_recipe(preprocess: Preprocess | None, shape: Sequence[int]) -> None:
+    """InputError if the recipe cannot give the network's input."""
+    if preprocess is None:
+        return
+    for part in ("mean", "std"):
+        if len(getattr(preprocess, part)) != shape[0]:
+            raise InputError(f"preprocess {part} has {len(getattr(preprocess, part))} numbers for {shape[0]} channels")
+    if any(s == 0 for s in preprocess.std):
+        raise InputError("preprocess std holds a zero")
+    resize = preprocess.resize if isinstance(preprocess.resize, tuple) else (preprocess.resize,) * 2
+    if any(not isinstance(n, int) or n < 1 for n in resize):
+        raise InputError(f"preprocess resize {preprocess.resize}: sizes are whole numbers from 1")
+    if preprocess.crop is not None and any(c > r for c, r in zip(preprocess.crop, resize, strict=True)):
+        raise InputError(f"preprocess crop {preprocess.crop} is larger than resize {preprocess.resize}")
+    for part, known in (("interpolation", INTERPOLATIONS), ("fit", FITS), ("channels", CHANNEL_ORDERS)):
+        if getattr(preprocess, part) not in known:
+            raise InputError(f"preprocess {part} {getattr(preprocess, part)!r}: use {', '.join(known)}")
+    if not isinstance(preprocess.fill, int) or not 0 <= preprocess.fill <= 255:
+        raise InputError(f"preprocess fill {preprocess.fill!r}: use a shade, 0 to 255")
+    if preprocess.fit == "letterbox" and (isinstance(preprocess.resize, int) or preprocess.crop is not None):
+        raise InputError("preprocess fit 'letterbox' takes a resize of (height, width) and no crop")
+    given = preprocess.crop if preprocess.crop is not None else preprocess.resize
+    if isinstance(given, int) or tuple(given) != tuple(shape[1:]):
+        raise InputError(f"preprocess gives {given}, the network takes {shape[1:]}: set crop, or resize without a crop")
 
 
 def _texts(where: str, *values: Any) -> None:

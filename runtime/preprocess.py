@@ -76,11 +76,16 @@ class Opened:
         kept = [i.copy() if isinstance(i, np.ndarray) else i for i in self._items]  # their owner may write over them
         for i, item in enumerate(kept):
             image = batch[i : i + 1].reshape(*self._manifest.input_shape)
-            if isinstance(item, np.ndarray) or recipe is None or recipe.interpolation == "nearest":
+            if (
+                isinstance(item, np.ndarray)
+                or recipe is None
+                or recipe.interpolation == "nearest"
+                or recipe.fit == "letterbox"
+            ):
                 memory.stream.upload(self._one(item)[0], out=image)
                 continue
             (height, width), crop = placed(item.size, recipe)
-            picture = np.asarray(item, np.uint8).reshape(item.height, item.width, -1)
+            picture = in_order(np.asarray(item, np.uint8).reshape(item.height, item.width, -1), recipe)
             turned = rows_first(picture.shape[:2], (height, width))
             shades = recipe.mean, recipe.std, recipe.interpolation
             resize_picture(memory.put(picture), (height, width), crop, *shades, turned, out=image, stream=memory.stream)
@@ -152,6 +157,8 @@ def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess
             "with preprocess= (--resize, --crop, --mean, --std)"
         )
     (height, width), (top, left, *given) = placed(size, recipe)
+    if recipe.fit == "letterbox" and tuple(given) == manifest.input_shape[1:]:
+        return recipe
     if (
         tuple(given) != manifest.input_shape[1:]
         or min(top, left) < 0
@@ -169,15 +176,20 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
     """
     recipe = _recipe(manifest, where, image.size)
     image = fit(image, recipe, recipe.interpolation)
-    pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    pixels = in_order(np.asarray(image, np.float32).reshape(image.height, image.width, -1), recipe)
     tensor = (pixels / 255 - np.array(recipe.mean, np.float32)) / np.array(recipe.std, np.float32)
     return np.ascontiguousarray(tensor.transpose(2, 0, 1), np.float32), np.asarray(image.convert("RGB"))
 
 
 def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """What a picture of size (width, height) is resized to, (height, width), and the part of it that is kept: (top, left, height,
-    width).
+    width). In a letterbox it is more than the picture, and top and left are 0 or less.
     """
+    if recipe.fit == "letterbox":
+        (full_height, full_width), (picture_width, picture_height) = recipe.resize, size  # type: ignore[misc]
+        scale = min(full_height / picture_height, full_width / picture_width)
+        inner = max(1, round(picture_height * scale)), max(1, round(picture_width * scale))
+        return inner, ((inner[0] - full_height) // 2, (inner[1] - full_width) // 2, full_height, full_width)
     width, height = size
     if isinstance(recipe.resize, int):
         short, long = sorted(size)
@@ -190,10 +202,19 @@ def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], 
 
 
 def fit(image: Image.Image, recipe: Preprocess, interpolation: str) -> Image.Image:
-    """Resized and cropped as the recipe says."""
+    """Resized and cropped, or letterboxed, as the recipe says."""
     (height, width), (top, left, h, w) = placed(image.size, recipe)
     image = image if image.size == (width, height) else image.resize((width, height), _FILTERS[interpolation])
+    if recipe.fit == "letterbox":
+        canvas = Image.new(image.mode, (w, h), (recipe.fill,) * len(image.getbands()))
+        canvas.paste(image, (-left, -top))
+        return canvas
     return image if recipe.crop is None else image.crop((left, top, left + w, top + h))
+
+
+def in_order(pixels: np.ndarray, recipe: Preprocess) -> np.ndarray:
+    """Pixels (H, W, C), RGB, in the network's order of channels; and back."""
+    return pixels if recipe.channels == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
 
 def rows_first(size: Sequence[int], target: Sequence[int]) -> bool:
@@ -222,7 +243,7 @@ def undo(tensor: np.ndarray, recipe: Preprocess | None) -> np.ndarray:
     """The picture behind a network input (C, H, W), uint8 (H, W, 3); without a recipe its range is stretched to 0..255."""
     pixels = tensor.transpose(1, 2, 0).astype(np.float32)
     if recipe is not None and len(recipe.mean) in (1, pixels.shape[2]):
-        pixels = pixels * np.array(recipe.std, np.float32) + np.array(recipe.mean, np.float32)
+        pixels = in_order(pixels * np.array(recipe.std, np.float32) + np.array(recipe.mean, np.float32), recipe)
     else:
         low, high = pixels.min(), pixels.max()
         pixels = (pixels - low) / (high - low if high > low else 1)

@@ -24,7 +24,7 @@ from .errors import CamrtError
 from .manifest import Manifest, Program, Tap
 from .memory import Memory
 from .replay import Replays
-from .scores import probabilities, probability_kind
+from .scores import probabilities
 from .timing import Stages, Timed
 
 NOT_FINITE = "the network gave NaN or infinity: check its weights and the images' preprocessing"
@@ -126,6 +126,21 @@ class Runs:
                 parts.append(work(part))
             else:
                 parts.append(self.memory.copied(self._replayed.run(("classify", part.shape), (part,), work)))
+        return np.concatenate(self.memory.get(*parts))
+
+    def normalized(self, batch: Any) -> Any:
+        """(B, C, H, W) -> what masks multiply, where the images are: the images, or what the network's first layer reads."""
+        if self.manifest.normalized is None:
+            return batch
+        program = self._open(self._program("normalize"))
+        return program.run({"image": batch})["normalized"]
+
+    def scored(self, normalized: np.ndarray) -> np.ndarray:
+        """Logits (B, classes), on the host, of what `normalized` gives."""
+        program = self._open(self._program("score"))
+        parts = [
+            program.run({"normalized": self.memory.put(p)})["logits"] for _, p in _chunks(normalized, self.max_batch)
+        ]
         return np.concatenate(self.memory.get(*parts))
 
     def parts(self, batch: Any, seeds: np.ndarray, by_image: bool) -> Iterator[Part]:
@@ -270,10 +285,11 @@ class Runs:
         activations = tuple(a.reshape(*a.shape[1:]) for a in (out[f"activation:{t.name}"] for t in taps))
         logits, seeds = self._scores({"logits": memory.get(out["logits"])[0]}, part.seeds)
         check_finite(logits)
-        classify = self._open(self._program("classify"), self.backend.lanes > 1)
+        entry = "image" if self.manifest.normalized is None else "normalized"
+        scored = self._open(self._program("classify" if entry == "image" else "score"), self.backend.lanes > 1)
 
         def run(masked: Any) -> Any:
-            return classify.run({"image": masked})["logits"]
+            return scored.run({entry: masked})["logits"]
 
         def batches(count: int, work: Callable[[slice, Lane], None]) -> None:
             starts = range(0, count, self.max_batch)
@@ -281,7 +297,7 @@ class Runs:
 
             def drive(number: int) -> None:
                 room = min(self.max_batch, count)
-                masked = memory.empty((room, *self.manifest.input_shape))
+                masked = memory.empty((room, *self.manifest.scored_shape))
                 lane = Lane(number, run, masked, None if there else np.empty((room, *self.size), np.float32))
                 for start in starts[number::lanes]:
                     work(slice(start, min(start + self.max_batch, count)), lane)
@@ -292,8 +308,9 @@ class Runs:
             else:
                 list(self._pool().map(drive, range(lanes)))
 
-        image = part.images.reshape(*part.images.shape[1:])
-        return MaskedRuns(taps, logits, seeds, image, activations, probability_kind(self.manifest), batches, memory)
+        image = self.normalized(part.images)
+        image = image.reshape(*image.shape[1:])
+        return MaskedRuns(taps, logits, seeds, image, activations, self.manifest.probability, batches, memory)
 
     def _heads(self, part: Part, names: Sequence[str]) -> Heads:
         taps, heads, activations, logits = self._taps(names), [], [], None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import library, nn
 
-from camrt.probes import smooth_images
+from camrt.export.probes import smooth_images
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("CAMRT_DATA", ROOT.parent / "shared" / "data"))

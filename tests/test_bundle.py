@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from support import small_net
 from torch import nn
 
 import camrt
-from camrt.probes import smooth_images
+from camrt.export.probes import smooth_images
+from camrt.oracle import module_oracle
 from camrt.runtime.manifest import MANIFEST
-from camrt.verify import verify
+from camrt.verify import verify, verify_bundle
 
 FILES = [
     "activations.last.onnx",
@@ -200,7 +202,8 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> N
 def test_progress_is_told(tmp_path: Path) -> None:
     stages: list[str] = []
     camrt.export_model(small_net(), tmp_path / "small.camrt", (3, 32, 32), progress=stages.append)
-    assert stages[0] == "tracing the model with 4 taps" and stages[-1] == "writing the weights" and len(stages) == 13
+    assert stages[0] == "tracing the model" and stages[-2] == "checking every program" and len(stages) == 16
+    assert re.fullmatch(r"checked 10 programs in [0-9.]+ s", stages[-1])
 
 
 # ---- models that cannot be exported
@@ -228,6 +231,17 @@ class Twice(nn.Module):
         return self.conv(self.conv(x)).mean((2, 3))
 
 
+def test_a_module_that_runs_twice_is_two_layers(tmp_path: Path) -> None:
+    """Named as torchvision's feature extraction names them."""
+    torch.manual_seed(0)
+    path = camrt.export_model(Twice().eval(), tmp_path / "twice.camrt", (3, 16, 16))
+    assert [t.name for t in camrt.load(path).manifest.taps] == ["conv", "conv_1"]
+    report = verify_bundle(camrt.load(path).bundle, module_oracle(Twice().eval(), "another model"))
+    assert not report.passed  # other weights
+    torch.manual_seed(0)
+    assert verify_bundle(camrt.load(path).bundle, module_oracle(Twice().eval(), "the model")).passed
+
+
 class Sorted(nn.Module):
     """An operator without a gradient rule behind its convolution."""
 
@@ -236,7 +250,7 @@ class Sorted(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.atan(self.conv(x)).mean((2, 3))
+        return torch.linalg.det(self.conv(x))
 
 
 class Pair(Tokens):
@@ -308,21 +322,20 @@ class ChannelsLast(nn.Module):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (Tokens, {}, r"has shape .*: camrt explains classifiers, whose output is \(batch, classes\)"),
-        (Pair, {}, r"returns a tuple: camrt explains classifiers, whose output is one \(batch, classes\) tensor"),
+        (Tokens, {}, r"has 4 axes, .*: camrt explains classifiers, whose output is \(batch, classes\)"),
+        (Pair, {}, r"returns a tuple of 0 \(2, 4\), 1 .*: name the one that holds the logits with output=, --output"),
         (
             Rolled,
             {"layers": ["block"]},
             r"layer 'block' has output .*, which is not known to be a feature map \(batch, chan",
         ),
         (Regrouped, {"layers": ["block"]}, "layer 'block' has output .*, which is not known to be a feature map"),
-        (Twice, {}, "layer 'conv' cannot be tapped: it runs 2 times"),
-        (Sorted, {}, r"no gradient rule for Atan \(node .*, between 'conv' and the logits\)"),
+        (Sorted, {}, r"no gradient rule for Det \(node .*, between 'conv' and the logits\)"),
         (small_net, {"layers": ["block.9"]}, r"the model has no layer 'block\.9': did you mean 'block\."),
         (small_net, {"layers": "conv1"}, "the model has no layer 'conv1'"),
         (small_net, {"layers": []}, "finds nothing in this model"),
         (small_net, {"input_shape": (3, 32)}, r"input_shape \(3, 32\): pass \(channels, height, width\)"),
-        (small_net, {"input_shape": (1, 32, 32)}, r"does not run on an image of shape \(1, 32, 32\)"),
+        (small_net, {"input_shape": (1, 32, 32)}, r"does not run on images of shape \(1, 32, 32\)"),
         (small_net, {"classes": ["one"]}, "1 class names for a network with 5 classes"),
         (small_net, {"preprocess": camrt.Preprocess((16, 16), (0.5,) * 3, (1,) * 3)}, r"preprocess gives \(16, 16\)"),
         (small_net, {"preprocess": camrt.Preprocess((32, 32), (0.5,), (1,) * 3)}, "mean has 1 numbers for 3 channels"),

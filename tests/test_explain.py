@@ -13,9 +13,9 @@ from PIL import Image
 from support import assert_maps_close, scaled, small_net
 
 import camrt
+from camrt.export.probes import smooth_images
 from camrt.export.reference import grad_cam, record, winsor_cam
 from camrt.kernels import layer_importance
-from camrt.probes import smooth_images
 from camrt.runtime.runs import GRADIENT_AGGREGATIONS
 
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
@@ -199,7 +199,7 @@ REFUSALS = [
     ({"target": 5}, r"class 5 is out of range: the network has classes 0\.\.4"),
     ({"target": -1}, "class -1 is out of range"),
     ({"target": [0, 1]}, r"target of shape \(2,\): pass one class, one per image \(4\)"),
-    ({"target": "cat"}, "target 'cat': pass None, class numbers"),
+    ({"target": "cat"}, "target 'cat': pass class numbers, or 'not' for what speaks"),
     ({"target": np.zeros((4, 5), np.float32)}, "every row needs finite entries, not all of them zero"),
     ({"target": np.zeros((4, 3), np.float32)}, r"seed array of shape \(4, 3\): pass \(4, 5\)"),
     ({"method": "winsor"}, "no method 'winsor': did you mean 'winsor_cam'"),

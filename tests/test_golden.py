@@ -16,12 +16,9 @@ from torch import nn
 
 import camrt
 from camrt.export import reference_runs
-from camrt.export.reference import LAYER_METHODS, Recorded, combined, finer_seed, record, select, winsor_cam
-from camrt.kernels import fuse_layers, normalize_layers, winsorize
-from camrt.probes import last_bits
-from camrt.runtime.backends import create
+from camrt.export.probes import last_bits
+from camrt.export.reference import LAYER_METHODS, Recorded, combined, finer_seed, in_float64, record, winsor_cam
 from camrt.runtime.manifest import Tap
-from camrt.runtime.preprocess import as_batch
 from camrt.verify import verify
 
 pytestmark = needs_data
@@ -93,51 +90,46 @@ def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     return camrt.export_model(model, path, (3, 224, 224), layers, classes=classes, preprocess=PREPROCESS)
 
 
-def as_published(array):
-    """How the revision that made the golden maps reads a tap (B, K, h, w) with fewer channels than columns.
-
-    It takes such a tensor for channels-last and moves its columns to the channel axis. The seven convolutions of this
-    network with 8 to 32 channels on grids of 112 and 56 are misread so; the maps below exist only in that form. camrt does
-    not do this: it follows the paper's formula on every layer.
-    """
-    if array.shape[1] >= array.shape[3]:
-        return array
-    return array.permute(0, 3, 1, 2) if isinstance(array, torch.Tensor) else array.transpose(0, 3, 1, 2)
-
-
 def test_logits_of_the_reference(recorded: Recorded, golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(recorded.logits[0].numpy(), golden["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "max"])
+@pytest.fixture(scope="module")
+def published(photo: str) -> dict[str, np.ndarray]:
+    """Winsor-CAM by its official repository, in float64, and how far its float32 maps lie from that."""
+    return dict(np.load(DATA / "winsor_cam" / f"{photo}.npz"))
+
+
+PUBLISHED = [*(("mean", p) for p in (0, 10, 50, 80, 90, 99, 100)), ("max", 50), ("max", 90)]
+
+
+def rescaled(weights: np.ndarray) -> np.ndarray:
+    """Winsorized importances, which the published weights are, in the range [0.1, 1] in which they weigh layers."""
+    positive = weights > 0
+    low, high = weights[positive].min(), weights[positive].max()
+    return np.where(positive, 0.1 + 0.9 * (weights - low) / (high - low) if high > low else 1.0, 0.0)
+
+
+def test_every_published_map_is_compared(published: dict[str, np.ndarray]) -> None:
+    assert {k.removesuffix("/map") for k in published if k.endswith("/map")} == {f"{a}/p{p}" for a, p in PUBLISHED}
+
+
+@pytest.mark.parametrize(("aggregation", "percentile"), PUBLISHED)
 def test_reference_winsor_cam(
-    recorded: Recorded, convolutions: list[str], golden: dict[str, np.ndarray], aggregation: str
+    model: nn.Module,
+    convolutions: list[str],
+    published: dict[str, np.ndarray],
+    photo: str,
+    aggregation: str,
+    percentile: int,
 ) -> None:
-    taps = select(recorded, convolutions)
-    misread = Recorded(
-        taps.logits,
-        {n: as_published(a) for n, a in taps.activations.items()},
-        {n: as_published(g) for n, g in taps.gradients.items()},
-    )
-    percentiles = sorted({int(k.split("/")[2][1:]) for k in golden if k.startswith(f"winsor_cam/{aggregation}/p")})
-    assert percentiles == [0, 10, 50, 80, 90, 99, 100]
-    for percentile in percentiles:
-        maps, weights, importance = winsor_cam(misread, (224, 224), percentile, aggregation)
-        key = f"winsor_cam/{aggregation}/p{percentile}"
-        np.testing.assert_allclose(importance[0], golden[f"winsor_cam/{aggregation}/importance"], atol=1e-7)
-        np.testing.assert_allclose(weights[0], golden[f"{key}/weights"], atol=1e-4)
-        if f"{key}/map" in golden:
-            assert_maps_close(maps[0].numpy(), golden[f"{key}/map"], 1e-4)
-
-
-def test_mean_importance_is_the_same_however_a_layer_is_read(
-    recorded: Recorded, convolutions: list[str], golden: dict[str, np.ndarray]
-) -> None:
-    """The mean over channels of a mean over the grid does not depend on which axis is which: here the plain formula holds."""
-    for percentile in (0, 10, 50, 80, 90, 99, 100):
-        _, weights, importance = winsor_cam(select(recorded, convolutions), (224, 224), percentile, "mean")
-        np.testing.assert_allclose(importance[0], golden["winsor_cam/mean/importance"], atol=1e-7)
-        np.testing.assert_allclose(weights[0], golden[f"winsor_cam/mean/p{percentile}/weights"], atol=1e-4)
+    image = torch.from_numpy(opened(photo)).double()
+    taps = record(in_float64(model), image, PHOTOS[photo][1], convolutions)
+    maps, weights, importance = winsor_cam(taps, (224, 224), percentile, aggregation)
+    key = f"{aggregation}/p{percentile}"
+    np.testing.assert_allclose(importance[0], published[f"{aggregation}/importance"], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(weights[0], rescaled(published[f"{key}/weights"].astype(np.float64)), atol=1e-5)
+    np.testing.assert_allclose(maps[0], published[f"{key}/map"], rtol=1e-5, atol=1e-5)
 
 
 # key -> method, options, layers; what reads features.26 alone passes no kink of the cat's (see assert_golden).
@@ -240,55 +232,20 @@ def assert_winsor_cam(
     )
 
 
-def test_exported_winsor_cam_follows_the_reference(
-    exported: Path,
-    model: nn.Module,
-    photo: str,
-    recorded: Recorded,
-    convolutions: list[str],
-    golden: dict[str, np.ndarray],
-) -> None:
+def test_exported_winsor_cam_is_the_published(exported: Path, published: dict[str, np.ndarray], photo: str) -> None:
+    """Within 1e-3 after min-max, or twice the distance that its own float32 maps have from its float64 one."""
     file, label = PHOTOS[photo]
     result = camrt.load(exported).explain(DATA / "photos" / file, "winsor_cam", label, percentile=0)
-    for aggregation in ("mean", "max"):
-        for percentile in (0, 10, 50, 80, 90, 99, 100):
-            tuned = result.retune(percentile=percentile, layer_aggregation=aggregation)
-            assert_winsor_cam(
-                tuned, select(recorded, convolutions), (percentile, aggregation), photo, model, convolutions
-            )
-            if aggregation == "mean" and photo == "zebra":
-                np.testing.assert_allclose(
-                    tuned.layer_weights[0], golden[f"winsor_cam/mean/p{percentile}/weights"], atol=1e-3
-                )
-
-
-def test_exported_gradients_give_the_golden_winsor_cam(
-    exported: Path, photo: str, convolutions: list[str], golden: dict[str, np.ndarray]
-) -> None:
-    """The gradients program and the kernels alone, read as published, against every golden map; no PyTorch."""
-    explainer = camrt.load(exported)
-    file, label = PHOTOS[photo]
-    batch, _ = as_batch(DATA / "photos" / file, explainer.manifest)
-    program = explainer.bundle.program("gradients", convolutions)
-    seed = np.eye(1000, dtype=np.float32)[[label]]
-    out = create().open(explainer.bundle, program).run({"image": batch, "seed": seed})
-    alphas, maps, grids = [], [], []
-    for name in convolutions:
-        activation, gradient = as_published(out[f"activation:{name}"]), as_published(out[f"gradient:{name}"])
-        alpha = gradient.mean((2, 3))
-        alphas.append(alpha)
-        grids.append(activation.shape[2:])
-        maps.append(np.einsum("bk,bkhw->bhw", alpha, activation).reshape(1, -1))
-    normalized = normalize_layers(np.concatenate(maps, axis=1), grids)
-    for aggregation in ("mean", "max"):
-        importance = np.stack([getattr(a, aggregation)(axis=1) for a in alphas], axis=1)
-        for percentile in (0, 10, 50, 80, 90, 99, 100):
-            key = f"winsor_cam/{aggregation}/p{percentile}"
-            weights = winsorize(np.maximum(importance, 0), percentile)
-            np.testing.assert_allclose(weights[0], golden[f"{key}/weights"], atol=1e-3)
-            if f"{key}/map" in golden:
-                got = fuse_layers(normalized, grids, weights, (224, 224))
-                assert_maps_close(scaled(got[0]), scaled(golden[f"{key}/map"]), 1e-3)
+    for aggregation, percentile in PUBLISHED:
+        tuned = result.retune(percentile=percentile, layer_aggregation=aggregation)
+        key = f"{aggregation}/p{percentile}"
+        limit = max(1e-3, 2 * float(published[f"{key}/spread"]))
+        assert_maps_close(scaled(tuned.maps[0]), scaled(published[f"{key}/map"]).astype(np.float32), limit)
+        if (
+            photo == "zebra"
+        ):  # the cat's photo has rectifiers at rounding distance from zero (see assert_golden), which move weights
+            want = rescaled(published[f"{key}/weights"].astype(np.float64))
+            np.testing.assert_allclose(tuned.layer_weights[0], want, atol=limit)
 
 
 @pytest.fixture(scope="module")

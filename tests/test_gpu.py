@@ -15,11 +15,11 @@ from support import small_net
 import camrt
 from camrt import kernels
 from camrt.compare import cosine_distance, largest_difference
+from camrt.export.probes import smooth_images
 from camrt.kernels import device as gpu
 from camrt.kernels import minmax, reference
 from camrt.kernels.build import sources_hash
 from camrt.kernels.launches import Launch
-from camrt.probes import smooth_images
 from camrt.runtime.backends import BACKENDS
 from camrt.runtime.cams import METHODS
 

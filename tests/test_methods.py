@@ -17,7 +17,7 @@ from torch import nn
 import camrt
 from camrt.compare import largest_difference
 from camrt.export import reference, reference_runs
-from camrt.probes import smooth_images
+from camrt.export.probes import smooth_images
 from camrt.runtime.cams import METHODS
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
 from camrt.runtime.runs import Runs
@@ -406,7 +406,7 @@ def test_a_bundle_without_the_methods_layers_says_how_to_get_them(tmp_path: Path
     conv = camrt.load(camrt.export_model(small_net(), tmp_path / "conv.camrt", (3, 32, 32), ["stem"]))
     for method in ("score_cam_pp", "recipro_cam", "grad_cam"):
         with pytest.raises(
-            camrt.CamrtError, match=rf"{method} needs the layers 'last', .* export it with --layers last"
+            camrt.CamrtError, match=rf"{method} needs the layers 'last', .* export it with layer 'head' as well"
         ):
             conv.explain(IMAGES, method)
     last = camrt.load(camrt.export_model(small_net(), tmp_path / "last.camrt", (3, 32, 32), "last"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import import_torchvision
 
-from camrt.probes import smooth_images
+from camrt.export.probes import smooth_images
 from camrt.runtime import metrics
 
 RNG = np.random.default_rng(0)

@@ -20,9 +20,9 @@ from torch import nn
 import camrt
 from camrt.compare import cosine_distance, largest_difference
 from camrt.export import reference_runs
+from camrt.export.probes import smooth_images
 from camrt.export.reference import LAYER_METHODS
 from camrt.oracle import module_oracle
-from camrt.probes import smooth_images
 from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, find_library
 from camrt.runtime.bundle import Bundle, read_bundle
 from camrt.verify import Report, verify, verify_bundle

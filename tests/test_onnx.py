@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import camrt
-from camrt.probes import smooth_images
+from camrt.export.probes import smooth_images
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import verify
 
@@ -200,9 +200,11 @@ def with_outputs(path: Path, *names: str) -> Path:
 
 def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
     source = with_outputs(classifier(tmp_path / "model.onnx"), "a2")
-    with pytest.raises(camrt.CamrtError, match=r"has 2 outputs \(probabilities, a2\): choose the logits with output="):
+    with pytest.raises(
+        camrt.CamrtError, match=r"has 2 outputs \(probabilities \[N,6\], a2\): choose the logits with output="
+    ):
         camrt.export_onnx(source, tmp_path / "model.camrt")
-    with pytest.raises(camrt.CamrtError, match="no output 'scores': it has probabilities, a2"):
+    with pytest.raises(camrt.CamrtError, match=r"no output 'scores': it has probabilities \[N,6\], a2"):
         camrt.export_onnx(source, tmp_path / "model.camrt", output="scores")
     path = camrt.export_onnx(source, tmp_path / "model.camrt", output="probabilities")
     assert verify(path).passed
@@ -210,7 +212,7 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
 
 def unknown_operator(path: Path) -> Path:
     model = onnx.load(str(classifier(path)))
-    next(n for n in model.graph.node if n.name == "n_a2").op_type = "Atan"
+    next(n for n in model.graph.node if n.name == "n_a2").op_type = "RandomNormalLike"
     onnx.save(model, str(path))
     return path
 
@@ -244,24 +246,24 @@ def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
         (
             changed(lambda g: first(g, "Conv", "strides", [1 << 20] * 2)),
             {},
-            "the sizes of .* are none that a network has",
+            r"has the sizes \[.*0,0\]: this is no usable network",
         ),
         (changed(lambda g: g.initializer[0].dims.append(7)), {}, r"its tensor '.*' is damaged"),
-        (changed(lambda g: g.node[1].ClearField("output")), {}, "not a valid ONNX model"),
+        (changed(lambda g: g.node[1].ClearField("output")), {}, "could not be converted to 18: Input b0 is undefined"),
         (
             changed(lambda g: g.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))),
             {},
-            r"the model has 2 inputs \(data, more\): camrt explains models with one image input",
+            r"the model has 2 inputs \(data \[N,3,20,18\], more \[1\]\): camrt explains models with one image input",
         ),
         (
-            changed(lambda g: setattr(g.input[0].type.tensor_type, "elem_type", TensorProto.DOUBLE)),
+            changed(lambda g: setattr(g.input[0].type.tensor_type, "elem_type", TensorProto.STRING)),
             {},
-            "not a valid ONNX model|camrt takes float32 images",
+            "camrt takes images of numbers",
         ),
         (
             unknown_operator,
             {},
-            r"no gradient rule for Atan \(node 'n_a2', between 'n_c2' and the logits\): tap a later layer",
+            r"no gradient rule for RandomNormalLike \(node 'n_a2', between 'n_c2' and the logits\): tap a later layer",
         ),
         (classifier, {"layers": ["n_c3"]}, r"no layer 'n_c3': did you mean 'n_c"),
         (classifier, {"input_shape": (3, 32, 32)}, r"input_shape=\(3, 32, 32\) does not fit the model's input"),
@@ -306,7 +308,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_that_is_no_list_of_classes_is_refused(tmp_path: Path) -> None:
     source = with_outputs(classifier(tmp_path / "model.onnx"), "a2")
-    with pytest.raises(camrt.CamrtError, match=r"output 'a2' has shape .*: camrt explains classifiers"):
+    with pytest.raises(camrt.CamrtError, match=r"output 'a2' has 4 axes, \[.*\]: camrt explains classifiers"):
         camrt.export_onnx(source, tmp_path / "model.camrt", output="a2")
 
 

@@ -16,9 +16,9 @@ from emulator import EmulatedGpu
 from PIL import Image
 
 import camrt
+from camrt.export.probes import smooth_images
 from camrt.kernels import DeviceArray, DeviceError, OutOfMemory
 from camrt.kernels.launches import Queue
-from camrt.probes import smooth_images
 from camrt.runtime.backends import create
 from camrt.runtime.backends.gpu import Gpu, GpuProgram
 from camrt.runtime.bundle import Bundle, read_bundle

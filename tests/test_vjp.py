@@ -35,10 +35,13 @@ class Case:
     shape: tuple[int, ...] = X
     inputs: tuple[Any, ...] = ()  # shapes become random float constants, arrays stay
     outputs: int = 1
-    values: str = "normal"  # normal | positive | ties
+    values: str = "normal"  # normal | positive | ties | unit | above 1
     both: bool = False
     reverse: bool = False  # x is the last input
     batch: int = 0  # the axis whose size is symbolic: attention moves the batch about
+    opset: int = 18
+    rtol: float = 1e-9
+    differentiated: int = -1  # which output
     defined_by: str = "onnx"  # or "onnxruntime", in float32, where ONNX's evaluator does not cover the row in float64
 
     def __str__(self) -> str:
@@ -46,6 +49,22 @@ class Case:
         return " ".join(
             [self.op_type, *parts, self.values if self.values != "normal" else "", *(["both"] if self.both else [])]
         ).strip()
+
+
+NEAREST = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+COORDINATES = ("half_pixel", "asymmetric", "pytorch_half_pixel")
+# points of a GridSample, some of them outside
+POINTS = np.random.default_rng(3).uniform(-1.3, 1.3, (3, 5, 6, 2))
+
+
+def _distinct(shape: tuple[int, ...], size: int, axis: int) -> np.ndarray:
+    """Indices below `size` that do not repeat along an axis."""
+    order = np.random.default_rng(4).random((*shape[:axis], size, *shape[axis + 1 :])).argsort(axis=axis)
+    return order.take(range(shape[axis]), axis=axis)
+
+
+def _repeated(shape: tuple[int, ...], size: int) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, size, shape)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -168,6 +187,121 @@ CASES = [
     Case("DepthToSpace", {"blocksize": 2}, (2, 8, 3, 5)),
     Case("DepthToSpace", {"blocksize": 2, "mode": "CRD"}, (2, 8, 3, 5)),
     Case("SpaceToDepth", {"blocksize": 2}, (2, 3, 4, 6)),
+    *(
+        Case(op)
+        for op in ("Sin", "Cos", "Tan", "Atan", "Sinh", "Cosh", "Asinh", "Sign", "Round", "Floor", "Ceil", "Shrink")
+    ),
+    *(Case(op, values="unit") for op in ("Asin", "Acos", "Atanh")),
+    Case("Acosh", values="above 1"),
+    Case("Mod", {"fmod": 1}, inputs=(np.float64(0.7),)),
+    Case("Hardmax", {"axis": 1}),
+    Case("ReduceL1", {"keepdims": 0}, inputs=(ints(1, 2),)),
+    Case("ReduceLogSumExp", {"keepdims": 0}, inputs=(ints(2, 3),)),
+    Case("ReduceLogSumExp", {"keepdims": 1}, inputs=(ints(1),)),
+    Case("ReduceLogSum", {"keepdims": 0}, inputs=(ints(2, 3),), values="positive"),
+    Case("ReduceProd", {"keepdims": 0}, inputs=(ints(2),)),
+    Case("ReduceProd", {"keepdims": 1}, inputs=(ints(3),), values="ties"),
+    *(
+        Case("CumSum", {"exclusive": exclusive, "reverse": reverse}, inputs=(np.array(axis),))
+        for exclusive, reverse, axis in ((0, 0, 2), (1, 0, -1), (0, 1, 1), (1, 1, 2))
+    ),
+    Case("GroupNormalization", {"num_groups": 2}, X, ((4,), (4,)), opset=21),
+    Case("GroupNormalization", {"num_groups": 2, "epsilon": 1e-3}, X, ((2,), (2,)), defined_by="onnxruntime"),
+    Case("MeanVarianceNormalization", {"axes": [1, 2, 3]}, defined_by="onnxruntime", rtol=1e-6),
+    Case("MeanVarianceNormalization", {"axes": [2, 3]}, defined_by="onnxruntime", rtol=1e-6),
+    Case("RMSNormalization", {"epsilon": 1e-3}, X, ((7,),), opset=23),
+    Case("LpNormalization", {"axis": 1, "p": 1}, defined_by="onnxruntime"),
+    Case("LpPool", {"kernel_shape": [2, 3], "strides": [2, 1], "p": 2}),
+    Case("LpPool", {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "p": 3}),
+    Case("LpPool", {"kernel_shape": [2, 2], "p": 1}),
+    Case("GlobalLpPool", {"p": 2}, defined_by="onnxruntime"),
+    Case("GlobalLpPool", {"p": 3}, defined_by="onnxruntime"),
+    Case("Einsum", {"equation": "bchw,ck->bkhw"}, inputs=((4, 6),)),
+    Case("Einsum", {"equation": "bchw,bkhw->bck"}, inputs=((3, 5, 9, 7),), both=True),
+    Case("Einsum", {"equation": "bchw->bc"}),
+    Case("Gather", {"axis": 1}, inputs=(np.array([[2, 0, 2], [1, 3, -1]]),)),
+    Case("GatherElements", {"axis": 2}, inputs=(np.random.default_rng(1).integers(0, 9, (3, 4, 5, 7)),)),
+    Case("GatherElements", {"axis": 1}, inputs=(np.random.default_rng(2).integers(-4, 4, (3, 2, 9, 7)),)),
+    Case("ScatterElements", {"axis": 1}, inputs=(_distinct((3, 2, 9, 7), 4, 1), (3, 2, 9, 7)), both=True),
+    Case(
+        "ScatterElements", {"axis": 2, "reduction": "add"}, inputs=(_repeated((3, 4, 5, 7), 9), (3, 4, 5, 7)), both=True
+    ),
+    Case("GatherND", shape=(3, 4, 5), inputs=(np.array([[0, 1], [2, 3], [2, 3], [1, 0]]),)),
+    Case(
+        "ScatterND", {"reduction": "add"}, (5, 4, 3), (np.array([[0, 1], [4, 3], [0, 1]]), (3, 3)), batch=-1, both=True
+    ),
+    Case("TopK", {"axis": 1}, inputs=(ints(2),), outputs=2, differentiated=0),
+    Case("TopK", {"axis": -1, "largest": 0}, inputs=(ints(3),), outputs=2, differentiated=0),
+    Case("Tile", inputs=(ints(1, 2, 1, 3),)),
+    Case("Trilu", {"upper": 0}, inputs=(np.array(1),)),
+    Case("Trilu"),
+    *(Case("Pad", {"mode": mode}, inputs=(ints(0, 0, 1, 2, 0, 0, 3, 1),)) for mode in ("reflect", "edge", "wrap")),
+    Case("Pad", {"mode": "reflect"}, inputs=(ints(2, 1, 0, 1), None, ints(2, -1))),
+    *(
+        Case("Resize", attributes, inputs=(None, np.array([1, 1, *scales], np.float32)), rtol=rtol)
+        for scales, rtol in (
+            ((2, 2), 1e-9),
+            ((0.5, 1.5), 1e-5),
+            ((2.5, 0.4), 1e-5),
+        )  # positions are float32 in ONNX's evaluator
+        for attributes in (
+            *({"mode": "nearest", "nearest_mode": m} for m in NEAREST),
+            *(
+                {"mode": "nearest", "coordinate_transformation_mode": m, "nearest_mode": "floor"}
+                for m in COORDINATES[1:3]
+            ),
+            *({"mode": mode, "coordinate_transformation_mode": m} for mode in ("linear", "cubic") for m in COORDINATES),
+            {"mode": "linear", "antialias": 1},
+            {"mode": "cubic", "antialias": 1},
+            {"mode": "cubic", "exclude_outside": 1, "cubic_coeff_a": -0.5},
+        )
+    ),
+    *(
+        Case(
+            "Resize",
+            {"mode": mode, "coordinate_transformation_mode": "align_corners", **more},
+            inputs=given,
+            rtol=1e-4,
+            defined_by=by,
+        )
+        for given, by in (
+            ((None, np.array([1, 1, 2, 3], np.float32)), "onnx"),
+            ((None, np.array([1, 1, 1.7, 0.6], np.float32)), "onnxruntime"),
+        )
+        for mode, more in (("linear", {}), ("cubic", {}), ("nearest", {"nearest_mode": "floor"}))
+    ),
+    Case(
+        "Resize",
+        {"mode": "cubic", "coordinate_transformation_mode": "half_pixel_symmetric"},
+        inputs=(None, np.array([1, 1, 2, 3], np.float32)),
+        rtol=1e-5,
+    ),
+    Case("Resize", {"mode": "linear", "axes": [2, 3]}, inputs=(None, None, ints(5, 11)), rtol=1e-5),
+    Case("Resize", {"mode": "nearest", "axes": [2, 3]}, inputs=(None, None, ints(18, 14))),
+    Case("Resize", {"mode": "linear"}, (3, 4, 9), (None, np.array([1, 1, 1.5], np.float32)), rtol=1e-5),
+    Case(
+        "Resize",
+        {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"},
+        inputs=(np.array([0, 0, 0.2, 0.1, 1, 1, 0.9, 1.3], np.float32), np.array([1, 1, 2, 3], np.float32)),
+        rtol=1e-4,
+    ),
+    *(
+        Case(
+            "GridSample",
+            {"mode": mode, "padding_mode": padding, "align_corners": corners},
+            X,
+            (POINTS,),
+            opset=20,
+            rtol=1e-5,
+        )
+        for mode in ("linear", "nearest")
+        for padding in ("zeros", "border")
+        for corners in (0, 1)
+    ),
+    *(
+        Case("GridSample", {"padding_mode": padding}, X, (POINTS,), both=True, opset=20, rtol=1e-5)
+        for padding in ("zeros", "border")
+    ),
     # convolutions: stride, dilation, groups, asymmetric, auto_pad and over-wide padding, odd sizes, unused last columns
     conv(),
     conv(pads=[1, 1, 1, 1]),
@@ -243,8 +377,11 @@ CASES = [
 def sample(case: Case, rng: np.random.Generator) -> np.ndarray:
     if case.values == "ties":
         return rng.integers(-2, 3, case.shape).astype(np.float64)
+    if case.values == "unit":
+        return rng.uniform(-0.9, 0.9, case.shape)
     x = rng.standard_normal(case.shape)
-    return np.abs(x) + 0.2 if case.values == "positive" else x
+    offset = {"positive": 0.2, "above 1": 1.2}.get(case.values)
+    return x if offset is None else np.abs(x) + offset
 
 
 def symbolic(shape: tuple[int, ...], axis: int) -> list[int | str]:
@@ -283,10 +420,13 @@ def build(case: Case, rng: np.random.Generator) -> tuple[ir.Model, dict[str, np.
         [node],
         "case",
         [onnx.helper.make_tensor_value_info(n, double, symbolic(a.shape, case.batch)) for n, a in feeds.items()],
-        [onnx.helper.make_tensor_value_info(n, double, None) for n in outputs],
+        [
+            onnx.helper.make_tensor_value_info(n, 7 if (case.op_type, n) == ("TopK", "y1") else double, None)
+            for n in outputs
+        ],
         constants,
     )
-    opset = 24 if case.op_type == "Swish" else 20 if case.op_type == "Gelu" else 18
+    opset = {"Swish": 24, "Gelu": 20}.get(case.op_type, case.opset)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     return ir.from_proto(model), feeds
@@ -323,13 +463,24 @@ def test_rule_agrees_with_float64_autograd(case: Case) -> None:
     names = [str(y.name) for y in model.graph.outputs]
     forward = Interpreter(model).run(tensors, names)
     for name, want in zip(names, defined_outputs(case, model, names, feeds), strict=True):
-        close(forward[name].detach().numpy(), want, f"forward {name}", rtol=1e-6 if case.defined_by == "onnx" else 1e-4)
+        close(
+            forward[name].detach().numpy(),
+            want,
+            f"forward {name}",
+            rtol=max(1e-6, case.rtol) if case.defined_by == "onnx" else 1e-4,
+        )
 
-    # The last output alone is differentiated, so that a node's unneeded outputs are covered too.
-    cotangent = rng.standard_normal(forward[names[-1]].shape)
-    expected = torch.autograd.grad(forward[names[-1]], list(tensors.values()), torch.from_numpy(cotangent))
+    # One output alone is differentiated, so that a node's unneeded outputs are covered too.
+    chosen = names[case.differentiated]
+    cotangent = rng.standard_normal(forward[chosen].shape)
+    result = forward[chosen]
+    expected = (
+        torch.autograd.grad(result, list(tensors.values()), torch.from_numpy(cotangent))
+        if result.requires_grad
+        else [torch.zeros_like(t) for t in tensors.values()]
+    )
 
-    target = model.graph.outputs[-1]
+    target = model.graph.outputs[case.differentiated]
     seed = ir.Value(name="seed", shape=target.shape, type=target.type)
     model.graph.inputs.append(seed)
     variables = [v for v in model.graph.inputs if v.name in feeds]
@@ -348,11 +499,72 @@ def test_rule_agrees_with_float64_autograd(case: Case) -> None:
         )
         got = [ran[n].numpy() for n in fetches]
     for name, value, want in zip(feeds, got, expected, strict=True):
-        close(np.asarray(value), want.numpy(), f"gradient of {name}")
+        close(np.asarray(value), want.numpy(), f"gradient of {name}", case.rtol)
+
+
+QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_quantised_numbers_pass_straight_through_inside_their_range(per_channel: bool) -> None:
+    """As PyTorch's fake_quantize: 0 for what is clipped, which is where converters leave rectifiers."""
+    x = torch.randn(X, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = torch.tensor([0.02, 0.005, 0.03, 0.01]) if per_channel else torch.tensor(0.01)
+    zero = torch.tensor([0, 128, 20, 255] if per_channel else 100, dtype=torch.uint8)
+    if per_channel:
+        want = torch.fake_quantize_per_channel_affine(x, scale, zero.int(), 1, 0, 255)
+    else:
+        want = torch.fake_quantize_per_tensor_affine(x, 0.01, 100, 0, 255)
+    g = torch.randn(X, generator=torch.Generator().manual_seed(1))
+    (expected,) = torch.autograd.grad(want, [x], g)
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], axis=1),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], axis=1),
+    ]
+    constants = [onnx.numpy_helper.from_array(t.numpy(), n) for t, n in ((scale, "s"), (zero, "z"))]
+    out, got = _differentiated(nodes, constants, x.detach().numpy(), g.numpy())
+    np.testing.assert_allclose(out, want.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert (got == 0).any() and (got != 0).any()
+
+
+def test_dynamic_quantisation_passes_straight_through() -> None:
+    x = np.random.default_rng(0).standard_normal(X).astype(np.float32)
+    g = np.random.default_rng(1).standard_normal(X).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    out, got = _differentiated(nodes, [], x, g)
+    np.testing.assert_allclose(out, x, atol=0.02)
+    np.testing.assert_allclose(got, g, rtol=1e-5)
+
+
+def _differentiated(nodes, constants, x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chain's output and the cotangent of x, float32, by ONNX Runtime; and the interpreter's autograd agrees."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(nodes, "chain", [value("x", 1, x.shape)], [value("y", 1, x.shape)], constants)
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(made))
+    leaf = torch.from_numpy(x).double().requires_grad_()
+    (reference,) = Interpreter(model).run({"x": leaf}, ["y"]).values()
+    (want,) = torch.autograd.grad(reference, [leaf], torch.from_numpy(g).double())
+    target = model.graph.outputs[0]
+    seed = ir.Value(name="seed", shape=target.shape, type=target.type)
+    model.graph.inputs.append(seed)
+    tape = Tape(model.graph)
+    (result,) = gradients(tape, [model.graph.inputs[0]], target, seed)
+    output = tape.Identity(result)
+    output.name, output.type, output.shape = "dx", target.type, target.shape
+    model.graph.outputs.append(output)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    y, dx = (np.asarray(a) for a in session.run(["y", "dx"], {"x": x, "seed": g}))
+    np.testing.assert_allclose(dx, want.numpy(), rtol=1e-5, atol=1e-6)
+    return y, dx
 
 
 def test_every_rule_has_a_row() -> None:
-    assert set(RULES) == {case.op_type for case in CASES}
+    assert set(RULES) == {case.op_type for case in CASES} | set(QUANTISED)
 
 
 def test_a_second_rule_for_an_operator_is_refused() -> None:
@@ -365,9 +577,9 @@ def test_a_second_rule_for_an_operator_is_refused() -> None:
 def test_an_operator_without_a_rule_is_named() -> None:
     model, _ = build(Case("Relu"), np.random.default_rng(0))
     node = model.graph[0]
-    node.op_type = "Atan"
+    node.op_type = "Bernoulli"
     target = model.graph.outputs[0]
     with pytest.raises(
-        UnsupportedOperator, match=r"no gradient rule for Atan \(node 'node', between 'x' and the logits\)"
+        UnsupportedOperator, match=r"no gradient rule for Bernoulli \(node 'node', between 'x' and the logits\)"
     ):
         gradients(Tape(model.graph, np.float64), [model.graph.inputs[0]], target, target)

@@ -45,7 +45,12 @@ def explain(options: argparse.Namespace) -> int:
 
     explainer = load(options.bundle, options.backend, max_batch=options.batch, precision=options.precision)
     files = find_images(options.images)
-    target = None if options.target is None else [_class_index(explainer, t) for t in options.target]
+    target: Any = None
+    if options.target == ["not"]:
+        target = "not"
+        explainer.targets(target, 1)  # refused before anything is read
+    elif options.target is not None:
+        target = [_class_index(explainer, t) for t in options.target]
     method = parse_method(options.method)
     arguments: dict[str, Any] = dict(method.options)
     if options.percentile is not None:
@@ -119,7 +124,9 @@ def _explained(
         pictures.append(picture)
         kept.append(path)
     if kept:
-        wanted = None if target is None else [target] * len(kept) if len(target) > 1 else target[0]
+        wanted = target
+        if isinstance(target, list):
+            wanted = [target] * len(kept) if len(target) > 1 else target[0]
         yield kept, explainer.explain(pictures, method, wanted, layers, **arguments)
 
 

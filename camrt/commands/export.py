@@ -1,18 +1,15 @@
-"""camrt export, camrt info."""
+"""camrt export."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..runtime.errors import InputError
+from .recipe import preprocess_of
 from .stages import Stages
-
-if TYPE_CHECKING:
-    from ..runtime.manifest import Preprocess
 
 
 def export(options: argparse.Namespace) -> int:
@@ -20,6 +17,7 @@ def export(options: argparse.Namespace) -> int:
     common: dict[str, Any] = {
         "layers": layers,
         "precision": options.precision,
+        "activation": options.activation,
         "name": options.name,
         "classes": None if options.classes is None else _class_names(options.classes),
         "overwrite": options.force,
@@ -33,7 +31,7 @@ def export(options: argparse.Namespace) -> int:
                 options.bundle,
                 input_shape=options.input_shape,
                 output=options.output,
-                preprocess=_preprocess(options, None, options.input_shape),
+                preprocess=preprocess_of(options, None, options.input_shape),
                 progress=stages,
                 **common,
             )
@@ -62,7 +60,8 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
             source.model,
             options.bundle,
             shape,
-            preprocess=_preprocess(options, source.preprocess if same else None, shape),
+            preprocess=preprocess_of(options, source.preprocess if same else None, shape),
+            output=options.output or source.output,
             source=source.spec,
             progress=stages,
             **common,
@@ -76,7 +75,9 @@ def _print_written(path: Path) -> None:
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     print(f"{path}: {len(manifest.taps)} layers, {len(manifest.programs)} programs, {size:.1f} MB")
     if manifest.preprocess is None:
-        print("It records no preprocessing, so it takes float32 arrays only: see --resize, --crop, --mean, --std.")
+        print(f"It records no preprocessing, so it takes float32 arrays only: see camrt recipe {path} --help.")
+    if manifest.assumes_softmax:
+        print(f"Its probabilities are taken to be a softmax; if they are not: camrt recipe {path} --activation sigmoid")
     print(f"Next: camrt verify {path}, camrt explain {path} IMAGE ...")
 
 
@@ -89,34 +90,3 @@ def _class_names(path: Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise InputError(f"{path}: expected a JSON list of names, or a text file with one a line")
     return names
-
-
-def _preprocess(
-    options: argparse.Namespace, known: Preprocess | None, shape: Sequence[int] | None
-) -> Preprocess | None:
-    """The recipe that the options give, completed by what the source knows; None if neither says anything."""
-    from ..runtime.manifest import Preprocess
-
-    given = [options.resize, options.crop, options.mean, options.std, options.interpolation]
-    if all(g is None for g in given):
-        return known
-    if (options.mean is None or options.std is None) and known is None:
-        raise InputError(
-            "preprocessing needs both --mean and --std, e.g. --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
-        )
-    if options.resize is not None and len(options.resize) > 2:
-        raise InputError(f"--resize {options.resize}: one number for the shorter side, or height and width")
-    resize: Any = options.resize
-    if resize is None:
-        resize = known.resize if known is not None else (tuple(shape[1:]) if shape is not None else None)
-    elif len(resize) == 1:
-        resize = resize[0]
-    if resize is None:
-        raise InputError("preprocessing needs --resize HEIGHT WIDTH")
-    return Preprocess(
-        resize=resize if isinstance(resize, int) else tuple(resize),
-        mean=tuple(options.mean or known.mean),  # type: ignore[union-attr]
-        std=tuple(options.std or known.std),  # type: ignore[union-attr]
-        crop=tuple(options.crop) if options.crop else (known.crop if known and options.resize is None else None),
-        interpolation=options.interpolation or (known.interpolation if known else "bilinear"),
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..runtime.errors import BackendUnavailable, InputError
+from .recipe import said_of_scores
 
 
 def info(options: argparse.Namespace) -> int:
@@ -23,6 +24,9 @@ def info(options: argparse.Namespace) -> int:
     print(f"from {manifest.source['kind']}{f' {spec}' if spec else ''}, {_versions(manifest.tools)}")
     if manifest.final_activation:
         print(f"logits are taken before the final {manifest.final_activation}")
+    print(f"probabilities: {said_of_scores(manifest)}")
+    if manifest.normalized is not None:
+        print(f"masks multiply {manifest.normalized.tensor!r}, the image as the network normalises it itself")
     print(f"preprocessing: {manifest.preprocess or 'none recorded, it takes float32 arrays'}")
     print(f"batch: {manifest.batch}; weights: {manifest.weights['bytes'] / 1e6:.1f} MB")
     print("programs:")

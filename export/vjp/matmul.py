@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..autodiff import vjp
-from ..tape import attribute, dims
+from ..tape import attribute, dims, open_dims
 
 
 @vjp("Gemm")
@@ -32,3 +32,28 @@ def matmul(op, node, g):
         op.unbroadcast(op.MatMul(g, transposed(op, b)), a, y) if op.wants(a) else None,
         op.unbroadcast(op.MatMul(transposed(op, a), g), b, y) if op.wants(b) else None,
     )
+
+
+@vjp("Einsum", shares_image=False)
+def einsum(op, node, g):
+    """d operand = Einsum of g and the other operands, its subscripts being the result; where none repeats one of its own."""
+    equation = attribute(node, "equation").replace(" ", "")
+    if "->" not in equation or "." in equation:
+        return tuple(None for _ in node.inputs)
+    left, out = equation.split("->")
+    terms = left.split(",")
+    results = []
+    for i, (x, term) in enumerate(zip(node.inputs, terms, strict=True)):
+        others = [t for j, t in enumerate(terms) if j != i]
+        known = set(out).union(*map(set, others))
+        if not op.wants(x) or len(set(term)) != len(term) or len(set(out)) != len(out):
+            results.append(None)
+            continue
+        kept = "".join(c for c in term if c in known)
+        given = [g, *(y for j, y in enumerate(node.inputs) if j != i)]
+        d = op.Einsum(*given, equation=f"{','.join([out, *others])}->{kept}")
+        if kept != term:  # subscripts that were summed over alone
+            sizes = [n if c in known else 1 for c, n in zip(term, open_dims(x, -1), strict=True)]
+            d = op.expand_like(op.Reshape(d, sizes), x)
+        results.append(d)
+    return tuple(results)

@@ -52,14 +52,53 @@ def instance_normalization(op, node, g):
     return (normalized_vjp(op, x, scaled, list(range(2, rank)), attribute(node, "epsilon", 1e-5)), None, None)
 
 
+@vjp("GroupNormalization")
+def group_normalization(op, node, g):
+    """y = scale xhat + bias per image and group of channels; scale and bias one number per channel, or per group before opset 21."""
+    x, scale = node.inputs[:2]
+    groups = attribute(node, "num_groups")
+    channels, *grid = static_dims(x)
+    if dims(scale) == (channels,):
+        scale = op.Reshape(scale, [-1, *[1] * len(grid)])
+    else:
+        each = op.Expand(op.Reshape(scale, [groups, 1]), [groups, channels // groups])
+        scale = op.Reshape(each, [-1, *[1] * len(grid)])
+    split = [-1, groups, channels // groups * math.prod(grid)]
+    dx = normalized_vjp(
+        op, op.Reshape(x, split), op.Reshape(op.Mul(g, scale), split), [2], attribute(node, "epsilon", 1e-5)
+    )
+    return (op.reshape_like(dx, x), None, None)
+
+
+@vjp("MeanVarianceNormalization")
+def mean_variance_normalization(op, node, g):
+    """y = (x - mean) / (sd + 1e-9) over the axes, here of one image: r (g - mean g - y mean(g y)), r = 1 / sd."""
+    x, axes = node.inputs[0], [a % len(dims(node.inputs[0])) for a in attribute(node, "axes", [0, 2, 3])]
+    if any(dims(x)[a] is None for a in axes):
+        return (None,)
+    return (normalized_vjp(op, x, g, axes, 0.0),)
+
+
+@vjp("RMSNormalization")
+def rms_normalization(op, node, g):
+    """y = scale x r, r = 1 / sqrt(mean x^2 + eps): dx = r (h - x r^2 mean(h x)), h = g scale."""
+    x, scale = node.inputs[:2]
+    rank = len(dims(x))
+    axes = list(range(attribute(node, "axis", -1) % rank, rank))
+    square = op.ReduceMean(op.Mul(x, x), axes, keepdims=1)
+    r = op.Reciprocal(op.Sqrt(op.Add(square, op.floats(attribute(node, "epsilon", 1e-5)))))
+    h = op.Mul(g, scale)
+    along = op.ReduceMean(op.Mul(h, x), axes, keepdims=1)
+    return (op.Mul(r, op.Sub(h, op.Mul(op.Mul(x, op.Mul(r, r)), along))), None)
+
+
 @vjp("LpNormalization")
 def lp_normalization(op, node, g):
-    """p = 2: dx = (g - y sum(g y)) / ||x||."""
-    if attribute(node, "p", 2) != 2:
-        return (None,)
-    x, y, axis = node.inputs[0], node.outputs[0], attribute(node, "axis", -1)
-    norm = op.ReduceL2(x, [axis], keepdims=1)
-    return (op.Div(op.Sub(g, op.Mul(y, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1))), norm),)
+    """y = x / ||x||: p = 2: dx = (g - y sum(g y)) / ||x||; p = 1: dx = (g - sign(x) sum(g y)) / ||x||."""
+    x, y, axis, p = node.inputs[0], node.outputs[0], attribute(node, "axis", -1), attribute(node, "p", 2)
+    norm = (op.ReduceL2 if p == 2 else op.ReduceL1)(x, [axis], keepdims=1)
+    towards = y if p == 2 else op.Sign(x)
+    return (op.Div(op.Sub(g, op.Mul(towards, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1))), norm),)
 
 
 @vjp("LRN")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ..autodiff import vjp
-from ..tape import attribute, constant_of
+from ..tape import attribute, constant_of, dims
 
 
 @vjp("Identity", "Dropout")
@@ -277,3 +277,141 @@ def where(op, node, g):
         op.unbroadcast(op.mask(condition, g), a, y) if op.wants(a) else None,
         op.unbroadcast(op.mask(op.Not(condition), g), b, y) if op.wants(b) else None,
     )
+
+
+@vjp("Sign", "Round", "Floor", "Ceil", "Hardmax")
+def stepwise(op, node, g):
+    """dx = 0: constant between its steps."""
+    return (op.Mul(g, op.floats(0)),)
+
+
+@vjp("Shrink")
+def shrink(op, node, g):
+    """dx = g where |x| > lambd."""
+    x = node.inputs[0]
+    return (op.mask(op.Greater(op.Abs(x), op.floats(attribute(node, "lambd", 0.5))), g),)
+
+
+@vjp("Sin")
+def sin(op, node, g):
+    """dx = g cos x."""
+    return (op.Mul(g, op.Cos(node.inputs[0])),)
+
+
+@vjp("Cos")
+def cos(op, node, g):
+    """dx = -g sin x."""
+    return (op.Neg(op.Mul(g, op.Sin(node.inputs[0]))),)
+
+
+@vjp("Tan")
+def tan(op, node, g):
+    """dx = g (1 + y^2)."""
+    y = node.outputs[0]
+    return (op.Add(g, op.Mul(g, op.Mul(y, y))),)
+
+
+@vjp("Atan")
+def atan(op, node, g):
+    """dx = g / (1 + x^2)."""
+    x = node.inputs[0]
+    return (op.Div(g, op.Add(op.Mul(x, x), op.floats(1))),)
+
+
+@vjp("Asin")
+def asin(op, node, g):
+    """dx = g / sqrt(1 - x^2)."""
+    x = node.inputs[0]
+    return (op.Div(g, op.Sqrt(op.Sub(op.floats(1), op.Mul(x, x)))),)
+
+
+@vjp("Acos")
+def acos(op, node, g):
+    """dx = -g / sqrt(1 - x^2)."""
+    x = node.inputs[0]
+    return (op.Neg(op.Div(g, op.Sqrt(op.Sub(op.floats(1), op.Mul(x, x))))),)
+
+
+@vjp("Sinh")
+def sinh(op, node, g):
+    """dx = g cosh x."""
+    return (op.Mul(g, op.Cosh(node.inputs[0])),)
+
+
+@vjp("Cosh")
+def cosh(op, node, g):
+    """dx = g sinh x."""
+    return (op.Mul(g, op.Sinh(node.inputs[0])),)
+
+
+@vjp("Asinh")
+def asinh(op, node, g):
+    """dx = g / sqrt(1 + x^2)."""
+    x = node.inputs[0]
+    return (op.Div(g, op.Sqrt(op.Add(op.Mul(x, x), op.floats(1)))),)
+
+
+@vjp("Acosh")
+def acosh(op, node, g):
+    """dx = g / sqrt(x^2 - 1)."""
+    x = node.inputs[0]
+    return (op.Div(g, op.Sqrt(op.Sub(op.Mul(x, x), op.floats(1)))),)
+
+
+@vjp("Atanh")
+def atanh(op, node, g):
+    """dx = g / (1 - x^2)."""
+    x = node.inputs[0]
+    return (op.Div(g, op.Sub(op.floats(1), op.Mul(x, x))),)
+
+
+@vjp("Mod")
+def mod(op, node, g):
+    """dx = g: the remainder moves with x; the divisor is constant."""
+    return (op.unbroadcast(g, node.inputs[0], node.outputs[0]), None)
+
+
+# ---- quantised numbers: straight-through, in the units of the number at hand
+
+
+@vjp("QuantizeLinear")
+def quantize(op, node, g):
+    """y = clip(round(x / scale) + zero): dx = g / scale inside the range of y's type, 0 outside, as PyTorch's fake_quantize does.
+
+    Where a converter left a rectifier to that range, this is the rectifier's gradient.
+    """
+    x, zero = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    scale = _along(op, node, node.inputs[1])
+    position = op.Div(x, scale)
+    if zero is not None:
+        position = op.Add(position, _along(op, node, op.Cast(zero, to=x.dtype), zero))
+    low, high = quantised_range(node.outputs[0].dtype)
+    inside = op.And(op.Greater(position, op.floats(low - 0.5)), op.Less(position, op.floats(high + 0.5)))
+    return (op.mask(inside, op.Div(g, scale)), None, None)
+
+
+@vjp("DequantizeLinear")
+def dequantize(op, node, g):
+    """y = (x - zero) scale: dx = g scale."""
+    return (op.Mul(g, _along(op, node, node.inputs[1])), None, None)
+
+
+@vjp("DynamicQuantizeLinear")
+def dynamic_quantize(op, node, g):
+    """y = round(x / scale) + zero, scale and zero such that y's range holds all of x: dx = g / scale."""
+    return (op.Div(g[0], node.outputs[1]),)
+
+
+def quantised_range(dtype):
+    """The lowest and highest number of an integer type."""
+    bits = dtype.bitwidth
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.is_signed() else (0, 2**bits - 1)
+
+
+def _along(op, node, value, like=None):
+    """A scale or zero point (one number, or one for each place along the node's axis) in a shape that broadcasts."""
+    sizes = dims(like if like is not None else value)
+    if len(sizes) == 0 or sizes == (1,):
+        return value
+    rank, axis = len(dims(node.inputs[0])), attribute(node, "axis", 1)
+    return op.Reshape(value, [-1 if i == axis % rank else 1 for i in range(rank)])

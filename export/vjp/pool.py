@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import onnx_ir as ir
 
 from ..autodiff import vjp
 from ..tape import attribute, static_dims
@@ -71,6 +72,8 @@ def max_pool(op, node, g):
     channels, *size = static_dims(x)
     out = static_dims(y)[1:]
     rank, strides = len(size), window.strides
+    if not x.dtype.is_floating_point():  # quantised numbers
+        x, y = (op.Cast(v, to=ir.DataType.from_numpy(op.dtype)) for v in (x, y))
     padded = _pad_lowest(op, x, window, size)
     spans = [s * (o - 1) + 1 for s, o in zip(strides, out, strict=True)]
     axes = list(range(2, 2 + rank))
@@ -124,3 +127,31 @@ def _overlay(op, pieces, channels, window, size, out):
     have = [n * s for n, s in zip(count, strides, strict=True)]
     after = [n + b - h for n, b, h in zip(size, window.before, have, strict=True)]
     return crop_or_pad(op, dx, have, [-b for b in window.before], after)
+
+
+@vjp("LpPool")
+def lp_pool(op, node, g):
+    """y = (sum_window |x|^p)^(1/p): dx = sign(x) |x|^(p-1) times the sum of g / y^(p-1) over the windows; 0 where y is 0."""
+    x, y, p = node.inputs[0], node.outputs[0], attribute(node, "p", 2)
+    window = window_of(node, attribute(node, "kernel_shape"))
+    channels, *size = static_dims(x)
+    if p == 1:
+        return (op.Mul(op.Sign(x), _spread(op, g, channels, window, size, static_dims(y)[1:])),)
+    power = op.Pow(op.Max(y, op.floats(1e-30)), op.floats(p - 1))
+    spread = _spread(op, op.Div(g, power), channels, window, size, static_dims(y)[1:])
+    slope = x if p == 2 else op.Mul(op.Sign(x), op.Pow(op.Abs(x), op.floats(p - 1)))
+    return (op.Mul(slope, spread),)
+
+
+def _spread(op, value, channels, window, size, out):
+    """(S, C, *size): the sum of value over the windows that hold each element."""
+    return data_gradient(op, value, ones_kernel(op, channels, window.kernel), channels, window, size, out)
+
+
+@vjp("GlobalLpPool")
+def global_lp_pool(op, node, g):
+    """y = (sum |x|^p)^(1/p) of each channel: dx = g sign(x) |x|^(p-1) / y^(p-1); 0 where y is 0."""
+    x, y, p = node.inputs[0], node.outputs[0], attribute(node, "p", 2)
+    power = op.Pow(op.Max(y, op.floats(1e-30)), op.floats(p - 1))
+    slope = x if p == 2 else op.Mul(op.Sign(x), op.Pow(op.Abs(x), op.floats(p - 1)))
+    return (op.Mul(slope, op.Div(g, power)),)

@@ -65,6 +65,55 @@ def reduce_sum_square(op, node, g):
     return (op.Mul(node.inputs[0], op.Mul(keep_dims(op, node, g), op.floats(2))), None)
 
 
+@vjp("ReduceL1")
+def reduce_l1(op, node, g):
+    """dx = g sign(x)."""
+    return (op.Mul(op.Sign(node.inputs[0]), keep_dims(op, node, g)), None)
+
+
+@vjp("ReduceLogSumExp")
+def reduce_log_sum_exp(op, node, g):
+    """dx = g exp(x - y)."""
+    share = op.Exp(op.Sub(node.inputs[0], keep_dims(op, node, node.outputs[0])))
+    return (op.Mul(share, keep_dims(op, node, g)), None)
+
+
+@vjp("ReduceLogSum")
+def reduce_log_sum(op, node, g):
+    """y = log sum x: dx = g / exp(y), repeated."""
+    return (op.expand_like(keep_dims(op, node, op.Mul(g, op.Exp(op.Neg(node.outputs[0])))), node.inputs[0]), None)
+
+
+@vjp("ReduceProd")
+def reduce_prod(op, node, g):
+    """dx = g times the product of the others, as products from both sides, so that zeros do no harm; over one axis."""
+    x, axes = node.inputs[0], reduced_axes(node)
+    if len(axes) != 1 or dims(x)[axes[0]] is None:
+        return (None, None)
+    axis, size = axes[0], open_dims(x, 0)[axes[0]]
+    parts = [op.Slice(x, [i], [i + 1], [axis]) for i in range(size)]
+    before, after = [None], [None]
+    for part in parts[:-1]:
+        before.append(part if before[-1] is None else op.Mul(before[-1], part))
+    for part in parts[:0:-1]:
+        after.append(part if after[-1] is None else op.Mul(after[-1], part))
+    kept = keep_dims(op, node, g)
+    others = [[p for p in pair if p is not None] for pair in zip(before, after[::-1], strict=True)]
+    products = [None if not o else o[0] if len(o) == 1 else op.Mul(*o) for o in others]
+    return (op.Concat(*(kept if p is None else op.Mul(kept, p) for p in products), axis=axis), None)
+
+
+@vjp("CumSum")
+def cum_sum(op, node, g):
+    """dx = the sum of g from the other end."""
+    axis = constant_of(node.inputs[1])
+    x = node.inputs[0]
+    if axis is None or dims(x)[int(axis.reshape(-1)[0])] is None:
+        return (None, None)
+    flags = {"exclusive": attribute(node, "exclusive", 0), "reverse": 1 - attribute(node, "reverse", 0)}
+    return (op.CumSum(g, node.inputs[1], **flags), None)
+
+
 @vjp("ReduceMax", "ReduceMin")
 def reduce_extremum(op, node, g):
     """dx = g where x is the extremum, shared equally by equal elements, as PyTorch's amax and amin do."""

@@ -106,29 +106,80 @@ def gather(op, node, g):
     rank = len(dims(x))
     axis = attribute(node, "axis", 0) % rank
     size = dims(x)[axis]
-    if indices is None or size is None or indices.ndim > 1:
+    if indices is None or size is None:
         return (None, None)
-    positions = [int(i) % size for i in np.atleast_1d(indices)]
+    positions = [int(i) % size for i in indices.reshape(-1)]
     if indices.ndim == 0:
         g = op.Unsqueeze(g, [axis])
+    elif indices.ndim > 1:
+        sizes = open_dims(node.outputs[0], -1)
+        g = op.Reshape(g, [*sizes[:axis], len(positions), *sizes[axis + indices.ndim :]])
     return (put_back(op, g, rank, axis, positions, size), None)
 
 
-@vjp("ScatterND")
-def scatter_nd(op, node, g):
-    """y = data with updates written at constant indices: d data = g with zeros there, d updates = g taken there."""
-    data, indices = node.inputs[0], constant_of(node.inputs[1])
-    if indices is None or attribute(node, "reduction", "none") != "none" or None in dims(data)[: indices.shape[-1]]:
+@vjp("GatherElements", shares_image=False)
+def gather_elements(op, node, g):
+    """dx = zeros, to which g is added where it was taken."""
+    x, indices = node.inputs
+    return (_added(op, x, indices, g, attribute(node, "axis", 0)), None)
+
+
+@vjp("TopK", shares_image=False)
+def top_k(op, node, g):
+    """dx = g of the values where they were taken; the indices have no gradient."""
+    g = g[0] if isinstance(g, tuple) else g
+    if g is None:
+        return (None, None)
+    return (_added(op, node.inputs[0], node.outputs[1], g, attribute(node, "axis", -1)), None)
+
+
+def zeros_like(op, x):
+    """Zeros in the sizes of x, whatever x holds."""
+    return op.Expand(op.floats(0), op.Shape(x))
+
+
+def _added(op, x, indices, g, axis):
+    return op.ScatterElements(zeros_like(op, x), indices, g, axis=axis, reduction="add")
+
+
+@vjp("ScatterElements", shares_image=False)
+def scatter_elements(op, node, g):
+    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates = g taken there."""
+    _, indices, updates = node.inputs
+    reduction, axis = attribute(node, "reduction", "none"), attribute(node, "axis", 0)
+    if reduction not in ("none", "add"):
         return (None, None, None)
-    taken = op.GatherND(g, node.inputs[1])
-    return (op.ScatterND(g, node.inputs[1], op.Mul(taken, op.floats(0))), None, taken)
+    kept = g
+    if reduction == "none":
+        kept = op.ScatterElements(g, indices, zeros_like(op, updates), axis=axis)
+    return (kept, None, op.GatherElements(g, indices, axis=axis) if op.wants(updates) else None)
+
+
+@vjp("GatherND", shares_image=False)
+def gather_nd(op, node, g):
+    """dx = zeros, to which g is added where it was taken."""
+    x, indices = node.inputs
+    if attribute(node, "batch_dims", 0):
+        return (None, None)
+    return (op.ScatterND(zeros_like(op, x), indices, g, reduction="add"), None)
+
+
+@vjp("ScatterND", shares_image=False)
+def scatter_nd(op, node, g):
+    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates = g taken there."""
+    _, indices, updates = node.inputs
+    reduction = attribute(node, "reduction", "none")
+    if reduction not in ("none", "add"):
+        return (None, None, None)
+    kept = g if reduction == "add" else op.ScatterND(g, indices, zeros_like(op, updates))
+    return (kept, None, op.GatherND(g, indices) if op.wants(updates) else None)
 
 
 @vjp("Pad")
 def pad(op, node, g):
-    """dx = g without its border, for constant padding."""
-    x, pads = node.inputs[0], constant_of(node.inputs[1])
-    if pads is None or attribute(node, "mode", "constant") != "constant":
+    """dx = g without its border; in the modes that repeat x there, each border added to the elements that it repeats."""
+    x, pads, mode = node.inputs[0], constant_of(node.inputs[1]), attribute(node, "mode", "constant")
+    if pads is None:
         return (None,)
     rank = len(dims(x))
     axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
@@ -140,9 +191,36 @@ def pad(op, node, g):
         size = dims(x)[axis]
         if size is None:
             return (None,)
+        if mode != "constant":
+            g = put_back(op, g, rank, axis, _repeated_positions(mode, size, before, after), size)
+            continue
         g = op.Slice(g, [max(before, 0)], [max(before, 0) + size + min(before, 0) + min(after, 0)], [axis])
         g = pad_zeros(op, g, rank, {axis: (max(-before, 0), max(-after, 0))})
     return (g, None, None, None)
+
+
+def _repeated_positions(mode, size, before, after):
+    """Which element of an axis each element of the padded axis repeats: numpy's modes are the specification's."""
+    cut = np.arange(size)[max(-before, 0) : size - max(-after, 0)]
+    return [int(i) for i in np.pad(cut, (max(before, 0), max(after, 0)), mode=mode)]
+
+
+@vjp("Tile")
+def tile(op, node, g):
+    """dx = g summed over the copies."""
+    x, repeats = node.inputs[0], constant_of(node.inputs[1])
+    if repeats is None or any(r != 1 and n is None for r, n in zip(repeats, dims(x), strict=True)):
+        return (None, None)
+    sizes = open_dims(x, -1)
+    split = [part for r, n in zip(repeats, sizes, strict=True) for part in (int(r), n)]
+    summed = op.ReduceSum(op.Reshape(g, split), list(range(0, 2 * len(sizes), 2)), keepdims=0)
+    return (op.reshape_like(summed, x), None)
+
+
+@vjp("Trilu")
+def trilu(op, node, g):
+    """dx = the triangle of g."""
+    return (op.Trilu(g, *node.inputs[1:], upper=attribute(node, "upper", 1)), None)
 
 
 @vjp("Expand")

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...kernels import accumulate_maps, channel_extremes, class_scores, fuse_layers, gate, mask_batch, take_channels
 from ..errors import InputError
+from ..scores import complements
 from .baseline import combined
 from .data import Lane, MaskedRuns
 from .registry import Result, cam, chosen
@@ -46,9 +47,13 @@ def _score(
     """Runs the image through the masks of the live channels (indices).
 
     A score is seed . probabilities (of the kind `probability`, the network's own by default), less the offset (S,) where there
-    is one, times the mask's weight where there are weights, one for each live channel.
+    is one, times the mask's weight where there are weights, one for each live channel. For a seed that means "not this class" it
+    is the complement's probability.
     """
     memory, stream = runs.memory, runs.memory.stream
+    lacking = complements(runs.seeds)
+    if offset is None and probability != "logits" and lacking.any():  # a difference of two scores lacks nothing
+        offset = memory.put(-lacking)
     seeds, index = memory.put(runs.seeds), live.astype(np.int32)
     parts: dict[int, Any] = {}
     totals: dict[int, Any] = {}
@@ -78,9 +83,9 @@ def _score(
 
 
 def _score_of_zeros(runs: MaskedRuns, probability: str | None = None) -> Any:
-    """Score (S,) of the all-zero input, in the runs' memory."""
-    nothing = runs.memory.zeros((1, 1, 1))
-    found = _score(runs, nothing, np.array([0]), "identity", probability=probability)
+    """seed . probabilities (S,) of the all-zero input, in the runs' memory."""
+    nothing, as_it_is = runs.memory.zeros((1, 1, 1)), runs.memory.zeros((len(runs.seeds),))
+    found = _score(runs, nothing, np.array([0]), "identity", probability=probability, offset=as_it_is)
     return found.parts[0].reshape(len(runs.seeds))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import InputError
+from ..scores import complements
 from .baseline import combined
 from .data import Heads
 from .registry import Result, cam, chosen
@@ -19,7 +20,9 @@ def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], co
     """seed . logits, or . probabilities, (S, count) of activations that changed(part of 0..count) makes, (n, K, h, w)."""
     parts = [slice(start, min(start + heads.batch, count)) for start in range(0, count, heads.batch)]
     out = np.concatenate(heads.in_lanes(lambda part: heads.heads[index](changed(part)), parts))
-    return heads.seeds @ (out if logits else heads.probabilities(out)).T
+    if logits:
+        return heads.seeds @ out.T
+    return heads.seeds @ heads.probabilities(out).T + complements(heads.seeds)[:, None]
 
 
 @cam("ablation_cam", needs="heads", layers="last", source="Desai and Ramaswamy, Ablation-CAM, WACV 2020")

@@ -1,0 +1,218 @@
+"""The end of every export: each program is read as a stranger's would be, opened by ONNX Runtime and run on two images.
+
+What does not load, does not run, or gives other logits than its source is not put in place.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..runtime.errors import CamrtError, ExportError
+from ..runtime.manifest import Manifest, Program
+from ..runtime.opening import Run, open_file
+from .graph import TappedGraph
+
+SOURCE_LIMIT = 1e-3  # relative L2 of logits from the source's: two float32 programs on the same image
+ROWS_LIMIT = 1e-3  # relative L2 of a batch's logits from those of its images alone
+ROUNDED_LIMIT = (
+    5e-2  # both, where the source rounds to float16 or quantises: a rounding that falls otherwise moves all behind it
+)
+GRADIENT_LIMIT = 0.1  # relative L2 of a gradient from PyTorch's, before float64 decides
+
+Logits = Callable[
+    [np.ndarray], np.ndarray | None
+]  # one image (1, C, H, W) -> what the source gives, None where it cannot be run
+
+
+class RowsMixed(CamrtError):
+    """Images of a batch change one another's logits. node: which one mixes them."""
+
+
+class Checker:
+    """Checks the programs of one bundle as they lie in its folder.
+
+    source: what the untouched model gives for an image, comparable with the scores that the bundle's logits make; rounded: whether
+    the source computes in less than float32.
+    """
+
+    def __init__(self, graph: TappedGraph, source: Logits, rounded: bool, images: np.ndarray) -> None:
+        self._graph = graph
+        self._source = source
+        self._limits = (ROUNDED_LIMIT, ROUNDED_LIMIT) if rounded else (SOURCE_LIMIT, ROWS_LIMIT)
+        self.images = images
+        self.gradients: dict[str, np.ndarray] = {}  # of the first image's top class, by layer
+        self.logits: np.ndarray | None = None
+
+    def __call__(self, folder: Path, manifest: Manifest) -> None:
+        """ExportError names the program; RowsMixed where a batch must not be free."""
+        images = self.images[:1] if manifest.batch == 1 else self.images
+        classify = next(p for p in manifest.programs if p.kind == "classify")
+        logits = self._run(folder, classify, {"image": images})["logits"]
+        self._compare_rows(folder, classify, images, logits)
+        self._compare_source(manifest, images, logits)
+        self.logits = logits
+        seed = np.eye(manifest.num_classes, dtype=np.float32)[logits.argmax(axis=1)]
+        given = {"image": images, "seed": seed}
+        for program in manifest.programs:
+            if program is classify:
+                continue
+            out = self._run(folder, program, {name: given[name] for name in program.inputs})
+            if program.kind in ("trunk", "normalize"):
+                given |= {n: a for n, a in out.items() if n != "logits"}
+            if "logits" in out and program.kind in ("head", "score") and program.precision == "float32":
+                self._same(program.file, out["logits"], logits, self._limits[1], "logits of the whole network")
+            if (
+                program.kind == "gradients"
+                and program.precision == "float32"
+                and len(program.taps) == len(manifest.taps)
+            ):
+                self.gradients = {t: out[f"gradient:{t}"][:1] for t in program.taps}
+
+    def classifier(self, folder: Path, manifest: Manifest) -> Callable[[np.ndarray], np.ndarray]:
+        """Logits (1, classes) of an image (1, C, H, W)."""
+        classify = next(p for p in manifest.programs if p.kind == "classify")
+        run = open_file(folder / classify.file)
+        return lambda image: run({"image": image})["logits"]
+
+    def _run(self, folder: Path, program: Program, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        out = open_file(folder / program.file)(feeds)
+        program.check_outputs(feeds, out)
+        bad = next((n for n, a in out.items() if not np.isfinite(a).all()), None)
+        if bad is not None:
+            raise ExportError(
+                f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights"
+            )
+        return out
+
+    def _same(self, file: str, got: np.ndarray, want: np.ndarray, limit: float, what: str) -> None:
+        distance = relative_l2(got, want)
+        if distance > limit:
+            raise ExportError(f"{file}: differs from the {what} by {distance:.1e}, relative L2, allowed {limit:.0e}")
+
+    def _compare_source(self, manifest: Manifest, images: np.ndarray, logits: np.ndarray) -> None:
+        """ExportError, or with a free batch RowsMixed: with a fixed one the source's logits may yet be met."""
+        for image, row in zip(images, logits, strict=True):
+            want = self._source(image[None])
+            if want is None:
+                return
+            got = finished(row, manifest.final_activation)
+            if want.size != got.size:
+                raise ExportError(f"the source gives {want.size} numbers for an image, the bundle {got.size}")
+            distance, limit = relative_l2(got, want.astype(np.float64).reshape(got.shape)), self._limits[0]
+            if distance > limit:
+                said = (
+                    f"its logits for one image are {distance:.1e} from the source's, relative L2, allowed {limit:.0e}"
+                )
+                raise (
+                    ExportError(f"the bundle: {said}")
+                    if manifest.batch == 1
+                    else RowsMixed(f"with a free batch {said}")
+                )
+
+    def _compare_rows(self, folder: Path, classify: Program, images: np.ndarray, logits: np.ndarray) -> None:
+        if len(images) < 2:
+            return
+        run = open_file(folder / classify.file)
+        alone = np.concatenate([run({"image": image[None]})["logits"] for image in images])
+        if relative_l2(logits, alone) > self._limits[1]:
+            raise RowsMixed(first_mixing(self._graph, images))
+
+
+def finished(logits: np.ndarray, activation: str | None) -> np.ndarray:
+    """The scores that the source's final activation makes, float64."""
+    z = logits.astype(np.float64)
+    if activation == "Sigmoid":
+        return 1 / (1 + np.exp(-z))
+    if activation is None:
+        return z
+    shifted = z - z.max()
+    log = shifted - np.log(np.exp(shifted).sum())
+    return log if activation == "LogSoftmax" else np.exp(log)
+
+
+def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
+    norm = float(np.linalg.norm(want))
+    return float(np.linalg.norm(got.astype(np.float64) - want)) / (norm if norm > 0 else 1.0)
+
+
+def first_mixing(graph: TappedGraph, images: np.ndarray) -> str:
+    """A clause that names the first node whose values of a batch are not those of its images alone."""
+    model = graph.model.clone()
+    model.graph.inputs[0].name = "image"
+    values = [y for node in model.graph for y in node.outputs if y.dtype == ir.DataType.FLOAT and y.name]
+    names = {y: f"value_{i}" for i, y in enumerate(values)}
+    for y, name in names.items():
+        same = ir.node("Identity", [y])
+        same.outputs[0].name, same.outputs[0].shape, same.outputs[0].type = name, y.shape, y.type
+        model.graph.append(same)
+        model.graph.outputs.append(same.outputs[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "values.onnx"
+        ir.save(model, path)
+        run: Run = open_file(path)
+        together = run({"image": images})
+        alone = [run({"image": image[None]}) for image in images]
+    for y, name in names.items():
+        got, parts = together[name], [a[name] for a in alone]
+        axis = next((i for i, (n, m) in enumerate(zip(got.shape, parts[0].shape, strict=True)) if n != m), None)
+        want = parts[0] if axis is None else np.concatenate(parts, axis=axis)
+        if got.shape != want.shape or relative_l2(got, want) > ROWS_LIMIT:
+            node = y.producer()
+            assert node is not None
+            return f"{node.op_type} (node {node.name!r}) takes the images of a batch together"
+    return "the images of a batch change one another"
+
+
+def looks_like_probabilities(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> str | None:
+    """What scores seem to be, "softmax" or "sigmoid" of something, judged by images that are far from ordinary as well."""
+    stretched = np.concatenate([images, 20 * images, -20 * images])
+    scores = np.concatenate([run(image[None]) for image in stretched]).astype(np.float64)
+    if scores.min() < -1e-6 or scores.max() > 1 + 1e-6 or np.ptp(scores) < 1e-6:
+        return None
+    if scores.shape[1] > 1 and np.abs(scores.sum(axis=1) - 1).max() < 1e-3:
+        return "softmax"
+    return "sigmoid"
+
+
+def warn_of_probabilities(kind: str) -> None:
+    told = "rows that sum to 1" if kind == "softmax" else "numbers between 0 and 1"
+    warnings.warn(
+        f"the output looks like probabilities ({told}), and the {kind} behind them was not found: gradients are of probabilities, which "
+        "flatten where the network is sure, and Score-CAM's weights are a softmax of probabilities; export the model without its "
+        "final activation, or name the output before it",
+        stacklevel=4,
+    )
+
+
+def check_gradients(
+    found: dict[str, np.ndarray],
+    wanted: dict[str, np.ndarray],
+    own: Sequence[str],
+    exact: Callable[[], dict[str, float]],
+) -> None:
+    """ExportError where a layer's gradient is not PyTorch's; a warning where the model has backward passes of its own.
+
+    exact: distances in float64, which are asked for only where float32 leaves a doubt.
+    """
+    doubtful = [n for n in found if relative_l2(found[n], wanted[n]) > GRADIENT_LIMIT]
+    if not doubtful:
+        return
+    wrong = [n for n, distance in exact().items() if distance > 1e-3]
+    if not wrong:
+        return
+    said = f"the gradients of {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''} are not PyTorch's"
+    if own:
+        warnings.warn(
+            f"{said}, because of {', '.join(own)}, whose backward pass is not its forward pass's", stacklevel=4
+        )
+        return
+    raise ExportError(
+        f"{said}: the model's backward pass differs from its forward pass's derivative (hooks on gradients, or code that torch.export "
+        "does not see); tap layers behind it"
+    )

@@ -1,0 +1,217 @@
+"""Where a classifier's logits are, whatever its file does to them at the end."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from ..runtime.errors import ExportError
+from .patterns import reduced_axes
+from .tape import attribute, constant_of, dims, initializer
+
+_PASSED = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Clip", "QuantizeLinear")
+_PASSED += ("DequantizeLinear", "Dropout")
+
+
+def find_logits(graph: ir.Graph) -> tuple[ir.Value, str | None]:
+    """The logits (batch, classes) behind the graph's only output, and the activation that was set aside: Softmax, Sigmoid,
+    LogSoftmax or None.
+
+    Set aside where nothing but a change of type or shape, or a Clip to [0, 1], follows; also where it is written out. ExportError
+    for an output that is no list of classes.
+    """
+    output = graph.outputs[0]
+    found = _activation(output)
+    value, name = found if found is not None else (_same_numbers(output), None)
+    classes = class_count(value, output)
+    if not _is_rows(value):
+        node = ir.node("Reshape", [value, initializer(graph, f"{value.name}_rows", np.array([-1, classes], np.int64))])
+        producer = value.producer()
+        assert producer is not None
+        graph.insert_after(producer, [node])
+        rows = node.outputs[0]
+        first = value.shape[0] if value.shape is not None and len(value.shape) else 1
+        rows.name, rows.type = f"{value.name}_logits", value.type
+        rows.shape = ir.Shape([first if not isinstance(first, int) else 1, classes])
+        node.name = rows.name
+        value = rows
+    return value, name
+
+
+def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
+    """Number of classes. ExportError unless the value holds one number for each image and class, on one axis."""
+    output = output or logits
+    sizes = dims(logits)
+    given = [*dims(output)]
+    free = not sizes or sizes[0] is None or sizes[0] == 1
+    inner = list(sizes[1:] if free else sizes)
+    if len(sizes) == 1 and sizes[0] is not None:  # no batch axis: one image's numbers
+        inner = list(sizes)
+    if None in inner or sum(d != 1 for d in inner) > 1:
+        text = str(output.shape)
+        raise ExportError(
+            f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is (batch, classes)"
+        )
+    first = logits.shape[0] if logits.shape is not None and len(logits.shape) else None
+    if isinstance(first, ir.SymbolicDim) and str(first.value) != "batch":
+        raise ExportError(
+            f"output {output.name!r} has {first.value} rows: camrt explains classifiers, which give one row for each image"
+        )
+    if logits.dtype is not None and not logits.dtype.is_floating_point():
+        raise ExportError(
+            f"output {output.name!r} is {logits.dtype}, whole numbers: camrt needs the scores of all classes, not the class chosen"
+        )
+    return math.prod(d for d in inner if d is not None)
+
+
+def _is_rows(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 2 and not (dims(value)[0] not in (None, 1))
+
+
+def _same_numbers(value: ir.Value) -> ir.Value:
+    """The value behind changes of type, and a rounding of the scores to quantised numbers, whose range would cut off gradients."""
+    node = value.producer()
+    passed = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear")
+    while node is not None and node.op_type in passed and node.inputs[0] is not None:
+        if node.op_type == "Cast" and (node.inputs[0].dtype is None or not node.inputs[0].dtype.is_floating_point()):
+            break
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _activation(output: ir.Value) -> tuple[ir.Value, str] | None:
+    value: ir.Value | None = output
+    while value is not None:
+        node = value.producer()
+        if node is None:
+            return None
+        found = _match(node)
+        if found is not None:
+            logits, _ = found
+            return found if _along_classes(node, logits) else None
+        if node.op_type not in _PASSED or not _keeps_order(node):
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _keeps_order(node: ir.Node) -> bool:
+    x = node.inputs[0]
+    if x is None or x.shape is None:
+        return False
+    if node.op_type == "Clip":
+        low, high = ((constant_of(b) if b is not None else None) for b in [*node.inputs[1:], None, None][:2])
+        return (low is None or float(low.reshape(-1)[0]) <= 1e-3) and (
+            high is None or float(high.reshape(-1)[0]) >= 1 - 1e-3
+        )
+    if node.op_type == "Transpose":
+        return sum(d != 1 for d in dims(x)) <= 2 and list(attribute(node, "perm", [])[:1]) == [0]
+    if node.op_type == "Cast":
+        return x.dtype is not None and x.dtype.is_floating_point()
+    return True
+
+
+def _along_classes(node: ir.Node, logits: ir.Value) -> bool:
+    """Whether a Softmax runs over the axis of the classes."""
+    if logits.shape is None or node.op_type not in ("Softmax", "LogSoftmax"):
+        return True
+    sizes = dims(logits)
+    axis = attribute(node, "axis", -1) % len(sizes)
+    others = [d for i, d in enumerate(sizes) if i not in (axis, 0)]
+    return axis != 0 and all(d == 1 for d in others)
+
+
+def _match(node: ir.Node) -> tuple[ir.Value, str] | None:
+    """(logits, activation) of a node that is, or writes out, a final activation."""
+    x = node.inputs[0] if node.inputs else None
+    if node.op_type in ("Softmax", "Sigmoid", "LogSoftmax") and x is not None:
+        return x, node.op_type
+    if node.op_type in ("Div", "Mul"):
+        return _softmax_by_hand(node) or _sigmoid_by_hand(node)
+    if node.op_type == "Reciprocal":
+        return _sigmoid_by_hand(node)
+    if node.op_type == "Log" and x is not None and x.producer() is not None:
+        inner = _match(x.producer())  # type: ignore[arg-type]
+        return (inner[0], "LogSoftmax") if inner is not None and inner[1] == "Softmax" else None
+    if node.op_type == "Sub":
+        return _log_softmax_by_hand(node)
+    return None
+
+
+def _made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types else None
+
+
+def _softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
+    """exp(z) / sum exp(z), z with or without its maximum taken off."""
+    numbers, total = node.inputs
+    if node.op_type == "Mul":
+        inverse = _made_by(total, "Reciprocal")
+        total = inverse.inputs[0] if inverse is not None else None
+    exponential, summed = _made_by(numbers, "Exp"), _made_by(total, "ReduceSum")
+    if exponential is None or summed is None or summed.inputs[0] is not numbers:
+        return None
+    if not _over_classes(summed):
+        return None
+    z = exponential.inputs[0]
+    return (_behind_maximum(z), "Softmax") if z is not None else None
+
+
+def _behind_maximum(z: ir.Value) -> ir.Value:
+    minus = _made_by(z, "Sub")
+    if minus is not None:
+        largest = _made_by(minus.inputs[1], "ReduceMax")
+        if largest is not None and largest.inputs[0] is minus.inputs[0] and minus.inputs[0] is not None:
+            return minus.inputs[0]
+    return z
+
+
+def _over_classes(reduction: ir.Node) -> bool:
+    x, axes = reduction.inputs[0], reduced_axes(reduction)
+    if x is None or axes is None or 0 in axes or not attribute(reduction, "keepdims", 1):
+        return False
+    return all(d == 1 for i, d in enumerate(dims(x)) if i and i not in axes)
+
+
+def _sigmoid_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
+    """1 / (1 + exp(-z))."""
+    if node.op_type == "Reciprocal":
+        below = node.inputs[0]
+    elif node.op_type == "Div" and _is(node.inputs[0], 1.0):
+        below = node.inputs[1]
+    else:
+        return None
+    total = _made_by(below, "Add")
+    if total is None:
+        return None
+    for one, other in (tuple(total.inputs), tuple(total.inputs)[::-1]):
+        exponential = _made_by(other, "Exp")
+        negative = _made_by(exponential.inputs[0], "Neg") if exponential is not None else None
+        if _is(one, 1.0) and negative is not None and negative.inputs[0] is not None:
+            return negative.inputs[0], "Sigmoid"
+    return None
+
+
+def _log_softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
+    """z - log sum exp(z)."""
+    z, total = node.inputs
+    if z is None:
+        return None
+    joint = _made_by(total, "ReduceLogSumExp")
+    if joint is None:
+        logarithm = _made_by(total, "Log")
+        joint = _made_by(logarithm.inputs[0], "ReduceSum") if logarithm is not None else None
+        exponential = _made_by(joint.inputs[0], "Exp") if joint is not None else None
+        if joint is None or exponential is None or exponential.inputs[0] is not z:
+            return None
+        return (_behind_maximum(z), "LogSoftmax") if _over_classes(joint) else None
+    return (z, "LogSoftmax") if joint.inputs[0] is z and _over_classes(joint) else None
+
+
+def _is(value: ir.Value | None, number: float) -> bool:
+    constant = constant_of(value)
+    return constant is not None and constant.size == 1 and float(constant.reshape(-1)[0]) == number

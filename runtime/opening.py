@@ -1,0 +1,41 @@
+"""The one way from export to an engine: a program's file, opened by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .backends import Settings, create
+from .backends.ort import OrtBackend
+from .errors import BackendUnavailable, BundleError, first_line
+
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def open_file(path: Path) -> Run:
+    """Opens an ONNX file on the CPU: inputs by name -> outputs by name. BundleError if it does not load or run.
+
+    BackendUnavailable where no ONNX Runtime is installed.
+    """
+    try:
+        backend = create("onnxruntime", Settings())
+    except BackendUnavailable as error:
+        raise BackendUnavailable(
+            f"an export ends by running what it wrote, which needs ONNX Runtime: {error}"
+        ) from None
+    assert isinstance(backend, OrtBackend)
+    session = backend.session(path, single=False)
+    names = [o.name for o in session.get_outputs()]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        except Exception as error:
+            shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
+            raise BundleError(
+                f"{path.name}: ONNX Runtime cannot run it on {shapes}: {first_line(error)[:300]}"
+            ) from error
+
+    return run

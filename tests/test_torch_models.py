@@ -1,0 +1,373 @@
+"""PyTorch models as users bring them: what stops gradients, what wraps them, what they return, and what cannot be traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import checkpoint
+
+import camrt
+from camrt.export.modules import prepare_module
+from camrt.export.probes import smooth_images
+from camrt.oracle import module_oracle
+from camrt.verify import verify_bundle
+
+SHAPE = (3, 16, 20)
+IMAGES = smooth_images(SHAPE, 3)
+
+
+class Net(nn.Module):
+    """Two convolutions; `middle` says what happens between and behind them."""
+
+    def __init__(self, middle: Callable[..., torch.Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
+        self.middle = middle
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.second(x).relu() if self.middle is None else self.middle(self, x)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def exported(model: Any, path: Path, **arguments: Any) -> tuple[camrt.Explainer, str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        camrt.export_model(model, path, SHAPE, **arguments)
+    return camrt.load(path), "\n".join(str(w.message) for w in seen if w.category is UserWarning)
+
+
+def assert_verified(explainer: camrt.Explainer, model: Any, output: str | None = None) -> None:
+    report = verify_bundle(explainer.bundle, module_oracle(prepare_module(model, output), "the model"))
+    assert report.passed, [r for r in report.rows if not r.passed][:4]
+
+
+# ---- stop-gradient
+
+
+def straight_through(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.second(h + (torch.tanh(3 * h) - h).detach()).relu()
+
+
+def detached_gate(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return h * torch.sigmoid(net.second(h)).detach()
+
+
+def gate_without_gradient(net: Net, h: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        a, b = net.second(h).chunk(2, 1)
+    return h * torch.sigmoid(torch.cat([a, b], 1))
+
+
+def data_of(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.second(h * h.data).relu()
+
+
+def detached_in_place(net: Net, h: torch.Tensor) -> torch.Tensor:
+    h = h * 1
+    h.detach_()
+    return net.second(h).relu()
+
+
+STOPS = [straight_through, detached_gate, gate_without_gradient, data_of, detached_in_place]
+
+
+@pytest.mark.parametrize("middle", STOPS)
+def test_gradients_stop_where_pytorch_stops_them(middle: Callable, tmp_path: Path) -> None:
+    model = Net(middle).eval()
+    explainer, said = exported(model, tmp_path / "net.camrt")
+    assert "the model stops gradients (detach, no_grad or .data) in" in said
+    assert_verified(explainer, model)
+    without = {"detached_gate": "second", "gate_without_gradient": "second", "detached_in_place": "first"}.get(
+        middle.__name__
+    )
+    assert (without is None) == ("no gradient reaches them" not in said)
+    assert without not in explainer.layers
+    if without is not None:
+        with pytest.raises(camrt.CamrtError, match=f"no gradient reaches layer '{without}'"):
+            camrt.export_model(model, tmp_path / "named.camrt", SHAPE, [without])
+
+
+def written_through(net: Net, h: torch.Tensor) -> torch.Tensor:
+    h.detach().mul_(2)
+    return net.second(h).relu()
+
+
+def assigned_data(net: Net, h: torch.Tensor) -> torch.Tensor:
+    h = h * 1
+    h.data = torch.tanh(h)
+    return net.second(h).relu()
+
+
+class Rounding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx: Any, *g: torch.Tensor) -> torch.Tensor:
+        return g[0]
+
+
+def own_backward(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.second(Rounding.apply(h) + 0.5 * h).relu()  # type: ignore[operator]
+
+
+def hooked(net: Net, h: torch.Tensor) -> torch.Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda g: 3 * g)
+    return net.second(h).relu()
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (written_through, r"writes in place \(aten\.mul_\.Tensor\) to a tensor that it detached"),
+        (assigned_data, r"assigns to \.data of a tensor"),
+        (hooked, "the gradients of first are not PyTorch's: .*hooks on gradients"),
+    ],
+)
+def test_what_a_graph_cannot_say_is_refused(middle: Callable, message: str, tmp_path: Path) -> None:
+    with pytest.raises(camrt.CamrtError, match=message):
+        camrt.export_model(Net(middle).eval(), tmp_path / "net.camrt", SHAPE)
+    assert not (tmp_path / "net.camrt").exists()
+
+
+def test_a_backward_pass_of_its_own_is_warned_of_by_name(tmp_path: Path) -> None:
+    _, said = exported(Net(own_backward).eval(), tmp_path / "net.camrt")
+    assert "Rounding has a backward pass of its own" in said
+    assert "the gradients of first are not PyTorch's, because of Rounding" in said
+
+
+def checkpointed(net: Net, h: torch.Tensor) -> torch.Tensor:
+    result = checkpoint.checkpoint(lambda t: net.second(t).relu(), h, use_reentrant=True)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def scaled_dot_products(net: Net, h: torch.Tensor) -> torch.Tensor:
+    """Attention with a computed mask, on tensors without an axis of heads."""
+    tokens = h.flatten(2).transpose(1, 2)
+    mask = net.second.weight.mean() * torch.ones(tokens.shape[1], tokens.shape[1])
+    return F.scaled_dot_product_attention(tokens, tokens, tokens, mask).transpose(1, 2).reshape(h.shape)
+
+
+def by_length(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.second(h.reshape(len(h), 8, 16, 20)).relu()
+
+
+def in_bfloat16(net: Net, h: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return net.second(h).relu().to(h.dtype)
+
+
+@pytest.mark.parametrize("middle", [checkpointed, scaled_dot_products, by_length, in_bfloat16])
+def test_corners_of_pytorch_go_in(middle: Callable, tmp_path: Path) -> None:
+    model = Net(middle).eval()
+    explainer, _ = exported(model, tmp_path / "net.camrt")
+    assert explainer.manifest.batch == "dynamic"
+    assert_verified(explainer, model)
+
+
+def other_for_one(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.second(2 * h if h.shape[0] == 1 else h).relu()
+
+
+def sum_of_batch(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.second(h - h.mean(0)).relu()
+
+
+@pytest.mark.parametrize("middle", [other_for_one, sum_of_batch])
+def test_a_batch_that_changes_its_images_is_explained_one_by_one(middle: Callable, tmp_path: Path) -> None:
+    model = Net(middle).eval()
+    explainer, said = exported(model, tmp_path / "net.camrt")
+    assert explainer.manifest.batch == 1 and "one image at a time (batch 1)" in said
+    alone = np.concatenate([model(torch.from_numpy(x[None])).detach().numpy() for x in IMAGES])
+    np.testing.assert_allclose(explainer.classify(IMAGES), alone, rtol=1e-4, atol=1e-5)
+
+
+# ---- wrappers, precisions, returns
+
+
+def test_wrapped_and_other_precisions_are_read(tmp_path: Path) -> None:
+    plain, _ = exported(Net().eval(), tmp_path / "plain.camrt")
+    want = plain.explain(IMAGES, "grad_cam", 1).maps
+    kinds = {
+        "parallel": (nn.DataParallel(Net().eval()), 1e-6),
+        "compiled": (torch.compile(Net().eval()), 1e-6),
+        "double": (Net().eval().double(), 1e-5),
+        "half": (Net().eval().half(), 0.02),
+        "bfloat16": (Net().eval().bfloat16(), 0.2),
+    }
+    for name, (model, tolerance) in kinds.items():
+        explainer, said = exported(model, tmp_path / f"{name}.camrt")
+        np.testing.assert_allclose(explainer.explain(IMAGES, "grad_cam", 1).maps, want, atol=tolerance, err_msg=name)
+        assert ("it is read as float32" in said) == (name in ("double", "half", "bfloat16"))
+        assert explainer.layers == plain.layers
+
+
+def test_frozen_models_and_no_grad_around_export(tmp_path: Path) -> None:
+    frozen = Net(own_backward).eval()
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    assert "Rounding has a backward pass" in exported(frozen, tmp_path / "frozen.camrt")[1]
+    with torch.no_grad():
+        explainer, _ = exported(Net().eval(), tmp_path / "net.camrt")
+    assert_verified(explainer, Net().eval())
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    embedding: torch.Tensor
+
+
+class Returning(Net):
+    def __init__(self, form: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: torch.Tensor) -> Any:
+        embedding = self.features(x).mean((2, 3))
+        return self.form(self.fc(embedding), embedding)
+
+
+@pytest.mark.parametrize(
+    ("form", "output", "listed"),
+    [
+        (lambda a, b: {"logits": a, "embedding": b}, "logits", r"dict of logits \(2, 5\), embedding \(2, 8\)"),
+        (lambda a, b: (b, a), "1", r"tuple of 0 \(2, 8\), 1 \(2, 5\)"),
+        (Output, "logits", r"Output of logits \(2, 5\), embedding \(2, 8\)"),
+    ],
+    ids=["dict", "tuple", "dataclass"],
+)
+def test_one_of_several_outputs_is_named(form: Any, output: str, listed: str, tmp_path: Path) -> None:
+    model = Returning(form).eval()
+    with pytest.raises(camrt.CamrtError, match=f"returns a {listed}: name the one that holds the logits with output="):
+        camrt.export_model(model, tmp_path / "net.camrt", SHAPE)
+    explainer, _ = exported(model, tmp_path / "net.camrt", output=output)
+    assert explainer.layers[:2] == ("first", "second")  # as in the model, whatever wraps it
+    assert_verified(explainer, model, output)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: torch.jit.script(Net(None).fc),
+            "is, or holds, TorchScript, which torch.export does not trace: pass the nn.Module",
+        ),
+        (
+            lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(5)),
+            "has lazy layers without weights yet",
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)),
+            "layer '1' normalises each image by",
+        ),
+        (lambda: "a name", r"takes a torch\.nn\.Module, not str"),
+    ],
+    ids=["script", "lazy", "batch statistics", "text"],
+)
+def test_models_that_cannot_be_taken_say_what_to_do(model: Callable[[], Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(camrt.CamrtError, match=message) as caught:
+        camrt.export_model(model(), tmp_path / "net.camrt", SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+class WithState(Net):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_a_state_that_is_no_tensor_is_part_of_the_digest(tmp_path: Path) -> None:
+    first = exported(WithState().eval(), tmp_path / "a.camrt")[0].manifest.source["weights_sha256"]
+    WithState.get_extra_state = lambda self: {"version": 4}  # type: ignore[method-assign]
+    assert exported(WithState().eval(), tmp_path / "b.camrt")[0].manifest.source["weights_sha256"] != first
+
+
+# ---- layers and roles
+
+
+class Reused(nn.Module):
+    """One activation module in three places, and a function; its last convolution is a subclass with a module inside."""
+
+    class Padded(nn.Conv2d):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.padding_module = nn.Identity()
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.padding_module(input))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.c, self.norm = self.Padded(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.a(x))
+        x = self.relu(self.b(x)) + x
+        return self.fc(F.silu(self.norm(self.c(x))).mean((2, 3)))
+
+
+def test_any_call_of_a_module_or_function_can_be_a_layer(tmp_path: Path) -> None:
+    model = Reused().eval()
+    layers = ["relu", "relu_1", "add", "norm", "silu"]
+    explainer, _ = exported(model, tmp_path / "net.camrt", layers=layers)
+    assert list(explainer.layers) == layers
+    assert [t.name for t in explainer.manifest.taps if "last" in t.roles] == ["silu"]
+    assert_verified(explainer, model)
+
+
+def test_the_last_layer_lies_behind_norm_and_activation_from_pytorch_and_onnx_alike(tmp_path: Path) -> None:
+    model = Reused().eval()
+    source = tmp_path / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = {"x": {0: "n"}, "y": {0: "n"}}
+        example = (torch.zeros(1, *SHAPE),)
+        torch.onnx.export(
+            model,
+            example,
+            source,
+            dynamo=False,
+            opset_version=17,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes=axes,
+        )
+    from_torch, _ = exported(model, tmp_path / "torch.camrt")
+    from_onnx = camrt.load(camrt.export_onnx(source, tmp_path / "onnx.camrt"))
+    assert from_torch.manifest.last_layer == "silu"
+    got, want = (e.explain(IMAGES, "grad_cam", 1).maps for e in (from_torch, from_onnx))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_among_named_layers_the_deepest_finished_one_stands_for_the_last(tmp_path: Path) -> None:
+    explainer, said = exported(Reused().eval(), tmp_path / "net.camrt", layers=["relu", "add", "c"])
+    assert [t.name for t in explainer.manifest.taps if "last" in t.roles] == ["add"]
+    assert "layer 'add' stands for the last layer" in said and "the network's own is 'silu'" in said
+    bare, said = exported(Reused().eval(), tmp_path / "bare.camrt", layers=["a", "c"])
+    assert "stands for" not in said
+    with pytest.raises(
+        camrt.CamrtError, match=r"score_cam needs the layers 'last', .*: export it with layer 'silu' as well"
+    ):
+        bare.explain(IMAGES, "score_cam", 1)
