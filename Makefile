@@ -2,6 +2,7 @@
 # make test      sets up everything and runs the tests
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
+# make models    writes some seventy networks with the exporters that users have, exports and verifies each, writes docs/models.md; an hour
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PEERS := .venv-peers/bin/python
 WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
 
-.PHONY: demo test coverage peers clean
+.PHONY: demo test coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -43,5 +44,22 @@ peers: .venv-peers/ready
 	$(PEERS) -m pip install --quiet '$(WINSOR_CAM)' || echo "Winsor-CAM's public implementation could not be installed: it is left out"
 	touch $@
 
+models: .venv/zoo-ready .venv-keras/ready
+	.venv-keras/bin/python benchmarks/zoo/keras_files.py build/zoo
+	$(BIN)/python benchmarks/zoo/torch_files.py build/zoo
+	$(BIN)/python benchmarks/zoo/hf_folders.py build/zoo
+	$(BIN)/python benchmarks/zoo/packaged.py build/zoo
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo/measure.py build/zoo --out docs/models.json
+	$(BIN)/python benchmarks/report.py
+
+.venv/zoo-ready: .venv/test-ready
+	$(PIP) transformers==5.24.0
+	touch $@
+
+.venv-keras/ready: Makefile
+	test -d .venv-keras || $(PYTHON) -m venv .venv-keras
+	.venv-keras/bin/python -m pip install --quiet tensorflow-cpu==2.21.0 tf2onnx==1.17.0
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers build *.egg-info
+	rm -rf .venv .venv-peers .venv-keras build *.egg-info

@@ -1,4 +1,5 @@
-"""Writes docs/benchmarks.md and docs/reliability.md from the JSON files beside them, which peers.py and reliability.py write.
+"""Writes docs/benchmarks.md, docs/reliability.md and docs/models.md from the JSON files beside them, which peers.py, reliability.py
+and zoo/measure.py write.
 
 python benchmarks/report.py
 """
@@ -166,7 +167,103 @@ def _time(part: dict[str, Any]) -> str:
     return f"{part['seconds']} seconds" if part["seconds"] < 120 else f"{part['seconds'] / 60:.0f} minutes"
 
 
-PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"benchmarks": benchmarks, "reliability": reliability}
+def models(found: list[dict[str, Any]]) -> str:
+    """docs/models.md."""
+    text = """# Which models get in
+
+Made by `make models`, which writes the networks below with the exporters that users have, exports each with camrt, verifies the
+bundle, and writes this page from `docs/models.json`. Weights are random; networks are small configurations where the family has
+them. *Passes* means that every comparison of `camrt verify` passed: logits of the untouched file in ONNX Runtime, and activations,
+gradients and maps beside float64 autograd.
+
+## What is read
+
+- **ONNX files** from opset 9 on, of any exporter: a network in ONNX's own operators, with one image in and one score for each class
+  out. What the constants, the image's size and a free batch determine is computed at export. A batch that was traced as 1 (or another
+  fixed number) is freed; where it cannot be, or where the images of a batch change one another, the bundle says batch 1 and a warning
+  names the node. Free height and width need `--input-shape`.
+- **PyTorch modules** that `torch.export` traces, in float32 or any other precision; wrapped by DataParallel or torch.compile;
+  returning a tensor, or a dict, tuple or dataclass with `--output`. Hugging Face image classifiers by `hf:FOLDER`.
+- **Precisions**: float16, bfloat16 and float64 are read as float32, with a warning. Quantised files compute their forward pass as
+  deployed; gradients pass straight through the rounding and are zero where the range clips, as PyTorch's fake_quantize has them.
+  Integer operators become QuantizeLinear and DequantizeLinear; dynamic quantisation takes its scales from all images of a batch, and
+  so has batch 1.
+- **Heads**: (N, C), (N, C, 1, 1), (N,) and (N, 1). A final Softmax, Sigmoid or LogSoftmax is set aside, also where it is written out.
+  What merely looks like probabilities is exported with a warning that says what it does to maps. Without any of these a softmax is
+  assumed and said; `--activation sigmoid` says otherwise.
+- **Preprocessing inside the graph** keeps its layers. Masks multiply what the first layer reads, not raw pixels: `camrt info` says
+  where that is.
+
+## What is refused, by name
+
+Custom operators, those that ONNX Runtime's optimiser wrote, what a converter left over, control flow that depends on the image's
+numbers, sequences, several image inputs, outputs that are not one score for each class, integer operators without an exact form,
+TorchScript, and PyTorch models that write through `detach()` or change gradients by hooks.
+
+## What a graph cannot know
+
+Stop-gradient (`detach`, straight-through estimators) is part of PyTorch's gradient and absent from an ONNX file: exported from
+PyTorch it is honoured, with a warning; from an ONNX file the gradient is that of the forward pass. A `torch.autograd.Function` with a
+backward pass of its own is differentiated through its forward pass, with a warning that names it.
+
+## The last layer
+
+The role "last" belongs to the last tensor on a spatial grid that the logits read before the grid is pooled or flattened, behind its
+batch norm and activation; of tokens that only a class token reads, the norm before the last attention. It is found in the graph, so
+that PyTorch and ONNX give the same. Where a later tensor's positions cannot be followed no layer takes the role, and a warning says so.
+
+"""
+    text += table(["torchvision", "camrt's default", "pytorch-grad-cam's documentation"], LAST_LAYERS)
+    text += "\n## The networks\n\n"
+    good = [r for r in found if "refused" not in r and not r["failed"]]
+    free = [r for r in good if r["batch"] == "dynamic"]
+    text += f"{len(good)} of {len(found)} get in and pass, {len(free)} of them with a free batch.\n\n"
+    text += table(
+        ["network", "exporter", "opset", "batch in the file", "batch", "last layer", "result"], map(_model, found)
+    )
+    return text
+
+
+def _model(row: dict[str, Any]) -> list[str]:
+    if "refused" in row:
+        result = row["refused"].replace("|", "/")
+    else:
+        said = [w for w in row["said"] if "precision" not in w]
+        result = (
+            f"{row['comparisons']} comparisons, {len(row['failed'])} fail"
+            if row["failed"]
+            else f"passes ({row['comparisons']})"
+        )
+        result += "".join(f"; {w.replace('|', '/')}" for w in said)
+    opset, batch = (str(row.get(key) or "") for key in ("opset", "batch_in_file"))
+    given = "free" if row.get("batch") == "dynamic" else str(row.get("batch", ""))
+    last = f"`{row['last']}`" if row.get("last") else ""
+    return [row["network"], row["exporter"], opset, batch, given, last, result]
+
+
+# of the networks in tests/families.py, whose tests hold camrt's side
+LAST_LAYERS = [
+    ["AlexNet", "`features` (the last MaxPool)", "not named"],
+    ["VGG", "`features` (the last MaxPool)", "`features[-1]`: the same tensor"],
+    ["ResNet, ResNeXt, Wide ResNet", "`layer4`'s last block", "`layer4[-1]`: the same tensor"],
+    ["DenseNet", "`relu`, the function behind `features`", "`features[-1]`: the batch norm before that rectifier"],
+    ["GoogLeNet", "`inception5b`", "not named"],
+    ["Inception v3", "`Mixed_7c`", "not named"],
+    ["SqueezeNet", "`classifier.2`, a map for each class", "not named"],
+    ["ShuffleNet v2", "`conv5`", "not named"],
+    ["MobileNet v2 and v3", "the last block of `features`", "`features[-1]`: the same tensor"],
+    ["MNASNet", "`layers`", "`layers[-1]`: the same tensor"],
+    ["EfficientNet, EfficientNet v2", "the last block of `features`", "not named"],
+    ["RegNet", "the last block of `trunk_output`", "not named"],
+    ["ConvNeXt", "the last block of `features`", "not named"],
+    ["ViT, DeiT", "the last block's first norm", "`blocks[-1].norm1`: the same tensor"],
+    [
+        "Swin, Swin v2",
+        "`norm`, behind the last block",
+        "`layers[-1].blocks[-1].norm1`: a norm inside that block, before its attention",
+    ],
+]
+PAGES: dict[str, Callable[[Any], str]] = {"benchmarks": benchmarks, "reliability": reliability, "models": models}
 
 
 def pages() -> dict[Path, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,8 @@ def _hugging_face(spec: str, place: str) -> Source:
         raise ExportError(
             f"transformers could not open {place!r} as an image classifier ({first_line(error)[:200]})"
         ) from error
-    labels = model.config.id2label
-    classes = tuple(str(labels[i]) for i in sorted(labels))
+    labels = getattr(model.config, "id2label", None)
+    classes = tuple(str(labels[i]) for i in sorted(labels)) if labels else None
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
     except Exception:  # a folder without one: the user says what the input is
@@ -156,6 +157,14 @@ def processed(processor: dict[str, Any], config: Any) -> tuple[tuple[int, int, i
             resize = int(size["height"]), int(size["width"])
     cropped = (int(crop["height"]), int(crop["width"])) if processor.get("do_center_crop") and crop else None
     cropped = cropped or (given if isinstance(resize, int) else None)
+    if cropped is not None and any(
+        c > r for c, r in zip(cropped, (resize,) * 2 if isinstance(resize, int) else resize or (0, 0), strict=True)
+    ):
+        warnings.warn(
+            "the image processor crops more than it resizes to, so its recipe is left out: see camrt recipe",
+            stacklevel=4,
+        )
+        return (channels, *cropped), None
     final = cropped if cropped is not None else resize
     if final is None or isinstance(final, int):
         side = getattr(config, "image_size", None)

@@ -26,7 +26,7 @@ def open_file(path: Path) -> Run:
             f"an export ends by running what it wrote, which needs ONNX Runtime: {error}"
         ) from None
     assert isinstance(backend, OrtBackend)
-    session = backend.session(path, single=False)
+    session = backend.session(path, single=False, keeps_memory=False)
     names = [o.name for o in session.get_outputs()]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
         side = int(getattr(config, "image_size", 64))
         size = {"height": side, "width": side}
         known = getattr(transformers, processor)
-        known(size=size, **({"crop_size": size} if "Bit" in processor else {})).save_pretrained(place)
+        known(size=size, crop_size=size).save_pretrained(place)
         print(place.name, flush=True)
 
 

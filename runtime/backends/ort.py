@@ -82,14 +82,17 @@ class OrtBackend:
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
         return OrtExecutable(self, program, bundle.file(program), concurrent)
 
-    def session(self, path: Path, single: bool, concurrent: bool = False, spins: bool = True) -> Any:
+    def session(
+        self, path: Path, single: bool, concurrent: bool = False, spins: bool = True, keeps_memory: bool = True
+    ) -> Any:
         """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread, and threads that
-        spin wait busily for the next run.
+        spin wait busily for the next run. keeps_memory: for later runs, of which one that runs once has none.
 
         BundleError if it cannot be loaded.
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = keeps_memory
         options.intra_op_num_threads = 1 if concurrent else self._threads or 0
         if not spins:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
