@@ -15,11 +15,11 @@ import numpy as np
 
 from ..runtime.errors import CamrtError, ExportError, InputError
 from ..runtime.manifest import (
-    ACTIVATIONS,
     PRECISIONS,
     Manifest,
     Normalized,
     Preprocess,
+    check_activation,
     check_recipe,
 )
 
@@ -164,8 +164,7 @@ def _precisions(given: str | Sequence[str]) -> list[str]:
 
 
 def _activation(given: str | None) -> str | None:
-    if given is not None and given not in ACTIVATIONS:
-        raise InputError(f"activation {given!r}: use {' or '.join(ACTIVATIONS)}")
+    check_activation(given)
     return given
 
 
@@ -213,6 +212,7 @@ def _write(
         raise ExportError(f"{len(facts.classes)} class names for a network with {count} classes")
     shape = _shape(static_dims(graph.model.graph.inputs[0]))
     check_recipe(facts.preprocess, shape)
+    check_activation(facts.activation, count)
     packages = ("torch", "onnx", "onnxscript") if facts.kind == "torch" else ("onnx", "onnxscript")
     manifest = Manifest(
         name=facts.name,

@@ -15,7 +15,7 @@ from ..runtime.opening import Run, open_file
 from .autodiff import on_path
 from .check import Logits
 from .graph import TappedGraph, batch_norm_after
-from .layouts import TAPPABLE, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
+from .layouts import TAPPABLE, carries_all, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
 from .logits import find_logits
 from .normalized import normalized_image
 from .onnx_file import computes_in_half, modernise, read_model
@@ -56,7 +56,12 @@ def read_graph(
     reachable = on_path(model.graph, list(model.graph.inputs), logits)
     computed = [y for node in model.graph for y in node.outputs if y in reachable]
     spatial = {names.get(str(y.name), str(y.name)): y for y in computed if y in known and known[y].kind in TAPPABLE}
-    last = last_on_grid([y for y in computed if y not in blind], known, followed)
+    last = last_on_grid(
+        [y for y in computed if y not in blind],
+        known,
+        followed,
+        lambda y: carries_all(model.graph, known, blind, logits, y),
+    )
     by_value = {y: n for n, y in spatial.items()}
     aliases = {str(y.name): n for n, y in spatial.items()}
     convolutions = [n for n, y in spatial.items() if _producer(y) == "Conv"]
@@ -96,7 +101,12 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
         try:
             if not opened:
                 opened.append(open_file(path))
-            return None if opened[0] is None else opened[0]({entry.name: fed})[wanted][:1]
+            if opened[0] is None:
+                return None
+            scores = opened[0]({entry.name: fed})[wanted]
+            return (
+                scores[:1] if scores.ndim > 1 or graph.batch != 1 else scores[None]
+            )  # a single image's, without a batch axis
         except BundleError as error:
             opened[:] = [None]
             warnings.warn(

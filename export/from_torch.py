@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..runtime.errors import ExportError, UnsupportedOperator, first_line
 from .autodiff import on_path
 from .graph import TappedGraph, batch_norm_after
-from .layouts import TAPPABLE, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
+from .layouts import TAPPABLE, carries_all, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
 from .logits import find_logits
 from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
 from .normalized import normalized_image
@@ -273,7 +273,10 @@ def tap_outputs(
     tensors = dict(zip(traced, values, strict=True))
     reachable = on_path(model.graph, list(model.graph.inputs), logits, past_stops=True)
     last = last_on_grid(
-        [y for n in model.graph for y in n.outputs if y in reachable and y not in blind], known, followed
+        [y for n in model.graph for y in n.outputs if y in reachable and y not in blind],
+        known,
+        followed,
+        lambda y: carries_all(model.graph, known, blind, logits, y),
     )
     named = check_names(layers, forward.shapes)
     last_name = _name_of(last, tensors, forward) if last is not None else None

@@ -8,7 +8,7 @@ the other. So a map is known again behind windows, attention and channel shuffle
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -613,14 +613,41 @@ def read_by_prefix_only(graph: ir.Graph, found: Mapping[ir.Value, Layout], targe
 
     Its gradient at their grid is zero, so they cannot explain it.
     """
-    whole = {target: True}  # value -> whether its grid is read
+    whole = _reads(graph, found, target)
+    return {v for v in found if not whole.get(v, False)}
+
+
+def carries_all(
+    graph: ir.Graph, found: Mapping[ir.Value, Layout], unread: Container[ir.Value], target: ir.Value, value: ir.Value
+) -> bool:
+    """Whether all that `target` reads of the image's grid passes through `value`: else it lies on one branch of several, and its
+    gradient is a part of the whole. What a class token took from earlier layers does not count. unread: of `read_by_prefix_only`.
+    """
+    whole = _reads(graph, found, target, value, unread)
+    return not any(whole.get(x, False) for x in graph.inputs)
+
+
+def _reads(
+    graph: ir.Graph,
+    found: Mapping[ir.Value, Layout],
+    target: ir.Value,
+    barrier: ir.Value | None = None,
+    unread: Container[ir.Value] = (),
+) -> dict[ir.Value, bool]:
+    """What `target` reads, past a barrier or not: value -> whether its grid is read, or its prefix alone."""
+    whole = {target: True}
     for node in reversed(graph):
         outputs = (
             node.outputs[:1] if node.op_type == "DynamicQuantizeLinear" else node.outputs
         )  # its scales have no gradient
-        reads = [whole[y] for y in outputs if y in whole]
+        reads = [whole[y] for y in outputs if y in whole and y is not barrier]
         if not reads:
             continue
+        if barrier is not None:
+            if node.op_type in ("Shape", "Size", "StopGradient"):
+                continue
+            if not any(reads) and not any(y in unread for y in outputs):
+                continue  # the class token of an earlier layer
         for x in node.inputs:
             if x is None:
                 continue
@@ -632,7 +659,7 @@ def read_by_prefix_only(graph: ir.Graph, found: Mapping[ir.Value, Layout], targe
                 apart = node.op_type in _ELEMENTWISE - {"Softmax", "LogSoftmax", "CumSum"} or node.op_type == "MatMul"
                 grid = not (apart and layout is not None and found.get(node.outputs[0]) == layout)
             whole[x] = whole.get(x, False) or grid
-    return {v for v in found if not whole.get(v, False)}
+    return whole
 
 
 def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:

@@ -59,6 +59,12 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
         raise ExportError(
             f"output {output.name!r} has {first.value} rows: camrt explains classifiers, which give one row for each image"
         )
+    node = logits.producer()
+    if node is not None and node.op_type == "TopK":
+        raise ExportError(
+            f"output {output.name!r} holds the highest scores in order of their rank (TopK), not each class's: "
+            "name the output that holds the logits, or export the model without its TopK"
+        )
     if logits.dtype is not None and not logits.dtype.is_floating_point():
         raise ExportError(
             f"output {output.name!r} is {logits.dtype}, whole numbers: camrt needs the scores of all classes, not the class chosen"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from ..runtime.errors import ExportError, UnknownLayer, near
-from .layouts import TAPPABLE, Layout
+from .layouts import TAPPABLE, Axes, Layout
 from .tape import dims
 
 ROLES = ("conv", "last", "default")
@@ -53,12 +53,16 @@ _ACTIVATIONS += ("QuantizeLinear",)  # a quantised network's rectifiers lie in t
 
 
 def last_on_grid(
-    order: Sequence[ir.Value], known: Mapping[ir.Value, Layout], followed: Container[ir.Value]
+    order: Sequence[ir.Value],
+    known: Mapping[ir.Value, Layout],
+    followed: Mapping[ir.Value, Axes],
+    carries_all: Callable[[ir.Value], bool],
 ) -> ir.Value | None:
     """The tensor in the role "last". order: the tensors that the logits read at their grid, as the graph computes them; followed:
-    those of whose axes something is known.
+    the axes of those of which something is known; carries_all: whether all that the logits read of the grid passes a tensor.
 
-    None, with a warning, where a later tensor has positions that are not followed: an earlier one would pass for the last.
+    None, with a warning, where a later tensor has positions that are not followed, or in another order of axes than a layer can
+    have: an earlier one would pass for the last. None, too, where the network ends in several branches that no tensor feeds.
     """
     grids = [
         v
@@ -67,17 +71,25 @@ def last_on_grid(
     ]
     if not grids:
         return None
-    lost = next((v for v in order[order.index(grids[-1]) :] if v not in followed and _has_positions(v)), None)
+    lost = next((v for v in order[order.index(grids[-1]) + 1 :] if _unusable(v, known, followed)), None)
     if lost is not None:
         node = lost.producer()
         assert node is not None
         warnings.warn(
-            f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map, so the bundle has no last layer for "
+            f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map (batch first), so the bundle has no last "
+            "layer for the methods that explain it: name a layer",
+            stacklevel=5,
+        )
+        return None
+    deepest = grids[-1]
+    last = next((v for v in reversed(grids) if carries_all(v)), None)
+    if last is None:
+        warnings.warn(
+            f"the logits read the image on several branches ({deepest.name!r} is on one of them), so the bundle has no last layer for "
             "the methods that explain it: name a layer",
             stacklevel=5,
         )
         return None
-    last = grids[-1]
     if known[last].kind == "tokens":
         last = _behind_projection(last, known, followed)
     usable = set(grids)
@@ -89,6 +101,15 @@ def last_on_grid(
             break  # channels, not the tokens before the grid, were left behind
         last = before  # type: ignore[assignment]
     return last
+
+
+def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mapping[ir.Value, Axes]) -> bool:
+    """Whether a layer of the network made a tensor with positions that no tap can show."""
+    if value in known and known[value].kind in TAPPABLE:
+        return False
+    axes = followed.get(value)
+    on_grid = axes is None or any(piece.of in ("row", "column") for axis in axes.axes for piece in axis)
+    return on_grid and _has_positions(value)
 
 
 def _has_positions(value: ir.Value) -> bool:

@@ -304,6 +304,14 @@ def _recipe(recipe: Preprocess, channels: int) -> None:
         raise ValueError("preprocess: letterbox takes a height and a width, and no crop")
 
 
+def check_activation(activation: str | None, classes: int | None = None) -> None:
+    """InputError if the activation makes no probabilities of that many scores, or of any."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise InputError(f"activation {activation!r}: use {' or '.join(ACTIVATIONS)}")
+    if activation == "softmax" and classes == 1:
+        raise InputError("the network gives one score, whose softmax is 1 for every image: use the activation sigmoid")
+
+
 def check_recipe(preprocess: Preprocess | None, shape: Sequence[int]) -> None:
     """InputError if the recipe cannot give the network's input."""
     if preprocess is None:

@@ -73,7 +73,7 @@ def test_a_recipe_is_set_where_there_was_none(
         (["--channels", "GRB"], "preprocess: 'GRB'|preprocess channels 'GRB': use RGB, BGR"),
         (["--fit", "letterbox", "--resize", "32"], "letterbox.* takes"),
         (["--mean", "0.5"], "mean"),
-        (["--activation", "tanh"], "activation 'tanh'"),
+        (["--activation", "tanh"], "activation 'tanh': use softmax or sigmoid"),
     ],
 )
 def test_a_recipe_that_does_not_fit_changes_nothing(
@@ -151,3 +151,24 @@ def test_image_processors_are_read(kind: str) -> None:
         want.channels,
     )
     np.testing.assert_allclose([got.mean, got.std], [want.mean, want.std], rtol=1e-6)
+
+
+def test_one_score_has_no_softmax(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from support import small_net
+
+    with pytest.raises(camrt.CamrtError, match="whose softmax is 1 for every image"):
+        camrt.export_model(small_net(classes=1), tmp_path / "one.camrt", (3, 32, 32), activation="softmax")
+    path = camrt.export_model(small_net(classes=1), tmp_path / "one.camrt", (3, 32, 32))
+    assert main(["recipe", str(path), "--activation", "softmax"]) == 2
+    assert "whose softmax is 1 for every image" in capsys.readouterr().err
+
+
+def test_not_the_class_is_no_map_of_the_class(tmp_path: Path) -> None:
+    """Ablation-CAM divides by the score: by the score of "not" its two signs would cancel."""
+    from support import small_net
+
+    path = camrt.export_model(small_net(classes=1), tmp_path / "one.camrt", (3, 32, 32))
+    image = np.random.default_rng(3).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    explainer = camrt.load(path)
+    of_class, of_not = (explainer.explain(image, "ablation_cam", t).maps for t in (0, "not"))
+    assert np.abs(of_class - of_not).max() > 0.1

@@ -371,3 +371,87 @@ def test_among_named_layers_the_deepest_finished_one_stands_for_the_last(tmp_pat
         camrt.CamrtError, match=r"score_cam needs the layers 'last', .*: export it with layer 'silu' as well"
     ):
         bare.explain(IMAGES, "score_cam", 1)
+
+
+class _Trunk(nn.Module):
+    """A trunk of 12 channels on an 8 x 8 grid, and one of eight ways from there to the logits."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.gate, self.other = nn.Conv2d(12, 1, 1), nn.Conv2d(3, 12, 5, 4, 2)
+        wide = {"bilinear": 144, "pyramid": 12 * 5, "towers": 24, "levels": 20}
+        self.head = nn.Linear(wide.get(way, 12), 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        early = torch.relu(self.a(x))
+        self.tap = t = torch.relu(self.b(early))
+        rows = t.flatten(2)
+        if self.way == "gated":
+            return self.head((rows * self.gate(t).flatten(2).softmax(-1)).sum(-1))
+        if self.way == "gated_by_product":
+            return self.head((rows @ self.gate(t).flatten(2).softmax(-1).transpose(1, 2)).squeeze(-1))
+        if self.way == "bilinear":
+            return self.head((rows @ rows.transpose(1, 2)).flatten(1))
+        if self.way == "pyramid":
+            pools = [nn.functional.adaptive_max_pool2d(t, n).flatten(1) for n in (1, 2)]
+            return self.head(torch.cat(pools, 1))
+        if self.way == "towers":
+            return self.head(torch.cat([t.mean((2, 3)), torch.relu(self.other(x)).mean((2, 3))], 1))
+        return self.head(t.mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["gated", "gated_by_product", "bilinear", "pyramid", "pooled"])
+def test_the_last_layer_carries_the_whole_gradient(way: str, tmp_path: Path) -> None:
+    """A side branch (a gate, one factor of a product, one of several pools) carries a part of it, and its map looks right."""
+    torch.manual_seed(0)
+    net = _Trunk(way).eval()
+    image = torch.randn(2, 3, 32, 32)
+    explainer = camrt.load(camrt.export_model(net, tmp_path / "n.camrt", (3, 32, 32)))
+    result = explainer.explain(image.numpy(), "grad_cam", 1)
+    net = net.double()
+    logits = net(image.double())
+    gradient = torch.autograd.grad(logits[:, 1].sum(), net.tap)[0]
+    cams = (gradient.mean((2, 3), keepdim=True) * net.tap).sum(1).relu().detach()
+    want = nn.functional.interpolate(cams[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0].numpy()
+    low, high = want.min((1, 2), keepdims=True), want.max((1, 2), keepdims=True)
+    np.testing.assert_allclose(result.maps, (want - low) / (high - low), atol=1e-4)
+
+
+def test_of_several_branches_none_is_the_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="the logits read the image on several branches"):
+        path = camrt.export_model(_Trunk("towers").eval(), tmp_path / "n.camrt", (3, 32, 32))
+    assert camrt.load(path).manifest.last_layer is None
+
+
+class _SequenceFirst(nn.Module):
+    """Tokens as nn.TransformerEncoder has them by default: (tokens, batch, channels)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.blocks(self.patches(x).flatten(2).permute(2, 0, 1))).mean(0))
+
+
+class _ColumnMajor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.patches(x).transpose(2, 3).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("net", [_SequenceFirst, _ColumnMajor])
+def test_a_later_layer_in_another_order_is_not_passed_over(net: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="so the bundle has no last layer"):
+        path = camrt.export_model(net().eval(), tmp_path / "n.camrt", (3, 32, 32))
+    assert camrt.load(path).manifest.last_layer is None

@@ -19,6 +19,7 @@ def recipe(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ..runtime.bundle import read_bundle, write_manifest
+    from ..runtime.manifest import check_activation
 
     bundle = read_bundle(options.bundle)
     manifest = bundle.manifest
@@ -27,6 +28,7 @@ def recipe(options: argparse.Namespace) -> int:
         preprocess=preprocess_of(options, manifest.preprocess, manifest.input_shape),
         activation=options.activation or manifest.activation,
     )
+    check_activation(changed.activation, changed.num_classes)
     if changed != manifest:
         write_manifest(bundle.path, changed)
     print(f"probabilities  {said_of_scores(changed)}")

@@ -30,10 +30,14 @@ def ablation_cam(heads: Heads) -> Result:
     """ReLU(sum_k w_k A_k), w_k = (S - S_k) / S, S_k the logit when channel k is set to zero.
 
     Runs only the network behind the tap, and only channels that are not zero already. Where activations are negative
-    pytorch-grad-cam subtracts 1e7 in place of ablating; this is the paper's zero. Where S is 0, w_k = S - S_k.
+    pytorch-grad-cam subtracts 1e7 in place of ablating; this is the paper's zero. Where S is 0, w_k = S - S_k. For the class "not"
+    of a single score S is the score, so that w_k = (S_k - S) / S: what lowers "not" raises the class.
     """
     per_layer = []
     score = (heads.logits.astype(np.float64) * heads.seeds).sum(axis=1)
+    over = np.where(score == 0, 1, score)
+    if heads.seeds.shape[1] == 1:
+        over = np.where(heads.seeds[:, 0] < 0, -over, over)  # not by its own sign, which would make it the class's map
     for index, activation in enumerate(heads.activations):
         live = np.flatnonzero(activation.any(axis=(1, 2)))
 
@@ -46,7 +50,7 @@ def ablation_cam(heads: Heads) -> Result:
         weights = np.zeros((len(heads.seeds), len(activation)), np.float32)
         if len(live):
             scores = _scores(heads, index, without, len(live), logits=True)
-            weights[:, live] = (score[:, None] - scores) / np.where(score == 0, 1, score)[:, None]
+            weights[:, live] = (score[:, None] - scores) / over[:, None]
         per_layer.append(np.einsum("sk,khw->shw", weights, activation))
     return combined(per_layer, heads.size)
 
