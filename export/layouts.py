@@ -648,8 +648,9 @@ def _reads(
                 continue
             if not any(reads) and not any(y in unread for y in outputs):
                 continue  # the class token of an earlier layer
-        for x in node.inputs:
-            if x is None:
+        behind = set() if any(reads) else _behind_prefix(node, found)
+        for place, x in enumerate(node.inputs):
+            if x is None or place in behind:
                 continue
             layout = found.get(x)
             grid = any(reads)
@@ -669,6 +670,22 @@ def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:
             f"layer {name!r}: the logits read none of its grid, only its class token, so its gradient there is zero: "
             "name a layer before the last attention"
         )
+
+
+def _behind_prefix(node: ir.Node, found: Mapping[ir.Value, Layout]) -> set[int]:
+    """Which inputs of a Concat of tokens lie behind its prefix."""
+    layout = found.get(node.outputs[0])
+    if node.op_type != "Concat" or layout is None or layout.kind != "tokens" or attribute(node, "axis", 0) % 3 != 1:
+        return set()
+    behind, start = set(), 0
+    for place, x in enumerate(node.inputs):
+        if start >= layout.prefix:
+            behind.add(place)
+        size = dims(x)[1] if x is not None and len(dims(x)) == 3 else None
+        if size is None:
+            return behind
+        start += size
+    return behind
 
 
 def _takes_prefix(node: ir.Node, layout: Layout) -> bool:
