@@ -210,7 +210,8 @@ backward pass of its own is differentiated through its forward pass, with a warn
 
 The role "last" belongs to the last tensor on a spatial grid that the logits read before the grid is pooled or flattened, behind its
 batch norm and activation; of tokens that only a class token reads, the norm before the last attention. It is found in the graph, so
-that PyTorch and ONNX give the same. Where a later tensor's positions cannot be followed no layer takes the role, and a warning says so.
+that PyTorch and ONNX give the same. All that the logits read of the image passes it: a gate beside the trunk is no last layer. Where
+there is no such tensor, or a later tensor's positions cannot be followed, no layer takes the role, and a warning says so.
 
 """
     text += table(["torchvision", "camrt's default", "pytorch-grad-cam's documentation"], LAST_LAYERS)
