@@ -104,9 +104,8 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
             if opened[0] is None:
                 return None
             scores = opened[0]({entry.name: fed})[wanted]
-            return (
-                scores[:1] if scores.ndim > 1 or graph.batch != 1 else scores[None]
-            )  # a single image's, without a batch axis
+            without_batch = scores.ndim == 1 and len(fed) == 1
+            return scores[None] if without_batch else scores[:1]
         except BundleError as error:
             opened[:] = [None]
             warnings.warn(
