@@ -12,12 +12,13 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import values
+from torch import library
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..runtime.errors import ExportError
 
 
-@torch.library.custom_op("camrt::stop_gradient", mutates_args=())
+@library.custom_op("camrt::stop_gradient", mutates_args=())
 def stop_gradient(x: torch.Tensor) -> torch.Tensor:
     """x, whose gradient ends here."""
     return x.detach().clone()
