@@ -75,10 +75,9 @@ def export_model(
     module = prepare_module(model, output)
     _check_path(path, overwrite)
     check_recipe(preprocess, shape)
+    check_activation(activation)
     label = name or type(model).__name__.lower()
-    facts = _Facts(
-        path, label, "torch", _precisions(precision), _activation(activation), classes, preprocess, overwrite
-    )
+    facts = _Facts(path, label, "torch", _precisions(precision), activation, classes, preprocess, overwrite)
 
     def build(pinned: bool) -> TappedGraph:
         try:
@@ -118,8 +117,9 @@ def export_onnx(
     from .from_onnx import read_graph, refuse_invalid, source_logits
 
     _check_path(path, overwrite)
+    check_activation(activation)
     label = name or Path(model).stem
-    facts = _Facts(path, label, "onnx", _precisions(precision), _activation(activation), classes, preprocess, overwrite)
+    facts = _Facts(path, label, "onnx", _precisions(precision), activation, classes, preprocess, overwrite)
     origin = {"kind": "onnx", "spec": str(model), "output": output}
     sizes = None if input_shape is None else _shape(input_shape)
     try:
@@ -161,11 +161,6 @@ def _precisions(given: str | Sequence[str]) -> list[str]:
     if not names:
         raise InputError(f"no precision was given: use {', '.join(PRECISIONS)}")
     return list(dict.fromkeys(PRECISIONS[name] for name in names))
-
-
-def _activation(given: str | None) -> str | None:
-    check_activation(given)
-    return given
 
 
 def _export(

@@ -21,15 +21,13 @@ from .graph import TappedGraph
 
 SOURCE_LIMIT = 1e-3  # relative L2 of logits from the source's: two float32 programs on the same image
 ROWS_LIMIT = 1e-3  # relative L2 of a batch's logits from those of its images alone
-ROUNDED_LIMIT = (
-    5e-2  # both, where the source rounds to float16 or quantises: a rounding that falls otherwise moves all behind it
-)
+# both, where the source rounds to float16 or quantises: a rounding that falls otherwise moves all behind it
+ROUNDED_LIMIT = 5e-2
 LARGE = 32e6  # bytes that a program gives for an image: one image at a time is then in memory
 GRADIENT_LIMIT = 0.1  # relative L2 of a gradient from PyTorch's, before float64 decides
 
-Logits = Callable[
-    [np.ndarray], np.ndarray | None
-]  # one image (1, C, H, W) -> what the source gives, None where it cannot be run
+# one image (1, C, H, W) -> what the source gives, None where it cannot be run
+Logits = Callable[[np.ndarray], np.ndarray | None]
 
 
 class RowsMixed(CamrtError):
@@ -55,8 +53,9 @@ class Checker:
         """ExportError names the program; RowsMixed where a batch must not be free."""
         images = self.images[:1] if manifest.batch == 1 else self.images
         classify = next(p for p in manifest.programs if p.kind == "classify")
-        logits = self._run(folder, classify, {"image": images})["logits"]
-        self._compare_rows(folder, classify, images, logits)
+        run = open_file(folder / classify.file)
+        logits = self._outputs(classify, {"image": images}, run)["logits"]
+        self._compare_rows(run, images, logits)
         self._compare_source(manifest, images, logits)
         self.logits = logits
         seed = np.eye(manifest.num_classes, dtype=np.float32)[logits.argmax(axis=1)]
@@ -64,7 +63,8 @@ class Checker:
         for program in manifest.programs:
             if program is classify:
                 continue
-            out = self._run(folder, program, {name: given[name] for name in program.inputs})
+            feeds = {name: given[name] for name in program.inputs}
+            out = self._outputs(program, feeds, open_file(folder / program.file))
             if program.kind in ("trunk", "normalize"):
                 given |= {n: a for n, a in out.items() if n != "logits"}
             if (
@@ -87,9 +87,8 @@ class Checker:
         run = open_file(folder / classify.file)
         return lambda image: run({"image": image})["logits"]
 
-    def _run(self, folder: Path, program: Program, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _outputs(self, program: Program, feeds: dict[str, np.ndarray], run: Run) -> dict[str, np.ndarray]:
         """What a program gives; of one that gives very much, image after image, what it gives for the first."""
-        run = open_file(folder / program.file)
         if sum(math.prod(shape[1:]) for shape in program.outputs.values()) * 4 > LARGE:
             out: dict[str, np.ndarray] = {}
             for i in reversed(range(len(feeds["image"]))):
@@ -132,10 +131,9 @@ class Checker:
                     else RowsMixed(f"with a free batch {said}")
                 )
 
-    def _compare_rows(self, folder: Path, classify: Program, images: np.ndarray, logits: np.ndarray) -> None:
+    def _compare_rows(self, run: Run, images: np.ndarray, logits: np.ndarray) -> None:
         if len(images) < 2:
             return
-        run = open_file(folder / classify.file)
         alone = np.concatenate([run({"image": image[None]})["logits"] for image in images])
         if relative_l2(logits, alone) > self._limits[1]:
             raise RowsMixed(first_mixing(self._graph, images))

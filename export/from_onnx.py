@@ -12,16 +12,15 @@ import onnx_ir as ir
 
 from ..runtime.errors import BundleError, ExportError, first_line
 from ..runtime.opening import Run, open_file
-from .autodiff import on_path
 from .check import Logits
 from .graph import TappedGraph, batch_norm_after
-from .layouts import TAPPABLE, carries_all, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
+from .layouts import TAPPABLE, refuse_unread, tap_at
 from .logits import find_logits
 from .normalized import normalized_image
 from .onnx_file import computes_in_half, modernise, read_model
 from .prepare import channels_first, settle, take_numbers_as_float
-from .tape import dims
-from .taps import choose, is_finished, last_on_grid
+from .tape import dims, made_by
+from .taps import choose, feature_maps, is_finished
 
 
 def read_graph(
@@ -50,28 +49,21 @@ def read_graph(
     logits, final_activation = find_logits(model.graph)
     model.graph.outputs.clear()
 
-    followed = follow(model.graph)
-    known = named_layouts(followed)
-    blind = read_by_prefix_only(model.graph, known, logits)
-    reachable = on_path(model.graph, list(model.graph.inputs), logits)
-    computed = [y for node in model.graph for y in node.outputs if y in reachable]
-    spatial = {names.get(str(y.name), str(y.name)): y for y in computed if y in known and known[y].kind in TAPPABLE}
-    last = last_on_grid(
-        [y for y in computed if y not in blind],
-        known,
-        followed,
-        lambda y: carries_all(model.graph, known, blind, logits, y),
-    )
+    maps = feature_maps(model.graph, logits)
+    known, last = maps.known, maps.last
+    spatial = {
+        names.get(str(y.name), str(y.name)): y for y in maps.reachable if y in known and known[y].kind in TAPPABLE
+    }
     by_value = {y: n for n, y in spatial.items()}
     aliases = {str(y.name): n for n, y in spatial.items()}
-    convolutions = [n for n, y in spatial.items() if _producer(y) == "Conv"]
+    convolutions = [n for n, y in spatial.items() if made_by(y, "Conv")]
     wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
     last_name = None if last is None else by_value[last]
     roles = choose(wanted, convolutions, last_name, spatial, lambda n: is_finished(spatial[n]))
     taps = []
     for name, roles_of_tap in roles.items():
         y = spatial[name]
-        refuse_unread(name, y, blind)
+        refuse_unread(name, y, maps.unread)
         norm = "after" if batch_norm_after(y) else "none"
         taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
     normalized = normalized_image(model.graph, known, logits)
@@ -122,11 +114,6 @@ def refuse_invalid(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"{path}: not a valid ONNX model ({first_line(error)[:200]})") from error
-
-
-def _producer(value: ir.Value) -> str:
-    node = value.producer()
-    return node.op_type if node is not None else ""
 
 
 def _keep_output(model: ir.Model, output: str | None) -> None:

@@ -18,9 +18,8 @@ from torch.export.unflatten import InterpreterModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..runtime.errors import ExportError, UnsupportedOperator, first_line
-from .autodiff import on_path
 from .graph import TappedGraph, batch_norm_after
-from .layouts import TAPPABLE, carries_all, follow, named_layouts, read_by_prefix_only, refuse_unread, tap_at
+from .layouts import TAPPABLE, refuse_unread, tap_at
 from .logits import find_logits
 from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
 from .normalized import normalized_image
@@ -28,7 +27,7 @@ from .onnx_file import OPSET, modernise
 from .prepare import settle
 from .recording import recording
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
-from .taps import check_names, choose, is_finished, last_on_grid
+from .taps import check_names, choose, feature_maps, is_finished
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
@@ -61,8 +60,8 @@ class Forward:
     """What an eager run of a model computes.
 
     shapes: of every tensor that may hold a feature map, by name, in the order in which they are computed; convolutions: those of
-    modules and calls that convolve; blocks: those that a module with children returns; read: those that the output's gradient reaches; own_gradients: classes of
-    torch.autograd.Function with a backward pass of their own.
+    modules and calls that convolve; modules: those that a module returns; blocks: those that a module with children returns; read:
+    those that the output's gradient reaches; own_gradients: classes of torch.autograd.Function with a backward pass of their own.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -267,17 +266,9 @@ def tap_outputs(
     model.graph.outputs.append(output)
     logits, final_activation = find_logits(model.graph)
     model.graph.outputs.clear()
-    followed = follow(model.graph)
-    known = named_layouts(followed)
-    blind = read_by_prefix_only(model.graph, known, logits)
+    maps = feature_maps(model.graph, logits)
+    known, last = maps.known, maps.last
     tensors = dict(zip(traced, values, strict=True))
-    reachable = on_path(model.graph, list(model.graph.inputs), logits, past_stops=True)
-    last = last_on_grid(
-        [y for n in model.graph for y in n.outputs if y in reachable and y not in blind],
-        known,
-        followed,
-        lambda y: carries_all(model.graph, known, blind, logits, y),
-    )
     named = check_names(layers, forward.shapes)
     last_name = _name_of(last, tensors, forward) if last is not None else None
     if last is not None and last_name is None and len(traced) < len(forward.shapes):
@@ -300,7 +291,7 @@ def tap_outputs(
                 f"layer {name!r} has output {value.shape}, which is not known to be a feature map "
                 "(batch, channels, height, width), channels-last, or tokens of a grid: name other layers"
             )
-        if value not in reachable or name not in forward.read:
+        if value not in maps.reachable or name not in forward.read:
             if name in named:
                 raise UnsupportedOperator(
                     f"no gradient reaches layer {name!r}: the logits read it through detach or no_grad alone, or not at all: choose "
@@ -308,7 +299,7 @@ def tap_outputs(
                 )
             without_gradient.append(name)
             continue
-        refuse_unread(name, value, blind)
+        refuse_unread(name, value, maps.unread)
         norm = "after" if batch_norm_after(value) else "none"
         taps.append((tap_at(name, of_tap, value, known[value], norm), str(value.name)))
     if left_out:

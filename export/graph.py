@@ -46,7 +46,8 @@ def named_values(graph: ir.Graph) -> dict[str, ir.Value]:
     return values  # type: ignore[return-value]
 
 
-def _run(model: ir.Model, *steps: object) -> None:
+def run_passes(model: ir.Model, *steps: object) -> None:
+    """Runs onnx_ir passes in place, one after another."""
     for step in steps:
         step(model)  # type: ignore[operator]
 
@@ -134,12 +135,12 @@ def finish(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
 
 def infer_types(model: ir.Model) -> None:
     """Gives every value its type and what can be known of its shape."""
-    _run(model, passes.ShapeInferencePass())
+    run_passes(model, passes.ShapeInferencePass())
 
 
 def tidy(model: ir.Model) -> ir.Model:
     """Sorts the graph, drops what no output needs, gives every value a name of its own."""
-    _run(model, passes.TopologicalSortPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
+    run_passes(model, passes.TopologicalSortPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]

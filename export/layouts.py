@@ -68,65 +68,22 @@ class Axes:
 
 BATCH = Piece("batch", 1)
 
+# fmt: off
 _ELEMENTWISE = {
-    *(
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Add",
-        "And",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atanh",
-        "BatchNormalization",
-        "Cast",
-        "Ceil",
-        "Celu",
-    ),
-    *(
-        "Clip",
-        "Cos",
-        "Cosh",
-        "CumSum",
-        "DequantizeLinear",
-        "Div",
-        "Dropout",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Floor",
-        "Gelu",
-    ),
-    *(
-        "Greater",
-        "GreaterOrEqual",
-        "GroupNormalization",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "InstanceNormalization",
-    ),
-    *("IsNaN", "LRN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "LpNormalization"),
-    *("Max", "Mean", "MeanVarianceNormalization", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow"),
-    *("QuantizeLinear", "RMSNormalization", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin"),
-    *("Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "StopGradient", "Sub", "Sum", "Swish", "Tan", "Tanh"),
-    *("ThresholdedRelu", "Trilu", "Where", "Xor", "DynamicQuantizeLinear"),
+    "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BatchNormalization", "Cast", "Ceil",
+    "Celu", "Clip", "Cos", "Cosh", "CumSum", "DequantizeLinear", "Div", "Dropout", "DynamicQuantizeLinear", "Elu",
+    "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid",
+    "HardSwish", "Identity", "InstanceNormalization", "IsNaN", "LRN", "LayerNormalization", "LeakyRelu", "Less",
+    "LessOrEqual", "Log", "LogSoftmax", "LpNormalization", "Max", "Mean", "MeanVarianceNormalization", "Min", "Mish",
+    "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow", "QuantizeLinear", "RMSNormalization", "Reciprocal", "Relu",
+    "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt",
+    "StopGradient", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu", "Where", "Xor",
 }
 _MAPS_TO_MAPS = {
-    *(
-        "Conv",
-        "ConvTranspose",
-        "MaxPool",
-        "AveragePool",
-        "LpPool",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "GlobalLpPool",
-    ),
-    *("DepthToSpace", "SpaceToDepth", "Resize", "Upsample"),
+    "AveragePool", "Conv", "ConvTranspose", "DepthToSpace", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool",
+    "LpPool", "MaxPool", "Resize", "SpaceToDepth", "Upsample",
 }
+# fmt: on
 
 
 def layouts(graph: ir.Graph) -> dict[ir.Value, Layout]:
@@ -587,9 +544,8 @@ def _expanded(before: Axes, y: ir.Value) -> Axes | None:
     """Copies along an axis are as channels."""
     sizes = dims(y)
     shift = len(sizes) - len(before.axes)
-    axes = [((),) * shift + before.axes][0]
-    new = [axis if axis else _channels(n) for axis, n in zip(axes, sizes, strict=True)]
-    new = [_channels(n) if all(p.of == "channel" for p in a) else a for a, n in zip(new, sizes, strict=True)]
+    axes = ((),) * shift + before.axes
+    new = [_channels(n) if all(p.of == "channel" for p in axis) else axis for axis, n in zip(axes, sizes, strict=True)]
     return replace(before, axes=tuple(new), token_axis=before.token_axis + shift if before.prefix else -1)
 
 
@@ -637,9 +593,8 @@ def _reads(
     """What `target` reads, past a barrier or not: value -> whether its grid is read, or its prefix alone."""
     whole = {target: True}
     for node in reversed(graph):
-        outputs = (
-            node.outputs[:1] if node.op_type == "DynamicQuantizeLinear" else node.outputs
-        )  # its scales have no gradient
+        scaled = node.op_type == "DynamicQuantizeLinear"  # its scales have no gradient
+        outputs = node.outputs[:1] if scaled else node.outputs
         reads = [whole[y] for y in outputs if y in whole and y is not barrier]
         if not reads:
             continue

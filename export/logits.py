@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ..runtime.errors import ExportError
 from .patterns import reduced_axes
-from .tape import attribute, constant_of, dims, initializer
+from .tape import attribute, constant_of, dims, initializer, made_by
 
 _PASSED = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Clip", "QuantizeLinear")
 _PASSED += ("DequantizeLinear", "Dropout")
@@ -59,8 +59,7 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
         raise ExportError(
             f"output {output.name!r} has {first.value} rows: camrt explains classifiers, which give one row for each image"
         )
-    node = logits.producer()
-    if node is not None and node.op_type == "TopK":
+    if made_by(logits, "TopK") is not None:
         raise ExportError(
             f"output {output.name!r} holds the highest scores in order of their rank (TopK), not each class's: "
             "name the output that holds the logits, or export the model without its TopK"
@@ -147,18 +146,13 @@ def _match(node: ir.Node) -> tuple[ir.Value, str] | None:
     return None
 
 
-def _made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type in op_types else None
-
-
 def _softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
     """exp(z) / sum exp(z), z with or without its maximum taken off."""
     numbers, total = node.inputs
     if node.op_type == "Mul":
-        inverse = _made_by(total, "Reciprocal")
+        inverse = made_by(total, "Reciprocal")
         total = inverse.inputs[0] if inverse is not None else None
-    exponential, summed = _made_by(numbers, "Exp"), _made_by(total, "ReduceSum")
+    exponential, summed = made_by(numbers, "Exp"), made_by(total, "ReduceSum")
     if exponential is None or summed is None or summed.inputs[0] is not numbers:
         return None
     if not _over_classes(summed):
@@ -168,9 +162,9 @@ def _softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
 
 
 def _behind_maximum(z: ir.Value) -> ir.Value:
-    minus = _made_by(z, "Sub")
+    minus = made_by(z, "Sub")
     if minus is not None:
-        largest = _made_by(minus.inputs[1], "ReduceMax")
+        largest = made_by(minus.inputs[1], "ReduceMax")
         if largest is not None and largest.inputs[0] is minus.inputs[0] and minus.inputs[0] is not None:
             return minus.inputs[0]
     return z
@@ -191,12 +185,12 @@ def _sigmoid_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
         below = node.inputs[1]
     else:
         return None
-    total = _made_by(below, "Add")
+    total = made_by(below, "Add")
     if total is None:
         return None
     for one, other in (tuple(total.inputs), tuple(total.inputs)[::-1]):
-        exponential = _made_by(other, "Exp")
-        negative = _made_by(exponential.inputs[0], "Neg") if exponential is not None else None
+        exponential = made_by(other, "Exp")
+        negative = made_by(exponential.inputs[0], "Neg") if exponential is not None else None
         if _is(one, 1.0) and negative is not None and negative.inputs[0] is not None:
             return negative.inputs[0], "Sigmoid"
     return None
@@ -207,11 +201,11 @@ def _log_softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:
     z, total = node.inputs
     if z is None:
         return None
-    joint = _made_by(total, "ReduceLogSumExp")
+    joint = made_by(total, "ReduceLogSumExp")
     if joint is None:
-        logarithm = _made_by(total, "Log")
-        joint = _made_by(logarithm.inputs[0], "ReduceSum") if logarithm is not None else None
-        exponential = _made_by(joint.inputs[0], "Exp") if joint is not None else None
+        logarithm = made_by(total, "Log")
+        joint = made_by(logarithm.inputs[0], "ReduceSum") if logarithm is not None else None
+        exponential = made_by(joint.inputs[0], "Exp") if joint is not None else None
         if joint is None or exponential is None or exponential.inputs[0] is not z:
             return None
         return (_behind_maximum(z), "LogSoftmax") if _over_classes(joint) else None

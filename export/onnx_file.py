@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from ..runtime.errors import ExportError, first_line
+from .graph import run_passes
 from .quantised import to_qdq
 from .shapes import label, unknown_operator
 from .tape import attribute, constant_of
@@ -112,7 +113,7 @@ def modernise(model: ir.Model) -> ir.Model:
 
     ExportError names an operator that cannot be taken.
     """
-    _run(
+    run_passes(
         model,
         passes.ClearMetadataAndDocStringPass(),
         passes.InlinePass(),
@@ -124,30 +125,25 @@ def modernise(model: ir.Model) -> ir.Model:
     to_qdq(model)
     _unlist(model.graph)
     _refuse_foreign(model)
-    model.opset_imports.pop("ai.onnx", None) if "" in model.opset_imports else None
+    if "" in model.opset_imports:
+        model.opset_imports.pop("ai.onnx", None)
     for domain in [d for d in model.opset_imports if d not in _STANDARD]:
         del model.opset_imports[domain]
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     if version < OPSET:
         model = _converted(model, version)
-        _run(model, passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+        run_passes(model, passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     as_float32(model)
-    _run(model, passes.IdentityEliminationPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
+    run_passes(model, passes.IdentityEliminationPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     return model
-
-
-def _run(model: ir.Model, *steps: object) -> None:
-    for step in steps:
-        step(model)  # type: ignore[operator]
 
 
 def _refuse_foreign(model: ir.Model) -> None:
     """ExportError for the first operator that is not ONNX's own."""
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     for node in model.graph.all_nodes():
-        if node.domain in _STANDARD and not onnx.defs.has(node.op_type, version, ""):
-            raise ExportError(unknown_operator(node))
-        if node.domain not in _STANDARD and (node.domain, node.op_type) != ("camrt", "StopGradient"):
+        is_mark = (node.domain, node.op_type) == ("camrt", "StopGradient")
+        if not is_mark and not (node.domain in _STANDARD and onnx.defs.has(node.op_type, version, "")):
             raise ExportError(unknown_operator(node))
         if node.op_type in ("Loop", "Scan"):
             raise ExportError(

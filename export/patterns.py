@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .shapes import ShapeWalk
-from .tape import attribute, constant_of, dims, initializer
+from .tape import attribute, constant_of, dims, initializer, made_by
 
 
 def simplify(graph: ir.Graph) -> None:
@@ -83,11 +83,6 @@ def reduced_axes(node: ir.Node) -> list[int] | None:
     return sorted(int(a) % rank for a in axes)
 
 
-def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type in op_types and node.domain in ("", "ai.onnx") else None
-
-
 def _with_constant(node: ir.Node | None) -> tuple[ir.Value | None, np.ndarray | None]:
     """(the other operand, the constant) of a node with one constant operand."""
     if node is None or len(node.inputs) != 2:
@@ -101,16 +96,16 @@ def _with_constant(node: ir.Node | None) -> tuple[ir.Value | None, np.ndarray | 
 def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
     """(x - mean) / sqrt(mean((x - mean)^2) + epsilon) over the last axes, and the scale and shift behind it."""
     centred, root = division.inputs
-    minus, sqrt = _producer(centred, "Sub"), _producer(root, "Sqrt")
+    minus, sqrt = made_by(centred, "Sub"), made_by(root, "Sqrt")
     if minus is None or sqrt is None:
         return
     x = minus.inputs[0]
-    mean = _producer(minus.inputs[1], "ReduceMean")
-    variance, epsilon = _with_constant(_producer(sqrt.inputs[0], "Add"))
-    spread = _producer(variance, "ReduceMean")
+    mean = made_by(minus.inputs[1], "ReduceMean")
+    variance, epsilon = _with_constant(made_by(sqrt.inputs[0], "Add"))
+    spread = made_by(variance, "ReduceMean")
     if x is None or x.shape is None or mean is None or spread is None or epsilon is None or epsilon.size != 1:
         return
-    square = _producer(spread.inputs[0], "Pow", "Mul")
+    square = made_by(spread.inputs[0], "Pow", "Mul")
     if square is None or square.inputs[0] is not centred:
         return
     exponent = constant_of(square.inputs[1]) if square.op_type == "Pow" else None
@@ -142,7 +137,7 @@ def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
 def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:
     """Reshape to rows, Gemm, Reshape back: a MatMul over the last axis and its bias, which leaves the other axes alone."""
     a, weight, *bias = gemm.inputs
-    before, readers = _producer(a, "Reshape"), gemm.outputs[0].consumers()
+    before, readers = made_by(a, "Reshape"), gemm.outputs[0].consumers()
     after = readers[0] if len(readers) == 1 and readers[0].op_type == "Reshape" else None
     x = before.inputs[0] if before is not None else None
     plain = (
@@ -280,11 +275,7 @@ def _write_box(walk: ShapeWalk, node: ir.Node, box: Sequence[tuple[int, int] | N
             inside = np.zeros([1 if b is None else shapes[0][a] for a, b in enumerate(box)], bool)
             inside[tuple(slice(*b) if b else slice(None) for b in box)] = True
             result = op("Where", initializer(graph, f"{y.name}_inside", inside), padded, data)
-    for value in graph.initializers.values():
-        if value not in walk.facts:
-            walk._note_constant(value)
     facts = walk.facts[y]
     put_in_place(graph, node, result, made)
-    for new in made:
-        walk._walk(new)
+    walk.note(made)
     walk.facts[result] = facts

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import LARGEST_SIDE, MOST_ELEMENTS
+from .graph import run_passes
 from .patterns import simplify, write_boxes
 from .shapes import BatchPinned, ShapeWalk
 from .tape import attribute, dims
@@ -129,21 +130,16 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
         walk = ShapeWalk(model, (1,))
     write_boxes(walk)
     walk.apply()
-    _run(
+    run_passes(
         model,
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
     )
     simplify(model.graph)
-    _run(model, passes.RemoveUnusedNodesPass(), passes.NameFixPass())
+    run_passes(model, passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     check_sizes(model.graph)
     return batch
-
-
-def _run(model: ir.Model, *steps: object) -> None:
-    for step in steps:
-        step(model)  # type: ignore[operator]
 
 
 def check_sizes(graph: ir.Graph) -> None:

@@ -135,6 +135,11 @@ class ShapeWalk:
                 pending += [x.producer() for x in node.inputs if x is not None]
         return live
 
+    def note(self, nodes: Sequence[ir.Node]) -> None:
+        """Facts about nodes that were put into the graph after the walk."""
+        for node in nodes:
+            self._walk(node)
+
     # ---- one node
 
     def _walk(self, node: ir.Node) -> None:
@@ -195,9 +200,7 @@ class ShapeWalk:
 
     def _contents_known(self, node: ir.Node) -> bool:
         left = node.op_type in _LEFT | _RANDOM
-        if (
-            node.op_type == "DequantizeLinear"
-        ):  # parameters of a batch norm, say, with which no engine computes as integers
+        if node.op_type == "DequantizeLinear":  # of a batch norm, say, whose numbers no engine takes as integers
             left = any(n.op_type in _PRODUCTS for n in node.outputs[0].consumers())
         if left or _has_subgraph(node) or node.domain not in ("", "ai.onnx"):
             return False
@@ -228,9 +231,8 @@ class ShapeWalk:
     def _evaluate(self, node: ir.Node, feeds: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         names = ["" if f is None else f"x{i}" for i, f in enumerate(feeds)]
         inputs = {n: f for n, f in zip(names, feeds, strict=True) if n}
-        opset = (
-            max(self.opset, 19) if node.op_type == "DequantizeLinear" else self.opset
-        )  # the evaluator knows no older one
+        oldest = 19 if node.op_type == "DequantizeLinear" else 1  # that the evaluator knows
+        opset = max(self.opset, oldest)
         return evaluate_node(node, names, inputs, opset, self.ir_version)
 
     def _infer(self, node: ir.Node) -> None:
@@ -467,12 +469,9 @@ class ShapeWalk:
             raise BatchPinned(node, f"joins other numbers for each of {traced} images")
         y = node.outputs[0]
         y.type = inputs[0].type
-        joined = [sum(f.shapes[0][axis] for f in facts)] * len(self.batches)
-        model_shape = self.facts[like].shapes
+        joined = sum(f.shapes[0][axis] for f in facts)
         self.facts[y] = Facts(
-            tuple(
-                tuple(j if a == axis else n for a, n in enumerate(s)) for s, j in zip(model_shape, joined, strict=True)
-            )
+            tuple(tuple(joined if a == axis else n for a, n in enumerate(s)) for s in self.facts[like].shapes)
         )
         self.edits.append(lambda: self._repeat(node, inputs, fixed, like, place))
         return True

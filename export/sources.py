@@ -29,10 +29,6 @@ class Source:
     output: str | None = None  # which part of what the model returns holds the logits
 
 
-def is_onnx(spec: str) -> bool:
-    return spec.lower().endswith(".onnx")
-
-
 def open_source(spec: str) -> Source:
     """Builds the model. Random weights are the same every time: the generator is seeded with 0. ExportError if it cannot."""
     import torch

@@ -59,6 +59,12 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that computes a value, if its operator is one of those."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types else None
+
+
 def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
     """A new constant of the graph, under a name that is not taken."""
     while name in graph.initializers:
@@ -110,17 +116,7 @@ class Tape:
         array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar one-dimensional
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
-            name = f"constant_{len(self._constants)}"
-            while name in self.graph.initializers:
-                name += "_"
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape(array.shape),
-                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-                const_value=ir.tensor(array, name=name),
-            )
-            self.graph.register_initializer(value)
-            self._constants[key] = value
+            self._constants[key] = initializer(self.graph, f"constant_{len(self._constants)}", array)
         return self._constants[key]
 
     def floats(self, values: Any) -> ir.Value:

@@ -1,7 +1,7 @@
 """Which tensors a bundle taps, and in which role: `layers="conv"`, `"last"`, `"default"` (both), or a list of names.
 
 Roles come from the graph. "last" is the last tensor on a spatial grid that the logits read before the grid is pooled or flattened,
-behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. How PyTorch modules are nested
+behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. All that the logits read of the image passes it. How PyTorch modules are nested
 plays no part, so that a network has the same roles from PyTorch and from ONNX.
 """
 
@@ -9,47 +9,55 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from ..runtime.errors import ExportError, UnknownLayer, near
-from .layouts import TAPPABLE, Axes, Layout
-from .tape import dims
+from .autodiff import on_path
+from .layouts import TAPPABLE, Axes, Layout, carries_all, follow, named_layouts, read_by_prefix_only
+from .tape import dims, made_by
 
 ROLES = ("conv", "last", "default")
 
 # they change how a tensor is held, not what it holds
 _SAME_NUMBERS = ("Transpose", "Identity", "Dropout", "Cast", "Reshape", "Flatten")
+_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _PROJECTION = (
     *_SAME_NUMBERS,
-    "MatMul",
-    "Gemm",
-    "Add",
-    "Mul",
-    "Div",
-    "Split",
-    "Slice",
-    "Gather",
-    "Squeeze",
-    "Unsqueeze",
+    *_QUANTISED,
+    *["MatMul", "Gemm", "Add", "Mul", "Div", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze"],
 )
-_PROJECTION += ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _NORMS = ("BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization", "LRN")
 _ACTIVATIONS = (
-    "Relu",
-    "LeakyRelu",
-    "PRelu",
-    "Elu",
-    "Selu",
-    "Celu",
-    "Clip",
-    "Sigmoid",
-    "HardSigmoid",
-    "HardSwish",
-    "Gelu",
+    *["Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu", "Selu", "Celu", "Clip", "Gelu", "Erf"],
+    *["Sigmoid", "HardSigmoid", "Swish", "HardSwish", "Mish", "Softplus", "Softsign", "Tanh"],
+    "QuantizeLinear",  # a quantised network's rectifiers lie in the range of its numbers
 )
-_ACTIVATIONS += ("Mish", "Swish", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Erf")
-_ACTIVATIONS += ("QuantizeLinear",)  # a quantised network's rectifiers lie in the range of its numbers
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """What is known of a graph's tensors. known: the layout of those that hold a map; unread: maps of which the logits read a class
+    token alone; reachable: what lies between image and logits, in the graph's order; last: the tensor in the role "last".
+    """
+
+    known: Mapping[ir.Value, Layout]
+    unread: set[ir.Value]
+    reachable: Mapping[ir.Value, None]
+    last: ir.Value | None
+
+
+def feature_maps(graph: ir.Graph, logits: ir.Value) -> FeatureMaps:
+    """Warns where no tensor can have the role "last"."""
+    followed = follow(graph)
+    known = named_layouts(followed)
+    unread = read_by_prefix_only(graph, known, logits)
+    path = on_path(graph, list(graph.inputs), logits, past_stops=True)
+    reachable = dict.fromkeys(y for node in graph for y in node.outputs if y in path)
+    read = [y for y in reachable if y not in unread]
+    last = last_on_grid(read, known, followed, lambda y: carries_all(graph, known, unread, logits, y))
+    return FeatureMaps(known, unread, reachable, last)
 
 
 def last_on_grid(
@@ -67,7 +75,7 @@ def last_on_grid(
     grids = [
         v
         for v in order
-        if v in known and known[v].kind in TAPPABLE and known[v].grid != (1, 1) and _made_by(v) not in ("Slice", "Pad")
+        if v in known and known[v].kind in TAPPABLE and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None
     ]
     if not grids:
         return None
@@ -78,7 +86,7 @@ def last_on_grid(
         warnings.warn(
             f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map (batch first), so the bundle has no last "
             "layer for the methods that explain it: name a layer",
-            stacklevel=5,
+            stacklevel=6,
         )
         return None
     deepest = grids[-1]
@@ -87,7 +95,7 @@ def last_on_grid(
         warnings.warn(
             f"the logits read the image on several branches ({deepest.name!r} is on one of them), so the bundle has no last layer for "
             "the methods that explain it: name a layer",
-            stacklevel=5,
+            stacklevel=6,
         )
         return None
     if known[last].kind == "tokens":
@@ -115,9 +123,9 @@ def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mappi
 def _has_positions(value: ir.Value) -> bool:
     """Whether a layer of a network made the tensor, and it has more than one position."""
     sizes = dims(value)[1:]
-    if _made_by(value) in ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalization") and len(sizes) == 3:
+    if len(sizes) == 3 and made_by(value, "Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalization"):
         return any(n != 1 for n in sizes[1:])
-    return _made_by(value) == "LayerNormalization" and any(n != 1 for n in sizes[:-1])
+    return made_by(value, "LayerNormalization") is not None and any(n != 1 for n in sizes[:-1])
 
 
 def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
@@ -131,11 +139,6 @@ def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], follow
             return value
         inner = computed[0]
     return value
-
-
-def _made_by(value: ir.Value) -> str:
-    node = value.producer()
-    return node.op_type if node is not None else ""
 
 
 def is_finished(value: ir.Value) -> bool:

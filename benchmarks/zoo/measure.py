@@ -34,7 +34,7 @@ def measured(source: Path, work: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            export(source, bundle, row)
+            export(source, bundle)
             manifest = camrt.load(bundle, backend="onnxruntime").manifest
             row |= {"batch": manifest.batch, "last": manifest.last_layer, "layers": len(manifest.taps)}
             row["export_seconds"] = round(time.perf_counter() - started, 1)
@@ -57,16 +57,21 @@ def described(source: Path) -> dict[str, Any]:
     return {"network": name, "exporter": exporter, "opset": int(opset), "batch_in_file": batch}
 
 
-def export(source: Path, bundle: Path, row: dict[str, Any]) -> None:
+def export(source: Path, bundle: Path) -> None:
+    """As `camrt export` does."""
     if source.is_dir():
         from camrt.export.sources import open_source
 
         opened = open_source(f"hf:{source}")
         assert opened.input_shape is not None
-        recipe, names = opened.preprocess, opened.classes
-        shape, output = opened.input_shape, opened.output
         camrt.export_model(
-            opened.model, bundle, shape, output=output, classes=names, preprocess=recipe, source=opened.spec
+            opened.model,
+            bundle,
+            opened.input_shape,
+            output=opened.output,
+            classes=opened.classes,
+            preprocess=opened.preprocess,
+            source=opened.spec,
         )
         return
     sizes = source.stem.split("@")[4:]
