@@ -2,7 +2,7 @@
 # make test      sets up everything and runs the tests
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
-# make models    writes networks with the exporters that users have, exports and verifies each, writes docs/models.md; hours
+# make models    writes networks with the exporters that users have, exports and verifies each, writes docs/models.md
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compare import cosine_distance, largest_difference, relative_l2
-from .export.probes import last_bits
+from .export.probes import as_pixels, last_bits
 from .kernels import minmax
 from .oracle import Oracle
 from .runtime.backends import Backend
@@ -179,7 +179,7 @@ def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[
     graph = read_graph(spec, manifest.input_shape, [], manifest.source["output"], pinned=manifest.batch == 1)
     source = source_logits(Path(spec), manifest.source["output"], graph)
     if graph.whole_numbers:
-        batch = np.clip(np.round(batch * 50 + 128), 0, 255).astype(np.float32)
+        batch = as_pixels(batch)
     found = [source(image[None]) for image in batch]
     if any(f is None for f in found):
         return

@@ -84,9 +84,8 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
         x = torch.from_numpy(image).to(kind).requires_grad_()
         points = interpreter.biased()
         values = interpreter.run({str(interpreter.model.graph.inputs[0].name): x}, [logits, *points])
-        points = {
-            n: b for n, b in points.items() if values[n].requires_grad
-        }  # a constant's sum explains nothing of the image
+        # a bias of what is constant explains nothing of the image
+        points = {n: b for n, b in points.items() if values[n].requires_grad}
         tensors = [values[n] for n in points]
         grads = torch.autograd.grad(values[logits], [x, *tensors], torch.from_numpy(seed).to(kind), allow_unused=True)
         biased = [(b, g) for b, g in zip(points.values(), grads[1:], strict=True) if g is not None]

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..runtime.errors import CamrtError, ExportError, InputError
 from ..runtime.manifest import (
     PRECISIONS,
@@ -197,7 +195,7 @@ def _write(
     from .check import Checker, looks_like_probabilities, warn_of_probabilities
     from .graph import named_values
     from .logits import class_count
-    from .probes import smooth_images
+    from .probes import as_pixels, smooth_images
     from .programs import build_programs, seeds_share_image
     from .tape import static_dims
 
@@ -237,7 +235,7 @@ def _write(
             programs.setdefault(built.file, built)
     images = smooth_images(shape)
     if graph.whole_numbers:
-        images = np.clip(np.round(images * 50 + 128), 0, 255).astype(np.float32)
+        images = as_pixels(images)
     checker = Checker(graph, source, graph.rounded, images)
 
     def check(folder: Path, complete: Manifest) -> None:

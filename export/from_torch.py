@@ -311,7 +311,7 @@ def tap_outputs(
             stacklevel=4,
         )
     if not taps:
-        raise ExportError(f"layers={layers!r} finds no feature map in this model: name the layers to explain")
+        raise ExportError(f"layers={layers!r} finds nothing in this model: name the layers to explain")
     if last is None and layers in ("last", "default"):
         warnings.warn(
             "no tensor that the logits read is known to be a feature map on a grid: methods that explain the last layer need it named",

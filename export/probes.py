@@ -20,6 +20,11 @@ def smooth_images(shape: Sequence[int], count: int = 2, seed: int = 0) -> np.nda
     return images
 
 
+def as_pixels(images: np.ndarray) -> np.ndarray:
+    """The same for networks that take pixels: whole numbers, 0..255, still float32."""
+    return np.clip(np.round(images * 50 + 128), 0, 255).astype(np.float32)
+
+
 def last_bits(batch: np.ndarray, count: int, units: float = 4) -> Iterator[np.ndarray]:
     """The batch, and count - 1 copies whose numbers differ from it by a few units in the last place."""
     yield batch

@@ -91,10 +91,10 @@ def read_bundle(path: str | Path) -> Bundle:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Puts another manifest in the place of a bundle's, at once. InputError if it does not hold together; BundleError."""
+    check_recipe(manifest.preprocess, manifest.input_shape)
     text = manifest.to_json()
     try:
         parse(text, str(path / MANIFEST))
-        check_recipe(manifest.preprocess, manifest.input_shape)
     except BundleError as error:
         raise InputError(str(error).removesuffix(": export the bundle again")) from None
     beside = path / f".{MANIFEST}.new"

@@ -291,17 +291,21 @@ def _recipe(recipe: Preprocess, channels: int) -> None:
             raise ValueError("preprocess: mean and std are one number per channel")
     if not all(recipe.std):
         raise ValueError("preprocess: std 0")
-    for value, known in (
-        (recipe.interpolation, INTERPOLATIONS),
-        (recipe.fit, FITS),
-        (recipe.channels, CHANNEL_ORDERS),
-    ):
-        if value not in known:
-            raise ValueError(f"preprocess: {value!r:.100}")
+    problem = _odd_choice(recipe)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _odd_choice(recipe: Preprocess) -> str | None:
+    """What is wrong with the choices of a recipe that are not sizes or numbers."""
+    for part, known in (("interpolation", INTERPOLATIONS), ("fit", FITS), ("channels", CHANNEL_ORDERS)):
+        if getattr(recipe, part) not in known:
+            return f"preprocess {part} {getattr(recipe, part)!r:.100}: use {', '.join(known)}"
     if not isinstance(recipe.fill, int) or not 0 <= recipe.fill <= 255:
-        raise ValueError(f"preprocess: fill {recipe.fill!r:.100}")
+        return f"preprocess fill {recipe.fill!r:.100}: use a shade, 0 to 255"
     if recipe.fit == "letterbox" and (isinstance(recipe.resize, int) or recipe.crop is not None):
-        raise ValueError("preprocess: letterbox takes a height and a width, and no crop")
+        return "preprocess fit 'letterbox' takes a resize of (height, width) and no crop"
+    return None
 
 
 def check_activation(activation: str | None, classes: int | None = None) -> None:
@@ -326,13 +330,9 @@ def check_recipe(preprocess: Preprocess | None, shape: Sequence[int]) -> None:
         raise InputError(f"preprocess resize {preprocess.resize}: sizes are whole numbers from 1")
     if preprocess.crop is not None and any(c > r for c, r in zip(preprocess.crop, resize, strict=True)):
         raise InputError(f"preprocess crop {preprocess.crop} is larger than resize {preprocess.resize}")
-    for part, known in (("interpolation", INTERPOLATIONS), ("fit", FITS), ("channels", CHANNEL_ORDERS)):
-        if getattr(preprocess, part) not in known:
-            raise InputError(f"preprocess {part} {getattr(preprocess, part)!r}: use {', '.join(known)}")
-    if not isinstance(preprocess.fill, int) or not 0 <= preprocess.fill <= 255:
-        raise InputError(f"preprocess fill {preprocess.fill!r}: use a shade, 0 to 255")
-    if preprocess.fit == "letterbox" and (isinstance(preprocess.resize, int) or preprocess.crop is not None):
-        raise InputError("preprocess fit 'letterbox' takes a resize of (height, width) and no crop")
+    problem = _odd_choice(preprocess)
+    if problem is not None:
+        raise InputError(problem)
     given = preprocess.crop if preprocess.crop is not None else preprocess.resize
     if isinstance(given, int) or tuple(given) != tuple(shape[1:]):
         raise InputError(f"preprocess gives {given}, the network takes {shape[1:]}: set crop, or resize without a crop")

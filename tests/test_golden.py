@@ -241,9 +241,8 @@ def test_exported_winsor_cam_is_the_published(exported: Path, published: dict[st
         key = f"{aggregation}/p{percentile}"
         limit = max(1e-3, 2 * float(published[f"{key}/spread"]))
         assert_maps_close(scaled(tuned.maps[0]), scaled(published[f"{key}/map"]).astype(np.float32), limit)
-        if (
-            photo == "zebra"
-        ):  # the cat's photo has rectifiers at rounding distance from zero (see assert_golden), which move weights
+        # the cat's photo has rectifiers at rounding distance from zero (see assert_golden), which move weights
+        if photo == "zebra":
             want = rescaled(published[f"{key}/weights"].astype(np.float64))
             np.testing.assert_allclose(tuned.layer_weights[0], want, atol=limit)
 

@@ -17,13 +17,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from support import import_torchvision
 
 import camrt
-from camrt.export.probes import smooth_images
+from camrt.export.probes import as_pixels, smooth_images
 from camrt.verify import verify
 
 
@@ -40,7 +38,7 @@ def measured(source: Path, work: Path) -> dict[str, Any]:
             row["export_seconds"] = round(time.perf_counter() - started, 1)
             images = smooth_images(manifest.input_shape)
             if row["exporter"] == "tf2onnx":  # Keras's networks take pixels
-                images = np.clip(images * 50 + 128, 0, 255).astype(np.float32)
+                images = as_pixels(images)
             report = verify(bundle, f"hf:{source}" if source.is_dir() else None, images, backend="onnxruntime")
             failed = [r.subject for r in report.rows if not r.passed]
             row |= {"comparisons": len(report.rows), "failed": failed}
