@@ -501,13 +501,10 @@ def resize(attributes, x, roi=None, scales=None, sizes=None):
     axes = [a % rank for a in attributes.get("axes", range(rank))]
     for i, axis in enumerate(axes):
         scale = float(scales[i]) if scales is not None and sizes is None else None
-        size = (
-            math.floor(x.shape[axis] * scale)
-            if scale is not None
-            else int(sizes[i])
-            if sizes is not None
-            else x.shape[axis]
-        )
+        if scale is not None:
+            size = math.floor(x.shape[axis] * scale)
+        else:
+            size = x.shape[axis] if sizes is None else int(sizes[i])
         mode, whole = attributes.get("coordinate_transformation_mode"), scale is None or size == x.shape[axis] * scale
         if mode == "half_pixel_symmetric" and not whole:
             raise ExportError(f"verification does not know Resize with {mode} and sizes that are rounded")

@@ -69,10 +69,10 @@ def test_a_recipe_is_set_where_there_was_none(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resize", "16"], r"preprocess crop .* is larger than resize|preprocess gives"),
-        (["--channels", "GRB"], "preprocess: 'GRB'|preprocess channels 'GRB': use RGB, BGR"),
-        (["--fit", "letterbox", "--resize", "32"], "letterbox.* takes"),
-        (["--mean", "0.5"], "mean"),
+        (["--resize", "16"], r"preprocess gives 16, the network takes"),
+        (["--channels", "GRB"], "preprocess channels 'GRB': use RGB, BGR"),
+        (["--fit", "letterbox", "--resize", "32"], r"preprocess fit 'letterbox' takes a resize of"),
+        (["--mean", "0.5"], "preprocess mean has 1 numbers for 3 channels"),
         (["--activation", "tanh"], "activation 'tanh': use softmax or sigmoid"),
     ],
 )

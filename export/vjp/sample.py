@@ -18,15 +18,10 @@ def resize_matrix(size, out, scale, node, start=0.0, end=1.0):
     """
     mode = attribute(node, "mode", "nearest")
     antialias = bool(attribute(node, "antialias", 0)) and scale < 1 and mode != "nearest"
-    positions = _positions(
-        size, out, scale, attribute(node, "coordinate_transformation_mode", "half_pixel"), start, end
-    )
+    where = attribute(node, "coordinate_transformation_mode", "half_pixel")
     matrix = np.zeros((out, size))
-    for i, x in enumerate(positions):
-        if (
-            attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
-            and not 0 <= x <= size - 1
-        ):
+    for i, x in enumerate(_positions(size, out, scale, where, start, end)):
+        if where == "tf_crop_and_resize" and not 0 <= x <= size - 1:
             continue  # the extrapolation value
         if mode == "nearest":
             matrix[i, min(max(_rounded(x, attribute(node, "nearest_mode", "round_prefer_floor")), 0), size - 1)] = 1
