@@ -147,7 +147,7 @@ def _own_graph(bundle: Bundle) -> Oracle:
     taps = {}
     for name in program.taps:
         tap, value = bundle.manifest.tap(name), behind[f"activation:{name}"]
-        for _ in range({"NCHW": 0, "NHWC": 1, "tokens": 3 if tap.prefix else 2}[tap.layout]):
+        for _ in range({"NCHW": 0, "NHWC": 1, "tokens": 2, "LND": 3}[tap.layout] + bool(tap.prefix)):
             value = str(producers[value].inputs[0].name)  # type: ignore[union-attr]  # back through the change of layout
         taps[name] = value
     return graph_oracle(model, "logits", taps, "the bundle's own forward graph, its operators run by PyTorch")

@@ -20,7 +20,7 @@ from .normalized import normalized_image
 from .onnx_file import computes_in_half, modernise, read_model
 from .prepare import channels_first, settle, take_numbers_as_float
 from .tape import dims, made_by
-from .taps import choose, feature_maps, is_finished
+from .taps import ROLES, choose, feature_maps, is_finished, not_a_map
 
 
 def read_graph(
@@ -57,9 +57,16 @@ def read_graph(
     by_value = {y: n for n, y in spatial.items()}
     aliases = {str(y.name): n for n, y in spatial.items()}
     convolutions = [n for n, y in spatial.items() if made_by(y, "Conv")]
+    others = {n: y for y in maps.reachable if y not in by_value for n in (str(y.name), names.get(str(y.name)))}
+    for name in [layers] if isinstance(layers, str) else layers:
+        if name in others and name not in spatial and name not in aliases and name not in ROLES:
+            raise not_a_map(name, others[name])
     wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
     last_name = None if last is None else by_value[last]
-    roles = choose(wanted, convolutions, last_name, spatial, lambda n: is_finished(spatial[n]))
+    deeper = by_value.get(maps.deeper) if maps.deeper is not None else None
+    roles = choose(
+        wanted, convolutions, last_name, spatial, lambda n: is_finished(spatial[n]), maps.without_last, deeper
+    )
     taps = []
     for name, roles_of_tap in roles.items():
         y = spatial[name]

@@ -27,7 +27,7 @@ from .onnx_file import OPSET, modernise
 from .prepare import settle
 from .recording import recording
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
-from .taps import check_names, choose, feature_maps, is_finished
+from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
@@ -280,17 +280,17 @@ def tap_outputs(
     of_modules = {tensors[n] for n in convolved if n in forward.modules}
     convolutions = [n for n in convolved if n in forward.modules or tensors[n] not in of_modules]
     left_out, without_gradient, taps = [], [], []
-    roles = choose(layers, convolutions, last_name, forward.shapes, lambda n: is_finished(tensors[n]))
+    deeper = _name_of(maps.deeper, tensors, forward) if maps.deeper is not None else None
+    roles = choose(
+        layers, convolutions, last_name, forward.shapes, lambda n: is_finished(tensors[n]), maps.without_last, deeper
+    )
     for name, of_tap in roles.items():
         value = tensors[name]
         if value not in known or known[value].kind not in TAPPABLE:
             if name not in named:
                 left_out.append(name)
                 continue
-            raise ExportError(
-                f"layer {name!r} has output {value.shape}, which is not known to be a feature map "
-                "(batch, channels, height, width), channels-last, or tokens of a grid: name other layers"
-            )
+            raise not_a_map(name, value)
         if value not in maps.reachable or name not in forward.read:
             if name in named:
                 raise UnsupportedOperator(
@@ -311,12 +311,7 @@ def tap_outputs(
             stacklevel=4,
         )
     if not taps:
-        raise ExportError(f"layers={layers!r} finds nothing in this model: name the layers to explain")
-    if last is None and layers in ("last", "default"):
-        warnings.warn(
-            "no tensor that the logits read is known to be a feature map on a grid: methods that explain the last layer need it named",
-            stacklevel=4,
-        )
+        raise nothing_to_tap(layers, maps.without_last)
     normalized = normalized_image(model.graph, known, logits)
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from .graph import TappedGraph, finish, is_batch, named_values
-from .layouts import from_maps, layouts, to_maps
+from .layouts import Layout, from_maps, layouts, prefix_of, to_maps
 from .tape import Tape, constant_of, dims, output
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
@@ -21,9 +23,9 @@ def trunk(graph: TappedGraph) -> ir.Model:
         output(tape, logits, "logits", ["batch", dims(logits)[1]]),
         output(tape, to_maps(tape, tapped, tap), "activation", ["batch", tap.channels, *tap.grid]),
     ]
-    context = _context(model.graph, tapped, logits) or []
+    context = [_moved(tape, x, axis, 0) for x, axis in (_context(model.graph, tapped, logits) or {}).items()]
     if tap.prefix:
-        context.append(tape.Slice(tapped, [0], [tap.prefix], [1]))
+        context.append(prefix_of(tape, tapped, tap))
         context[-1].shape, context[-1].type = ir.Shape(["batch", tap.prefix, tap.channels]), tapped.type
     outputs += [output(tape, x, f"context:{i}", ["batch", *dims(x)[1:]]) for i, x in enumerate(context)]
     return finish(model, outputs)
@@ -41,10 +43,13 @@ def head(graph: TappedGraph) -> ir.Model | None:
         return None
     tape = Tape(model.graph)
     activation = _input("activation", (tap.channels, *tap.grid))
-    inputs = [_input(f"context:{i}", dims(x)[1:]) for i, x in enumerate(context)]
+    inputs = [
+        _input(f"context:{i}", [n for a, n in enumerate(dims(x)) if a != b]) for i, (x, b) in enumerate(context.items())
+    ]
+    given = [_moved(tape, x, 0, axis) for x, axis in zip(inputs, context.values(), strict=True)]
     prefix = _input(f"context:{len(inputs)}", (tap.prefix, tap.channels)) if tap.prefix else None
     after = _downstream(model.graph, tapped)
-    replaced = dict(zip(context, inputs, strict=True)) | {tapped: from_maps(tape, activation, tap, prefix)}
+    replaced = dict(zip(context, given, strict=True)) | {tapped: from_maps(tape, activation, tap, prefix)}
     for node in after:
         for i, x in enumerate(node.inputs):
             if x in replaced:
@@ -83,7 +88,7 @@ def _parts(graph: TappedGraph, model: ir.Model):
     return tap, values[name], values[graph.logits]
 
 
-def _input(name: str, sizes: tuple) -> ir.Value:
+def _input(name: str, sizes: Sequence[int | None]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(["batch", *sizes]), type=ir.TensorType(ir.DataType.FLOAT))
 
 
@@ -97,8 +102,20 @@ def _downstream(graph: ir.Graph, *sources: ir.Value) -> list[ir.Node]:
     return nodes
 
 
-def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> list[ir.Value] | None:
-    """Values of the image that the logits read past the tap; None if one has not the batch, alone, in front."""
+def _moved(tape: Tape, value: ir.Value, axis: int, to: int) -> ir.Value:
+    """With one axis in another place."""
+    if axis == to:
+        return value
+    assert value.shape is not None
+    perm = [a for a in range(len(value.shape)) if a != axis]
+    perm.insert(to, axis)
+    moved = tape.Transpose(value, perm=perm)
+    moved.shape, moved.type = ir.Shape([value.shape[a] for a in perm]), value.type
+    return moved
+
+
+def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> dict[ir.Value, int] | None:
+    """Values of the image that the logits read past the tap -> the axis of their batch; None if one has no batch of its own."""
     after = _downstream(graph, tapped)
     inside = {tapped, *(y for node in after for y in node.outputs)}
     if logits not in inside:
@@ -114,10 +131,24 @@ def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> list[ir.Val
             elif x is not None and x in of_image and constant_of(x) is None:
                 context[x] = None
     known = layouts(graph)
+    found = {}
     for x in context:
-        if x.dtype not in _FLOATS or x.shape is None or None in dims(x)[1:] or not len(x.shape):
+        axis = _batch_axis(graph, x, known.get(x)) if x.dtype in _FLOATS else None
+        if axis is None:
             return None
-        # one row an image: a symbolic size that is not the batch itself may be a multiple of it
-        if not is_batch(graph, x.shape[0]) and x not in known:
-            return None
-    return list(context)
+        found[x] = axis
+    return found
+
+
+def _batch_axis(graph: ir.Graph, value: ir.Value, layout: Layout | None) -> int | None:
+    """The axis with one row for each image, all others having static sizes; None where there is none, as where heads of attention
+    are counted with the batch.
+    """
+    sizes = list(value.shape or ())
+    if layout is not None:
+        axis = layout.batch_axis
+    else:
+        axis = next((i for i, n in enumerate(sizes) if is_batch(graph, n) and (i == 0 or not isinstance(n, int))), None)
+    if axis is None or any(not isinstance(n, int) for i, n in enumerate(sizes) if i != axis):
+        return None
+    return axis

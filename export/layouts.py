@@ -23,7 +23,8 @@ from .tape import Tape, attribute, constant_of, dims
 class Layout:
     """How a tensor holds a feature map of a grid (height, width), one row of the batch for each image.
 
-    kind: NCHW; NHWC; or tokens: (batch, prefix + height * width, channels), the prefix being class and register tokens.
+    kind: NCHW; NHWC; tokens: (batch, prefix + height * width, channels), the prefix being class and register tokens; or LND, tokens
+    with the batch on the second axis, as PyTorch's transformers hold them unless told otherwise.
     """
 
     kind: str
@@ -32,14 +33,23 @@ class Layout:
 
     @property
     def channel_axis(self) -> int:
-        return {"NCHW": 1, "NHWC": 3, "tokens": 2}[self.kind]
+        return {"NCHW": 1, "NHWC": 3, "tokens": 2, "LND": 2}[self.kind]
+
+    @property
+    def batch_axis(self) -> int:
+        return 1 if self.kind == "LND" else 0
+
+    @property
+    def token_axis(self) -> int | None:
+        """The axis of the tokens; None for maps with rows and columns of their own."""
+        return {"tokens": 1, "LND": 0}.get(self.kind)
 
     @property
     def rank(self) -> int:
-        return 3 if self.kind == "tokens" else 4
+        return 4 if self.token_axis is None else 3
 
 
-TAPPABLE = ("NCHW", "NHWC", "tokens")
+TAPPABLE = ("NCHW", "NHWC", "tokens", "LND")
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,26 @@ class Piece:
 Axis = tuple[Piece, ...]  # outermost first; () for a size of 1
 
 
+Border = tuple[tuple[float, float], tuple[float, float]]
+_WITHOUT: Border = ((0.0, 0.0), (0.0, 0.0))
+_BORDER_LIMIT = 0.05  # of the image: a grid that is moved by more does not lie over the picture
+
+
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a tensor, of a grid (height, width). prefix: how many tokens come before the grid's on `token_axis`."""
+    """The axes of a tensor, of a grid (height, width). prefix: how many tokens come before the grid's on `token_axis`; border: how
+    far the grid reaches beyond the image, ((above, below), (left, right)) in heights and widths of it, negative where it is cropped.
+    """
 
     axes: tuple[Axis, ...]
     grid: tuple[int, int]
     prefix: int = 0
     token_axis: int = -1
+    border: Border = _WITHOUT
+
+    @property
+    def lies_over_image(self) -> bool:
+        return all(abs(b) <= _BORDER_LIMIT for pair in self.border for b in pair)
 
 
 BATCH = Piece("batch", 1)
@@ -101,20 +123,18 @@ def follow(graph: ir.Graph) -> dict[ir.Value, Axes]:
 
 
 def named_layouts(found: Mapping[ir.Value, Axes]) -> dict[ir.Value, Layout]:
-    """The values whose axes make one of the layouts."""
-    named = {value: _layout(axes) for value, axes in found.items()}
+    """The values whose axes make one of the layouts, on a grid that lies over the image."""
+    named = {value: _layout(axes) for value, axes in found.items() if axes.lies_over_image}
     return {value: layout for value, layout in named.items() if layout is not None}
 
 
 def _layout(axes: Axes) -> Layout | None:
     """The layout that a tensor's axes make; None for none of the three."""
-    kinds = {4: (("NCHW", 1, (2,), (3,)), ("NHWC", 3, (1,), (2,))), 3: (("tokens", 2, (1,), (1,)),)}
-    if not axes.axes or axes.axes[0] != (BATCH,):
-        return None
-    for kind, channel, rows, columns in kinds.get(len(axes.axes), ()):
-        if axes.prefix and (kind != "tokens" or axes.token_axis != 1):
+    kinds = {4: (("NCHW", 0, 1, 2, 3), ("NHWC", 0, 3, 1, 2)), 3: (("tokens", 0, 2, 1, 1), ("LND", 1, 2, 0, 0))}
+    for kind, batch, channel, rows, columns in kinds.get(len(axes.axes), ()):
+        if axes.axes[batch] != (BATCH,) or (axes.prefix and (rows != columns or axes.token_axis != rows)):
             continue
-        grid = _grid_of(axes, channel, rows[0], columns[0])
+        grid = _grid_of(axes, channel, rows, columns)
         if grid is not None:
             return Layout(kind, grid, axes.prefix)
     return None
@@ -237,9 +257,8 @@ class _Follower:
                     axes[i] = axis
         if any(not axis and n != 1 for axis, n in zip(axes, dims(y), strict=True)):
             return None
-        return replace(
-            first, axes=tuple(axes), token_axis=first.token_axis + rank - len(first.axes) if first.prefix else -1
-        )
+        token = first.token_axis + rank - len(first.axes) if first.prefix else -1
+        return replace(first, axes=tuple(axes), token_axis=token, border=_least(known))
 
     def _product(self, node: ir.Node) -> Axes | None:
         """Rows of the left side, columns of the right, and what both say of the axes before."""
@@ -267,11 +286,13 @@ class _Follower:
         if any(not axis and n != 1 for axis, n in zip([*leading, rows, columns], size, strict=True)):
             return None
         prefix, token = 0, -1
-        if left is not None and left.prefix and left.token_axis == len(left.axes) - 2:
-            prefix, token = left.prefix, rank - 2
+        if left is not None and left.prefix and left.token_axis <= len(left.axes) - 2:
+            prefix, token = left.prefix, rank - len(left.axes) + left.token_axis
         elif right is not None and right.prefix and right.token_axis == len(right.axes) - 1:
             prefix, token = right.prefix, rank - 1
-        return Axes((*leading, rows, columns), one.grid, prefix, token)
+        return Axes(
+            (*leading, rows, columns), one.grid, prefix, token, _least([s for s in (left, right) if s is not None])
+        )
 
     def _map(self, node: ir.Node, before: Axes) -> Axes | None:
         """A map of another grid; a 1 x 1 convolution keeps whatever its positions are."""
@@ -285,8 +306,12 @@ class _Follower:
         )
         if pointwise and len(before.axes) > 1:
             return replace(before, axes=(before.axes[0], _channels(dims(y)[1]), *before.axes[2:]))
-        layout = _layout(before)
-        return _fresh(y) if layout is not None and layout.kind == "NCHW" else None
+        layout, fresh = _layout(before), _fresh(y)
+        if layout is None or layout.kind != "NCHW" or fresh is None:
+            return None
+        beyond = [max(0, n) for n in _beyond_window(node, attribute(node, "pads", [0] * 4))]
+        wider = replace(before, border=_wider(before, 0, beyond[0], beyond[2])) if any(beyond) else before
+        return replace(fresh, border=_wider(wider, 1, beyond[1], beyond[3]) if any(beyond) else before.border)
 
     def _concat(self, node: ir.Node) -> Axes | None:
         """Joined channels of maps alike; or tokens with others in front of them."""
@@ -308,7 +333,7 @@ class _Follower:
                 return None
         axes = list(last.axes)
         axes[axis] = _channels(dims(y)[axis])
-        return replace(last, axes=tuple(axes))
+        return replace(last, axes=tuple(axes), border=_least([k for k in known if k is not None]))
 
     def _with_prefix(self, inputs: Sequence[ir.Value], known: Sequence[Axes | None], axis: int) -> Axes | None:
         last = known[-1]
@@ -436,10 +461,55 @@ def _of_grid(before: Axes, axis: int) -> int | None:
     return None
 
 
-def _with_grid(before: Axes, axis: int, which: int, size: int) -> Axes:
+def _with_grid(before: Axes, axis: int, which: int, size: int, border: Border) -> Axes:
     axes, grid = list(before.axes), list(before.grid)
     axes[axis], grid[which] = _joined([Piece(("row", "column")[which], size)]), size
-    return replace(before, axes=tuple(axes), grid=(grid[0], grid[1]))
+    return replace(before, axes=tuple(axes), grid=(grid[0], grid[1]), border=border)
+
+
+def _wider(axes: Axes, which: int, before: float, behind: float) -> Border:
+    """The border of a grid that grows by so many rows (which 0) or columns (1) on its two sides."""
+    border = list(axes.border)
+    start, end = border[which]
+    cell = (1 + start + end) / axes.grid[which]
+    border[which] = (start + before * cell, end + behind * cell)
+    return border[0], border[1]
+
+
+def _least(known: Sequence[Axes]) -> Border:
+    """Of tensors that are joined, the border of the one that lies over the image best."""
+    return min((k.border for k in known), key=lambda border: max(abs(b) for pair in border for b in pair))
+
+
+def _beyond_window(node: ir.Node, pads: Sequence[int]) -> list[int]:
+    """How much of a padding (above, left, below, right) a convolution's or pooling's window could do without and still meet the map."""
+    kernel = attribute(node, "kernel_shape")
+    if kernel is None:
+        kernel = dims(node.inputs[1])[2:] if node.op_type == "Conv" and node.inputs[1] is not None else None
+    sizes = [int(k) for k in kernel or () if k is not None]
+    if len(sizes) != 2 or len(pads) != 4:
+        return [0] * 4
+    dilations = attribute(node, "dilations", [1, 1])
+    return [int(p - (sizes[i % 2] - 1) * dilations[i % 2]) for i, p in enumerate(pads)]
+
+
+def _pads_windows(node: ir.Node, pads: Sequence[int]) -> bool:
+    """Whether a Pad (above, left, below, right) is the padding of the convolutions or poolings that read it, written apart."""
+    readers = node.outputs[0].consumers()
+    if min(pads) < 0:
+        return False
+    for reader in readers:
+        if (
+            reader.op_type in _ELEMENTWISE
+            and len([x for x in reader.inputs if x is not None and x.const_value is None]) == 1
+        ):
+            if not _pads_windows(reader, pads):
+                return False
+        elif reader.op_type not in ("Conv", "MaxPool", "AveragePool", "LpPool") or any(
+            n > 0 for n in _beyond_window(reader, pads)
+        ):
+            return False
+    return bool(readers)
 
 
 def _sliced(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Axes | None:
@@ -472,9 +542,10 @@ def _sliced(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Axes | 
             result = result if result.prefix else replace(result, token_axis=-1)
         elif which is not None:
             strided = step > 1 and taken.start < step and len(taken) * step >= size - step
-            if not strided and not (step == 1 and len(taken) >= 0.75 * size):
+            if (not strided and step != 1) or not taken:
                 return None
-            result = _with_grid(result, axis, which, len(taken))
+            cropped = result.border if strided else _wider(result, which, -taken.start, taken.stop - size)
+            result = _with_grid(result, axis, which, len(taken), cropped)
         else:
             return None
     return result
@@ -500,7 +571,12 @@ def _padded(node: ir.Node, before: Axes) -> Axes | None:
             kept[axis] = _channels(size)
             result = replace(result, axes=tuple(kept))
         elif which is not None:
-            result = _with_grid(result, axis, which, size)
+            around = [0] * 4
+            around[which], around[which + 2] = int(pads[i]), int(pads[i + len(axes)])
+            border = (
+                result.border if _pads_windows(node, around) else _wider(result, which, pads[i], pads[i + len(axes)])
+            )
+            result = _with_grid(result, axis, which, size, border)
         else:
             return None
     return result
@@ -612,8 +688,7 @@ def _reads(
             if layout is not None and layout.prefix and _takes_prefix(node, layout):
                 grid = False
             elif not grid:
-                apart = node.op_type in _ELEMENTWISE - {"Softmax", "LogSoftmax", "CumSum"} or node.op_type == "MatMul"
-                grid = not (apart and layout is not None and found.get(node.outputs[0]) == layout)
+                grid = not _keeps_tokens_apart(node, layout, found.get(node.outputs[0]))
             whole[x] = whole.get(x, False) or grid
     return whole
 
@@ -630,17 +705,29 @@ def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:
 def _behind_prefix(node: ir.Node, found: Mapping[ir.Value, Layout]) -> set[int]:
     """Which inputs of a Concat of tokens lie behind its prefix."""
     layout = found.get(node.outputs[0])
-    if node.op_type != "Concat" or layout is None or layout.kind != "tokens" or attribute(node, "axis", 0) % 3 != 1:
+    if node.op_type != "Concat" or layout is None or layout.token_axis is None:
+        return set()
+    if attribute(node, "axis", 0) % layout.rank != layout.token_axis:
         return set()
     behind, start = set(), 0
     for place, x in enumerate(node.inputs):
         if start >= layout.prefix:
             behind.add(place)
-        size = dims(x)[1] if x is not None and len(dims(x)) == 3 else None
+        size = dims(x)[layout.token_axis] if x is not None and len(dims(x)) == layout.rank else None
         if size is None:
             return behind
         start += size
     return behind
+
+
+def _keeps_tokens_apart(node: ir.Node, before: Layout | None, after: Layout | None) -> bool:
+    """Whether each token that a node computes is of the same token before it."""
+    if before is None or after is None or before.token_axis is None:
+        return False
+    if node.op_type == "Transpose":
+        return after.token_axis is not None and after.prefix == before.prefix
+    apart = node.op_type in _ELEMENTWISE - {"Softmax", "LogSoftmax", "CumSum"} or node.op_type == "MatMul"
+    return apart and before == after
 
 
 def _takes_prefix(node: ir.Node, layout: Layout) -> bool:
@@ -648,14 +735,18 @@ def _takes_prefix(node: ir.Node, layout: Layout) -> bool:
     if node.op_type == "Gather":
         indices = constant_of(node.inputs[1])
         axis = attribute(node, "axis", 0) % layout.rank
-        return axis == 1 and indices is not None and bool(((indices >= 0) & (indices < layout.prefix)).all())
+        return (
+            axis == layout.token_axis
+            and indices is not None
+            and bool(((indices >= 0) & (indices < layout.prefix)).all())
+        )
     if node.op_type != "Slice":
         return False
     starts, ends, axes = (constant_of(x) for x in node.inputs[1:4]) if len(node.inputs) > 3 else (None, None, None)
     if starts is None or ends is None or axes is None:
         return False
     return any(
-        int(a) % layout.rank == 1 and int(s) >= 0 and 0 <= int(e) <= layout.prefix
+        int(a) % layout.rank == layout.token_axis and int(s) >= 0 and 0 <= int(e) <= layout.prefix
         for s, e, a in zip(starts, ends, axes, strict=True)
     )
 
@@ -673,6 +764,7 @@ def to_maps(tape: Tape, value: ir.Value, tap: Tap) -> ir.Value:
         return value
     if tap.layout == "NHWC":
         return tape.Transpose(value, perm=[0, 3, 1, 2])
+    value = _batch_first(tape, value, tap)
     if tap.prefix:
         value = tape.Slice(value, [tap.prefix], [2**31], [1])
     return tape.Reshape(tape.Transpose(value, perm=[0, 2, 1]), [-1, tap.channels, *tap.grid])
@@ -685,4 +777,14 @@ def from_maps(tape: Tape, maps: ir.Value, tap: Tap, prefix: ir.Value | None) -> 
     if tap.layout == "NHWC":
         return tape.Transpose(maps, perm=[0, 2, 3, 1])
     tokens = tape.Transpose(tape.Reshape(maps, [-1, tap.channels, math.prod(tap.grid)]), perm=[0, 2, 1])
-    return tokens if prefix is None else tape.Concat(prefix, tokens, axis=1)
+    return _batch_first(tape, tokens if prefix is None else tape.Concat(prefix, tokens, axis=1), tap)
+
+
+def prefix_of(tape: Tape, value: ir.Value, tap: Tap) -> ir.Value:
+    """The tokens (batch, prefix, channels) before the grid's."""
+    return tape.Slice(_batch_first(tape, value, tap), [0], [tap.prefix], [1])
+
+
+def _batch_first(tape: Tape, value: ir.Value, tap: Tap) -> ir.Value:
+    """LND as tokens, and tokens as LND."""
+    return tape.Transpose(value, perm=[1, 0, 2]) if tap.layout == "LND" else value

@@ -20,6 +20,8 @@ from .modules import own_gradients, without_autocast
 from .recording import recording
 from .stop_gradient import checkpoints_as_calls
 
+TOKENS = ("tokens", "LND")
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -45,7 +47,8 @@ def as_maps(recorded: Recorded, taps: Sequence[Tap]) -> Recorded:
         tap = layouts[name]
         if tap.layout == "NHWC":
             return x.permute(0, 3, 1, 2)
-        if tap.layout == "tokens":
+        x = x.transpose(0, 1) if tap.layout == "LND" else x
+        if tap.layout in TOKENS:
             return x[:, tap.prefix :].transpose(1, 2).reshape(len(x), tap.channels, *tap.grid)
         return x
 

@@ -12,7 +12,7 @@ from ..runtime.manifest import Tap
 from .from_torch import is_a
 from .modules import Selected, module_of, unwrapped
 from .recording import recording
-from .reference import as_maps, combined, minmax, record, resize, weighted
+from .reference import TOKENS, as_maps, combined, minmax, record, resize, weighted
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def score_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap, vari
 
 def ablation_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -> torch.Tensor:
     """Ablation-CAM (WACV 2020), channels set to zero: (H, W)."""
-    channel_axis = {"NCHW": 1, "NHWC": 3, "tokens": 2}[tap.layout]
+    channel_axis = {"NCHW": 1, "NHWC": 3, "tokens": 2, "LND": 2}[tap.layout]
     activation = _activation(model, image, target, tap)
     scores = []
     with torch.no_grad():
@@ -73,7 +73,8 @@ def ablation_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -
 
             def without(output: torch.Tensor, k: int = k) -> torch.Tensor:
                 changed = output.clone()
-                grid = changed[:, tap.prefix :] if tap.layout == "tokens" else changed
+                grid = _batch_first(changed, tap)
+                grid = grid[:, tap.prefix :] if tap.layout in TOKENS else grid
                 grid.select(channel_axis, k).zero_()
                 return changed
 
@@ -94,7 +95,8 @@ def recipro_cam(
         y, x = divmod(position, width)
 
         def alone(output: torch.Tensor, y: int = y, x: int = x) -> torch.Tensor:
-            grid = output[:, tap.prefix :].reshape(1, height, width, -1) if tap.layout == "tokens" else output
+            output = _batch_first(output, tap)
+            grid = output[:, tap.prefix :].reshape(1, height, width, -1) if tap.layout in TOKENS else output
             grid = grid.permute(0, 2, 3, 1) if tap.layout == "NCHW" else grid
             kept = torch.zeros_like(grid)
             for dy in (-1, 0, 1):
@@ -104,8 +106,8 @@ def recipro_cam(
                         kept[:, y + dy, x + dx] = share * grid[:, y, x]
             if tap.layout == "NCHW":
                 return kept.permute(0, 3, 1, 2).contiguous()
-            if tap.layout == "tokens":
-                return torch.cat([output[:, : tap.prefix], kept.reshape(1, height * width, -1)], 1)
+            if tap.layout in TOKENS:
+                return _batch_first(torch.cat([output[:, : tap.prefix], kept.reshape(1, height * width, -1)], 1), tap)
             return kept
 
         with _replaced(model, tap.name, alone), torch.no_grad():
@@ -113,6 +115,11 @@ def recipro_cam(
     found = torch.cat(scores)
     found = found - found.min() if variant == "openvino_xai" else found
     return combined([found.reshape(1, height, width)], image.shape[2:])[0]
+
+
+def _batch_first(output: torch.Tensor, tap: Tap) -> torch.Tensor:
+    """LND as tokens, and tokens as LND: a view."""
+    return output.transpose(0, 1) if tap.layout == "LND" else output
 
 
 Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient where it is added, (B, K, h, w)

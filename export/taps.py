@@ -1,12 +1,13 @@
 """Which tensors a bundle taps, and in which role: `layers="conv"`, `"last"`, `"default"` (both), or a list of names.
 
 Roles come from the graph. "last" is the last tensor on a spatial grid that the logits read before the grid is pooled or flattened,
-behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. All that the logits read of the image passes it. How PyTorch modules are nested
-plays no part, so that a network has the same roles from PyTorch and from ONNX.
+behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. All that the logits read of the image
+passes it. How PyTorch modules are nested plays no part, so that a network has the same roles from PyTorch and from ONNX.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import onnx_ir as ir
 from ..runtime.errors import ExportError, UnknownLayer, near
 from .autodiff import on_path
 from .layouts import TAPPABLE, Axes, Layout, carries_all, follow, named_layouts, read_by_prefix_only
-from .tape import dims, made_by
+from .tape import constant_of, dims, made_by
 
 ROLES = ("conv", "last", "default")
 
+_POOLINGS = ("GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum")
 # they change how a tensor is held, not what it holds
 _SAME_NUMBERS = ("Transpose", "Identity", "Dropout", "Cast", "Reshape", "Flatten")
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
@@ -39,25 +41,41 @@ _ACTIVATIONS = (
 @dataclass(frozen=True)
 class FeatureMaps:
     """What is known of a graph's tensors. known: the layout of those that hold a map; unread: maps of which the logits read a class
-    token alone; reachable: what lies between image and logits, in the graph's order; last: the tensor in the role "last".
+    token alone; reachable: what lies between image and logits, in the graph's order; last: the tensor in the role "last";
+    without_last: why there is none, a clause, else ""; deeper: a tensor behind "last", on a coarser grid, that the logits read beside
+    it.
     """
 
     known: Mapping[ir.Value, Layout]
     unread: set[ir.Value]
     reachable: Mapping[ir.Value, None]
     last: ir.Value | None
+    without_last: str
+    deeper: ir.Value | None
 
 
 def feature_maps(graph: ir.Graph, logits: ir.Value) -> FeatureMaps:
-    """Warns where no tensor can have the role "last"."""
+    """Follows the image's grid through a graph with shapes."""
     followed = follow(graph)
     known = named_layouts(followed)
     unread = read_by_prefix_only(graph, known, logits)
     path = on_path(graph, list(graph.inputs), logits, past_stops=True)
     reachable = dict.fromkeys(y for node in graph for y in node.outputs if y in path)
     read = [y for y in reachable if y not in unread]
-    last = last_on_grid(read, known, followed, lambda y: carries_all(graph, known, unread, logits, y))
-    return FeatureMaps(known, unread, reachable, last)
+    try:
+        last, why = last_on_grid(read, known, followed, lambda y: carries_all(graph, known, unread, logits, y)), ""
+    except NoLastLayer as reason:
+        last, why = None, str(reason)
+    coarser = [
+        v
+        for v in read
+        if last is not None and v in known and 1 < math.prod(known[v].grid) < math.prod(known[last].grid)
+    ]
+    return FeatureMaps(known, unread, reachable, last, why, coarser[-1] if coarser else None)
+
+
+class NoLastLayer(ExportError):
+    """No tensor can have the role "last"; the message says why."""
 
 
 def last_on_grid(
@@ -65,50 +83,67 @@ def last_on_grid(
     known: Mapping[ir.Value, Layout],
     followed: Mapping[ir.Value, Axes],
     carries_all: Callable[[ir.Value], bool],
-) -> ir.Value | None:
+) -> ir.Value:
     """The tensor in the role "last". order: the tensors that the logits read at their grid, as the graph computes them; followed:
     the axes of those of which something is known; carries_all: whether all that the logits read of the grid passes a tensor.
 
-    None, with a warning, where a later tensor has positions that are not followed, or in another order of axes than a layer can
-    have: an earlier one would pass for the last. None, too, where the network ends in several branches that no tensor feeds.
+    NoLastLayer where a later tensor has positions that are not followed, or in another order of axes than a layer can have: an
+    earlier one would pass for the last; and where the network ends in several branches that no tensor feeds.
     """
     grids = [
         v
         for v in order
         if v in known and known[v].kind in TAPPABLE and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None
     ]
-    if not grids:
-        return None
-    lost = next((v for v in order[order.index(grids[-1]) + 1 :] if _unusable(v, known, followed)), None)
-    if lost is not None:
-        node = lost.producer()
-        assert node is not None
-        warnings.warn(
-            f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map (batch first), so the bundle has no last "
-            "layer for the methods that explain it: name a layer",
-            stacklevel=6,
+    behind = order[order.index(grids[-1]) + 1 :] if grids else order
+    moved = _moved_off_image(behind, followed)
+    if moved is not None:
+        raise NoLastLayer(
+            f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that maps behind it do not lie "
+            "over the picture: take that step out of the model and let the recipe do it (resize, crop, letterbox)"
         )
-        return None
+    lost = next((v.producer() for v in behind if _unusable(v, known, followed)), None)
+    if lost is not None:
+        raise NoLastLayer(f"what {lost.op_type} (node {lost.name!r}) computes is not known to be a feature map")
+    if not grids:
+        raise NoLastLayer("no tensor that the logits read is known to be a feature map on a grid")
     deepest = grids[-1]
     last = next((v for v in reversed(grids) if carries_all(v)), None)
     if last is None:
-        warnings.warn(
-            f"the logits read the image on several branches ({deepest.name!r} is on one of them), so the bundle has no last layer for "
-            "the methods that explain it: name a layer",
-            stacklevel=6,
-        )
-        return None
-    if known[last].kind == "tokens":
+        raise NoLastLayer(f"the logits read the image on several branches ({deepest.name!r} is on one of them)")
+    if known[last].token_axis is not None:
         last = _behind_projection(last, known, followed)
     usable = set(grids)
-    while (node := last.producer()) is not None and (node.op_type in _SAME_NUMBERS or node.op_type == "Slice"):
+    while (node := last.producer()) is not None and (node.op_type in (*_SAME_NUMBERS, "Slice", "Pow", "Clip", "Max")):
         before = node.inputs[0]
         if before not in usable or known[before].grid != known[last].grid:  # type: ignore[index]
             break
         if node.op_type == "Slice" and known[before].prefix == known[last].prefix:  # type: ignore[index]
             break  # channels, not the tokens before the grid, were left behind
+        if node.op_type in ("Clip", "Max", "Pow") and not _raises(node, last):
+            break
         last = before  # type: ignore[assignment]
     return last
+
+
+def _raises(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node belongs to a mean of powers (generalised mean pooling): the power itself, or what keeps its base from zero."""
+    if node.op_type == "Pow":
+        return constant_of(node.inputs[1]) is not None and all(n.op_type in _POOLINGS for n in value.consumers())
+    bounds = [constant_of(x) for x in node.inputs[1:] if x is not None]
+    low = (
+        len(bounds) == 1
+        and bounds[0] is not None
+        and bounds[0].size == 1
+        and 0 < float(bounds[0].reshape(-1)[0]) < 1e-3
+    )
+    return low and all(n.op_type == "Pow" for n in value.consumers())
+
+
+def _moved_off_image(order: Iterable[ir.Value], followed: Mapping[ir.Value, Axes]) -> ir.Node | None:
+    """The first node that moves the grid away from the image, as one does that pads or crops the picture within the network."""
+    value = next((v for v in order if v in followed and not followed[v].lies_over_image), None)
+    return value.producer() if value is not None else None
 
 
 def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mapping[ir.Value, Axes]) -> bool:
@@ -162,11 +197,15 @@ def choose(
     last: str | None,
     known: Iterable[str],
     finished: Callable[[str], bool] = lambda _: False,
+    without_last: str = "",
+    deeper: str | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Names to tap, in the model's order, with their roles.
 
     Where layers are named and the last tensor on the grid is not among them, the deepest that is `finished` takes its role, with a
-    warning. UnknownLayer names near misses; ExportError if nothing is left to tap.
+    warning. without_last: why the network has no last layer; deeper: what lies behind it, on a coarser grid: both for warnings.
+    UnknownLayer names near misses;
+    ExportError if nothing is left to tap.
     """
     known = list(known)
     check_names(layers, known)
@@ -179,7 +218,18 @@ def choose(
     else:
         wanted = list(layers)
     if not wanted and isinstance(layers, str):
-        raise ExportError(f"layers={layers!r} finds nothing in this model: name the layers to explain")
+        raise nothing_to_tap(layers, without_last)
+    if last is None and layers in ("last", "default"):
+        warnings.warn(
+            f"{without_last}; so the bundle has no last layer for the methods that explain it: name a layer",
+            stacklevel=6,
+        )
+    if deeper is not None and last in wanted:
+        warnings.warn(
+            f"the logits read {last!r} past the deeper {deeper!r} as well: the former is the last layer, since it carries all that they "
+            "read of the image; name the latter to explain its part alone",
+            stacklevel=6,
+        )
     chosen = [n for n in known if n in set(wanted)]
     named = layers not in ROLES
     stand_in = None
@@ -196,6 +246,18 @@ def choose(
         is_last = name == (stand_in if stand_in is not None else last)
         roles[name] = tuple(role for role, holds in (("conv", name in convolutions), ("last", is_last)) if holds)
     return roles
+
+
+def nothing_to_tap(layers: object, without_last: str) -> ExportError:
+    because = without_last or "name the layers to explain"
+    return ExportError(f"layers={layers!r} finds nothing in this model: {because}")
+
+
+def not_a_map(name: str, value: ir.Value) -> ExportError:
+    return ExportError(
+        f"layer {name!r} has output {value.shape}, which is not known to be a feature map (batch, channels, height, width), "
+        "channels-last, or tokens of a grid, over the whole picture: name other layers"
+    )
 
 
 def check_names(layers: str | Sequence[str], known: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
-LAYOUTS = ("NCHW", "NHWC", "tokens")
+LAYOUTS = ("NCHW", "NHWC", "tokens", "LND")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 FITS = ("stretch", "letterbox")
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -33,8 +33,9 @@ class Tap:
 
     roles: "conv" (a convolution's output) and/or "last" (the last spatial block). batch_norm: "after" where the network
     normalises this output next, "none" where no batch norm follows in the graph: it has none, or it came folded into
-    the convolution, and then the tap is the folded convolution's output. layout: how the network holds it (NCHW, NHWC, or
-    tokens: (batch, prefix + height * width, channels)); it leaves every program as NCHW, without the prefix.
+    the convolution, and then the tap is the folded convolution's output. layout: how the network holds it (NCHW, NHWC,
+    tokens: (batch, prefix + height * width, channels), or LND: tokens before the batch); it leaves every program as NCHW, without
+    the prefix.
     """
 
     name: str

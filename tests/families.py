@@ -115,12 +115,37 @@ def swin_v2() -> nn.Module:
     return module.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7, **parts)
 
 
+class SequenceFirst(nn.Module):
+    """Tokens as nn.TransformerEncoder holds them unless told otherwise, (tokens, batch, channels); with a class token as CLIP's image
+    tower has it.
+    """
+
+    def __init__(self, with_class_token: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 16, 16)
+        self.token = nn.Parameter(torch.randn(24)) if with_class_token else None
+        layer = nn.TransformerEncoderLayer(24, 2, 48, 0.0, "gelu", norm_first=True)
+        self.blocks = nn.ModuleList(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 7)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.patches(image).flatten(2).permute(2, 0, 1)
+        if self.token is not None:
+            x = torch.cat([self.token.expand(1, x.shape[1], -1), x])
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x.mean(0) if self.token is None else x.permute(1, 0, 2)[:, 0])
+
+
 # make, last tap, its layout, prefix, channels and grid; swin with windows of 7 pads a grid of 16
 TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int, tuple[int, int]]] = {
     "vit": (vit, "encoder.layers.encoder_layer_2.ln_1", "tokens", 1, 48, (4, 4)),
     "deit": (deit, "blocks.2.norm1", "tokens", 1, 192, (4, 4)),
     "deit_distilled": (deit_distilled, "blocks.2.norm1", "tokens", 2, 192, (4, 4)),
     "vit_pooled": (vit_pooled, "norm", "tokens", 0, 192, (4, 4)),
+    "sequence_first": (functools.partial(SequenceFirst, False), "norm", "LND", 0, 24, (4, 4)),
+    "clip": (functools.partial(SequenceFirst, True), "blocks.1.layers.0.norm1", "LND", 1, 24, (4, 4)),
     "swin": (functools.partial(swin, 4), "norm", "NHWC", 0, 48, (8, 8)),
     "swin_padded": (functools.partial(swin, 7), "norm", "NHWC", 0, 48, (8, 8)),
     "swin_v2": (swin_v2, "norm", "NHWC", 0, 48, (8, 8)),

@@ -19,6 +19,7 @@ import camrt
 from camrt.export.modules import prepare_module
 from camrt.export.probes import smooth_images
 from camrt.oracle import module_oracle
+from camrt.runtime.errors import ExportError
 from camrt.verify import verify_bundle
 
 SHAPE = (3, 16, 20)
@@ -426,20 +427,6 @@ def test_of_several_branches_none_is_the_last(tmp_path: Path) -> None:
     assert camrt.load(path).manifest.last_layer is None
 
 
-class _SequenceFirst(nn.Module):
-    """Tokens as nn.TransformerEncoder has them by default: (tokens, batch, channels)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.blocks(self.patches(x).flatten(2).permute(2, 0, 1))).mean(0))
-
-
 class _ColumnMajor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -449,9 +436,113 @@ class _ColumnMajor(nn.Module):
         return self.head(self.norm(self.patches(x).transpose(2, 3).flatten(2).transpose(1, 2)).mean(1))
 
 
-@pytest.mark.parametrize("net", [_SequenceFirst, _ColumnMajor])
-def test_a_later_layer_in_another_order_is_not_passed_over(net: type[nn.Module], tmp_path: Path) -> None:
+def test_a_later_layer_in_another_order_is_not_passed_over(tmp_path: Path) -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="so the bundle has no last layer"):
-        path = camrt.export_model(net().eval(), tmp_path / "n.camrt", (3, 32, 32))
+        path = camrt.export_model(_ColumnMajor().eval(), tmp_path / "n.camrt", (3, 32, 32))
     assert camrt.load(path).manifest.last_layer is None
+
+
+class _Framed(nn.Module):
+    """A network that changes its picture's frame first."""
+
+    def __init__(self, frame: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.frame = frame
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1)
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.frame(x)).relu().mean((2, 3)))
+
+
+def _framed(frame: Callable[[torch.Tensor], torch.Tensor], source: str, folder: Path) -> camrt.Explainer:
+    torch.manual_seed(0)
+    model, path = _Framed(frame).eval(), folder / "framed.camrt"
+    if source == "torch":
+        camrt.export_model(model, path, (3, 32, 32))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = str(folder / "framed.onnx")
+            torch.onnx.export(model, (torch.zeros(1, 3, 32, 32),), file, input_names=["image"], dynamo=False)
+        camrt.export_onnx(file, path)
+    return camrt.load(path)
+
+
+@pytest.mark.parametrize("source", ["torch", "onnx"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        lambda x: F.pad(x, (0, 8, 0, 8)),
+        lambda x: F.pad(x, (8, 8, 8, 8), mode="reflect"),
+        lambda x: F.pad(F.interpolate(x, size=(32, 24), mode="bilinear"), (4, 4, 0, 0)),
+        lambda x: F.pad(x, (-4, -4, -4, -4)),
+        lambda x: x[:, :, 2:30, 2:30],
+        lambda x: x[:, :, :, :16],
+        lambda x: F.conv2d(x, torch.ones(3, 3, 1, 1), padding=6),
+    ],
+    ids=["right and below", "reflected", "letterbox", "negative", "crop", "half", "convolution"],
+)
+def test_a_frame_that_the_network_changes_is_refused(
+    frame: Callable[[torch.Tensor], torch.Tensor], source: str, tmp_path: Path
+) -> None:
+    """A map of the padded canvas, stretched over the picture, would lie beside what it explains."""
+    with pytest.raises(ExportError, match="pads or crops the picture within the network"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _framed(frame, source, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["torch", "onnx"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        lambda x: F.pad(x, (0, 1, 0, 1)),
+        lambda x: F.pad(x, (2, 2, 2, 2)),
+        lambda x: F.pad(x, (8, 8, 8, 8))[:, :, 8:40, 8:40],
+        lambda x: F.max_pool2d(F.pad(x, (6, 6, 6, 6)), 7, 2),
+    ],
+    ids=["one below", "of the window", "and back", "of a pooling"],
+)
+def test_the_padding_of_a_window_leaves_the_frame(
+    frame: Callable[[torch.Tensor], torch.Tensor], source: str, tmp_path: Path
+) -> None:
+    assert _framed(frame, source, tmp_path).manifest.last_layer is not None
+
+
+class _PowerMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU())
+        self.power, self.head = nn.Parameter(torch.tensor(3.0)), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x).clamp(min=1e-6).pow(self.power)
+        return self.head(F.adaptive_avg_pool2d(x, 1).pow(1 / self.power).flatten(1))
+
+
+class _TwoLevels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, 2), nn.ReLU())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.head(torch.cat([x.mean((2, 3)), self.second(x).mean((2, 3))], 1))
+
+
+def test_the_power_of_a_mean_is_no_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = camrt.export_model(_PowerMean().eval(), tmp_path / "n.camrt", (3, 32, 32))
+    assert camrt.load(path).manifest.last_layer == "body"
+
+
+def test_a_head_on_two_levels_says_which_is_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="the logits read 'first' past the deeper 'second' as well"):
+        path = camrt.export_model(_TwoLevels().eval(), tmp_path / "n.camrt", (3, 32, 32))
+    assert camrt.load(path).manifest.last_layer == "first"
