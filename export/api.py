@@ -194,7 +194,7 @@ def _write(
     from .bundle import write_bundle
     from .check import Checker, looks_like_probabilities, warn_of_probabilities
     from .graph import named_values
-    from .logits import class_count
+    from .logits import class_count, is_product
     from .probes import as_pixels, smooth_images
     from .programs import build_programs, seeds_share_image
     from .tape import static_dims
@@ -243,10 +243,9 @@ def _write(
         started = time.perf_counter()
         checker(folder, complete)
         agree(checker, graph)
-        if graph.final_activation is None:
-            kind = looks_like_probabilities(checker.classifier(folder, complete), images)
-            if kind is not None:
-                warn_of_probabilities(kind)
+        told = looks_like_probabilities(checker.classifier(folder, complete), images, is_product(values[graph.logits]))
+        if told is not None:
+            warn_of_probabilities(told)
         progress(f"checked {len(complete.programs)} programs in {time.perf_counter() - started:.1f} s")
 
     return write_bundle(facts.path, manifest, list(programs.values()), facts.overwrite, progress, check)

@@ -184,21 +184,26 @@ def first_mixing(graph: TappedGraph, images: np.ndarray) -> str:
     return "the images of a batch change one another"
 
 
-def looks_like_probabilities(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> str | None:
-    """What scores seem to be, "softmax" or "sigmoid" of something, judged by images that are far from ordinary as well."""
+def looks_like_probabilities(
+    run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, behind_product: bool
+) -> str | None:
+    """What scores seem to be, in words, if they seem to be probabilities; judged by images that are far from ordinary as well.
+
+    behind_product: whether a product of matrices or a convolution gives them, whose numbers may lie in any range.
+    """
     stretched = np.concatenate([images, 20 * images, -20 * images])
     scores = np.concatenate([run(image[None]) for image in stretched]).astype(np.float64)
-    if scores.min() < -1e-6 or scores.max() > 1 + 1e-6 or np.ptp(scores) < 1e-6:
+    sums = scores.sum(axis=1)
+    if scores.min() < -1e-6 or np.ptp(scores) < 1e-6:
         return None
-    if scores.shape[1] > 1 and np.abs(scores.sum(axis=1) - 1).max() < 1e-3:
-        return "softmax"
-    return "sigmoid"
+    if scores.shape[1] > 1 and sums.max() > 0 and np.ptp(sums) < 1e-3 * sums.max():
+        return f"rows that sum to {sums.mean():.3g}"
+    return "numbers between 0 and 1" if scores.max() <= 1 + 1e-6 and not behind_product else None
 
 
-def warn_of_probabilities(kind: str) -> None:
-    told = "rows that sum to 1" if kind == "softmax" else "numbers between 0 and 1"
+def warn_of_probabilities(told: str) -> None:
     warnings.warn(
-        f"the output looks like probabilities ({told}), and the {kind} behind them was not found: gradients are of probabilities, which "
+        f"the scores look like probabilities ({told}), and what they are made of was not found: gradients are of probabilities, which "
         "flatten where the network is sure, and Score-CAM's weights are a softmax of probabilities; export the model without its "
         "final activation, or name the output before it",
         stacklevel=4,

@@ -71,6 +71,14 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
     return math.prod(d for d in inner if d is not None)
 
 
+def is_product(logits: ir.Value) -> bool:
+    """Whether a product of matrices or a convolution gives the logits, with or without a bias."""
+    value: ir.Value | None = logits
+    while (node := made_by(value, *_PASSED, "Add")) is not None:
+        value = next((x for x in node.inputs if x is not None and constant_of(x) is None), None)
+    return made_by(value, "Gemm", "MatMul", "Conv") is not None
+
+
 def _is_rows(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 2 and not (dims(value)[0] not in (None, 1))
 
@@ -134,6 +142,9 @@ def _match(node: ir.Node) -> tuple[ir.Value, str] | None:
     x = node.inputs[0] if node.inputs else None
     if node.op_type in ("Softmax", "Sigmoid", "LogSoftmax") and x is not None:
         return x, node.op_type
+    if node.op_type == "Exp":
+        inner = _match(x.producer()) if x is not None and x.producer() is not None else None  # type: ignore[arg-type]
+        return (inner[0], "Softmax") if inner is not None and inner[1] == "LogSoftmax" else None
     if node.op_type in ("Div", "Mul"):
         return _softmax_by_hand(node) or _sigmoid_by_hand(node)
     if node.op_type == "Reciprocal":
@@ -142,8 +153,57 @@ def _match(node: ir.Node) -> tuple[ir.Value, str] | None:
         inner = _match(x.producer())  # type: ignore[arg-type]
         return (inner[0], "LogSoftmax") if inner is not None and inner[1] == "Softmax" else None
     if node.op_type == "Sub":
-        return _log_softmax_by_hand(node)
+        return _other_of_two(node) or _log_softmax_by_hand(node)
+    if node.op_type == "Concat":
+        return _both_of_two(node)
     return None
+
+
+def _other_of_two(node: ir.Node) -> tuple[ir.Value, str] | None:
+    """1 - sigmoid(z), which is the sigmoid of -z."""
+    z = _behind_sigmoid(node.inputs[1]) if _is(node.inputs[0], 1.0) else None
+    return (_after(z, "Neg"), "Sigmoid") if z is not None else None
+
+
+def _both_of_two(node: ir.Node) -> tuple[ir.Value, str] | None:
+    """1 - sigmoid(z) beside sigmoid(z), in either order, which is the softmax of 0 and z."""
+    if len(node.inputs) != 2 or node.outputs[0].shape is None:
+        return None
+    axis = attribute(node, "axis", 0) % len(node.outputs[0].shape)
+    if axis == 0 or any(d != 1 for d in dims(node.outputs[0])[1:axis]):
+        return None
+    for place in (0, 1):
+        minus = made_by(node.inputs[1 - place], "Sub")
+        if minus is None or not _is(minus.inputs[0], 1.0) or minus.inputs[1] is not node.inputs[place]:
+            continue
+        z = _behind_sigmoid(node.inputs[place])
+        if z is None or z.shape is None or dims(z)[axis:] != (1,) * (len(z.shape) - axis):
+            continue
+        nothing = _after(z, "Sub", z)
+        both = _after(nothing, "Concat", z, axis=axis) if place else _after(z, "Concat", nothing, axis=axis)
+        both.shape = node.outputs[0].shape
+        return both, "Softmax"
+    return None
+
+
+def _behind_sigmoid(value: ir.Value | None) -> ir.Value | None:
+    node = value.producer() if value is not None else None
+    found = _match(node) if node is not None else None
+    return found[0] if found is not None and found[1] == "Sigmoid" else None
+
+
+def _after(value: ir.Value, op_type: str, *others: ir.Value, **attributes: int) -> ir.Value:
+    """What a new node makes of a value (and of others), behind whichever of them is computed last."""
+    last = value.producer()
+    assert last is not None and last.graph is not None
+    node = ir.node(op_type, [value, *others], attributes)
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    node.outputs[0].name = f"{value.name}_{op_type.lower()}"
+    node.name = node.outputs[0].name
+    behind = [v.producer() for v in others if v.producer() is not None]
+    at = max([last, *behind], key=lambda n: list(last.graph).index(n))  # type: ignore[arg-type]
+    last.graph.insert_after(at, node)  # type: ignore[union-attr]
+    return node.outputs[0]
 
 
 def _softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:

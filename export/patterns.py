@@ -23,6 +23,8 @@ def simplify(graph: ir.Graph) -> None:
             _layer_norm(graph, node)
         elif node.op_type == "Gemm":
             _product_of_rows(graph, node)
+        elif node.op_type == "MatMul":
+            _product_with_vector(graph, node)
 
 
 def put_in_place(graph: ir.Graph, node: ir.Node, result: ir.Value | None, made: Sequence[ir.Node]) -> None:
@@ -160,6 +162,41 @@ def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:
     name = gemm.name
     put_in_place(graph, after, made[-1].outputs[0], made)
     made[-1].name = name or made[-1].name
+
+
+def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
+    """A MatMul of which an operand has one axis: a product of matrices, the other axis of size 1."""
+    a, b = node.inputs
+    y = node.outputs[0]
+    if a is None or b is None or a.shape is None or b.shape is None or y.shape is None:
+        return
+    if len(a.shape) > 1 and len(b.shape) > 1:
+        return
+    made: list[ir.Node] = []
+
+    def op(kind: str, *inputs: ir.Value, shape: Sequence[object]) -> ir.Value:
+        made.append(ir.node(kind, list(inputs)))
+        value = made[-1].outputs[0]
+        value.shape, value.type = ir.Shape(shape), y.type  # type: ignore[arg-type]
+        return value
+
+    def axis(n: int) -> ir.Value:
+        return initializer(graph, f"{y.name}_axis", np.array([n], np.int64))
+
+    shape, vectors = list(y.shape), []
+    if len(b.shape) == 1:
+        b = op("Unsqueeze", b, axis(1), shape=[*b.shape, 1])
+        vectors.append(-1)
+        shape = [*shape, 1]
+    if len(a.shape) == 1:
+        a = op("Unsqueeze", a, axis(0), shape=[1, *a.shape])
+        vectors.append(-2)
+        shape = [*shape[:-1], 1, *shape[-1:]]
+    product = op("MatMul", a, b, shape=shape)
+    for n in sorted(vectors):
+        shape = [s for i, s in enumerate(shape) if i != len(shape) + n]
+        product = op("Squeeze", product, axis(n), shape=shape)
+    put_in_place(graph, node, product, made)
 
 
 def _affine(node: ir.Node, op_type: str, sizes: Sequence[int]) -> tuple[ir.Node, np.ndarray | None]:

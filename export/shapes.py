@@ -105,6 +105,7 @@ class ShapeWalk:
         self.facts: dict[ir.Value, Facts] = {}
         self.inner: set[ir.Value] = set()  # values with the batch innermost in a merged size
         self.edits: list[Callable[[], None]] = []
+        self._squeezed: ir.Node | None = None  # a Squeeze that would take out the batch of one image
         self._mixing: list[ir.Node] = []  # nodes that take the images of a batch together
         image = self.graph.inputs[0]
         assert image.shape is not None
@@ -252,6 +253,9 @@ class ShapeWalk:
                 found.append(self._inferred(schema, proto, node, i))
             except Exception as error:
                 said = first_line(error).removeprefix("[ShapeInferenceError] ")[:160]
+                if i == 0 and self._squeezed is not None:
+                    reason = "takes out the batch axis of one image, and what follows needs that"
+                    raise BatchPinned(self._squeezed, reason) from None
                 if (i == 0 and len(set(self.batches)) > 1) or len(self.batches) == 1:
                     raise ExportError(f"the sizes that meet in {label(node)} do not fit ({said})") from None
                 raise BatchPinned(node, f"is written for batch {self.batches[0]}, not {batch} ({said})") from None
@@ -337,6 +341,8 @@ class ShapeWalk:
         assert x is not None
         shapes = self.facts[x].shapes
         axes = [a for a in range(len(shapes[0])) if all(s[a] == 1 for s in shapes)]
+        if shapes[0].count(1) > len(axes):
+            self._squeezed = node
         contents = self.facts[x].contents
         kept = tuple(tuple(n for a, n in enumerate(s) if a not in axes) for s in shapes)
         new = None if contents is None else tuple(c.reshape(s) for c, s in zip(contents, kept, strict=True))
@@ -345,6 +351,30 @@ class ShapeWalk:
         def write() -> None:
             node.resize_inputs(2)
             node.replace_input_with(1, initializer(self.graph, f"{y.name}_axes", np.array(axes, np.int64)))
+
+        self.edits.append(write)
+        return True
+
+    def _gather(self, node: ir.Node) -> bool:
+        """Every element of a vector in its order: a Reshape, as PyTorch's exporter writes the as_strided of a pooled map."""
+        x, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
+        assert x is not None and indices is not None
+        taken, shapes = self.facts[indices], self.facts[x].shapes
+        if taken.contents is None or len(shapes[0]) != 1 or not self.facts[x].varies or attribute(node, "axis", 0):
+            return False
+        for (size,), index in zip(shapes, taken.contents, strict=True):
+            if not np.array_equal(index.reshape(-1), np.arange(size)):
+                return False
+        place = _changing(taken.shapes)
+        if place is None:
+            return False
+        self.facts[y], y.type = Facts(taken.shapes), x.type
+        literal = np.array([-1 if a == place else n for a, n in enumerate(taken.shapes[0])], np.int64)
+
+        def write() -> None:
+            node.op_type, node.version = "Reshape", None
+            node.attributes.pop("axis", None)
+            node.replace_input_with(1, initializer(self.graph, f"{y.name}_sizes", literal))
 
         self.edits.append(write)
         return True

@@ -162,6 +162,24 @@ def padded_by_shape(g: Graph) -> str:
     return head(g, g.op("Flatten", "pooled", out="rows"))
 
 
+def strided(g: Graph) -> str:
+    """A pooled map as PyTorch's newer exporter writes its as_strided: every element of a vector in its order."""
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    g.op("Reshape", "pooled", ints(g, "flat", -1), out="vector")
+    g.op("Gather", g.op("Shape", "pooled", out="sizes"), g.constant("first", np.array(0, np.int64)), out="batch")
+    zero, one, width = (g.constant(f"i{n}", np.array(n, np.int64)) for n in (0, 1, 12))
+    g.op("Mul", g.op("Range", zero, "batch", one, out="images"), width, out="starts")
+    g.op("Unsqueeze", "starts", ints(g, "second", 1), out="column")
+    g.op("Add", "column", g.constant("offsets", np.arange(12)[None]), out="indices")
+    return head(g, g.op("Gather", "vector", "indices", out="rows"))
+
+
+def one_score(g: Graph) -> str:
+    """A product with a vector of weights: (N,)."""
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    return g.op("MatMul", g.op("Flatten", "pooled", out="rows"), g.weight("wf", 12), out="scores")
+
+
 PINNED = [
     pinned_row,
     pinned_rest,
@@ -175,15 +193,33 @@ PINNED = [
 
 
 @pytest.mark.parametrize("declared", [1, "N"])
-@pytest.mark.parametrize("make", [*PINNED, padded_by_shape])
+@pytest.mark.parametrize("make", [*PINNED, padded_by_shape, strided, one_score])
 def test_a_traced_batch_is_freed(make: Callable[[Graph], str], declared: int | str, tmp_path: Path) -> None:
     g = Graph()
     make(g)
     explainer = assert_right(saved(g, tmp_path / "model.onnx", batch=declared))
     assert explainer.manifest.batch == "dynamic"
-    several = explainer.explain(IMAGES, "grad_cam", 1, ["n_c0"]).maps
-    alone = [explainer.explain(IMAGES[i : i + 1], "grad_cam", 1, ["n_c0"]).maps[0] for i in range(3)]
+    several = explainer.explain(IMAGES, "grad_cam", 0, ["n_c0"]).maps
+    alone = [explainer.explain(IMAGES[i : i + 1], "grad_cam", 0, ["n_c0"]).maps[0] for i in range(3)]
     np.testing.assert_allclose(several, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["squeezed and back", "a vector"])
+def test_a_file_for_one_image_is_explained_one_image_at_a_time(form: str, tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    if form == "a vector":
+        g.op("Reshape", "pooled", ints(g, "all", -1), out="vector")
+        g.op("Add", g.op("MatMul", "vector", g.weight("wf", 12, 6), out="product"), g.weight("vf", 6), out="scores")
+    else:
+        head(g, g.op("Unsqueeze", g.op("Squeeze", "pooled", out="vector"), ints(g, "front", 0), out="rows"))
+    source = saved(g, tmp_path / "model.onnx", batch=1)
+    explainer, said = exported(source)
+    assert explainer.manifest.batch == 1
+    assert any("the bundle explains one image at a time (batch 1)" in s for s in said)
+    np.testing.assert_allclose(explainer.classify(IMAGES[:1])[0], scores_of(source, IMAGES[:1]).reshape(-1), rtol=1e-4)
+    report = verify(explainer.bundle.path)
+    assert report.passed, [r for r in report.rows if not r.passed][:3]
 
 
 def test_a_batch_of_four_is_freed(tmp_path: Path) -> None:
@@ -345,6 +381,8 @@ def by_hand(g: Graph, kind: str) -> str:
         return g.op("Sub", "scores", g.op("ReduceLogSumExp", "scores", out="all", axes=[1]), out="p")
     if kind == "log of softmax":
         return g.op("Log", g.op("Softmax", "scores", out="q", axis=1), out="p")
+    if kind == "exp of log softmax":
+        return g.op("Exp", g.op("LogSoftmax", "scores", out="q", axis=1), out="p")
     if kind == "softmax, clipped":
         bounds = g.constant("low", np.float32(1e-7)), g.constant("high", np.float32(1 - 1e-7))
         return g.op("Clip", g.op("Softmax", "scores", out="q", axis=1), *bounds, out="p")
@@ -356,6 +394,7 @@ KINDS = {
     "softmax, shifted": "Softmax",
     "softmax, clipped": "Softmax",
     "softmax, double": "Softmax",
+    "exp of log softmax": "Softmax",
     "sigmoid": "Sigmoid",
     "log softmax": "LogSoftmax",
     "log of softmax": "LogSoftmax",
@@ -399,9 +438,73 @@ def test_probabilities_that_cannot_be_taken_apart_are_warned_of(tmp_path: Path) 
     head(g, g.op("Flatten", "pooled", out="rows"))
     g.op("HardSigmoid", "scores", out="p")
     _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
-    assert any("the output looks like probabilities (numbers between 0 and 1)" in s for s in said)
+    assert any("the scores look like probabilities (numbers between 0 and 1)" in s for s in said)
     _, said = exported(classifier(tmp_path / "plain.onnx", softmax=False))
     assert not any("probabilities" in s for s in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("in percent", "rows that sum to 100"),
+        ("softmax twice", "rows that sum to 1"),
+        ("softmax of sigmoid", "numbers between 0 and 1"),
+        ("one of a softmax", "numbers between 0 and 1"),
+    ],
+)
+def test_probabilities_behind_something_else_are_warned_of(kind: str, told: str, tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    inner = g.op("Sigmoid" if kind == "softmax of sigmoid" else "Softmax", "scores", out="q")
+    if kind == "in percent":
+        g.op("Mul", inner, g.constant("hundred", np.float32(100)), out="p")
+    elif kind == "one of a softmax":
+        g.op("Slice", inner, ints(g, "from", 1), ints(g, "to", 2), ints(g, "along", 1), out="p")
+    else:
+        g.op("Softmax", inner, out="p")
+    _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
+    assert any(f"the scores look like probabilities ({told})" in s for s in said), said
+
+
+def test_scores_of_a_product_may_lie_between_0_and_1(tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    g.op("Flatten", g.op("Sigmoid", "pooled", out="gate"), out="rows")
+    g.op("Gemm", "rows", g.constant("wf", np.full((12, 6), 1 / 12, np.float32) * np.arange(1, 7) / 7), out="scores")
+    _, said = exported(saved(g, tmp_path / "model.onnx"))
+    assert not any("probabilities" in s for s in said), said
+
+
+@pytest.mark.parametrize("kind", ["the other", "both", "both, the class first"])
+def test_one_minus_a_sigmoid_is_taken_apart(kind: str, tmp_path: Path) -> None:
+    """Its explanations are those of the same network that ends in the negated logit, or in a softmax over (0, z)."""
+    bundles = []
+    for form in ("as it is", "taken apart"):
+        g = Graph()
+        g.op("GlobalAveragePool", trunk(g), out="pooled")
+        g.op("Gemm", g.op("Flatten", "pooled", out="rows"), g.weight("wf", 12, 1), g.weight("vf", 1), out="z")
+        one = g.constant("one", np.float32(1))
+        if form == "as it is":
+            g.op("Sub", one, g.op("Sigmoid", "z", out="p"), out="q")
+        elif kind == "the other":
+            g.op("Neg", "z", out="q")
+        else:
+            g.op("Mul", "z", g.constant("none", np.float32(0)), out="q")
+        second = {"as it is": "p", "taken apart": "z"}[form]
+        pair = ("q", second) if kind == "both" else (second, "q")
+        out = "q" if kind == "the other" else g.op("Concat", *pair, out="pair", axis=1)
+        out = g.op("Sigmoid", "q", out="s") if kind == "the other" and form == "taken apart" else out
+        out = g.op("Softmax", "pair", out="s", axis=1) if kind != "the other" and form == "taken apart" else out
+        explainer, said = exported(saved(g, tmp_path / f"{form}.onnx", out))
+        assert not any("probabilities" in s for s in said), said
+        bundles.append(explainer)
+    got, want = bundles
+    assert got.manifest.final_activation == want.manifest.final_activation
+    np.testing.assert_allclose(got.classify(IMAGES), want.classify(IMAGES), atol=1e-6)
+    for target in range(got.manifest.num_classes):
+        maps = [e.explain(IMAGES, "grad_cam", target).maps for e in (got, want)]
+        np.testing.assert_allclose(*maps, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [None, "softmax", "sigmoid"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 from ..autodiff import vjp
 from ..tape import attribute, dims, open_dims
 
@@ -37,11 +39,12 @@ def matmul(op, node, g):
 @vjp("Einsum", shares_image=False)
 def einsum(op, node, g):
     """d operand = Einsum of g and the other operands, its subscripts being the result; where none repeats one of its own."""
-    equation = attribute(node, "equation").replace(" ", "")
-    if "->" not in equation or "." in equation:
-        return tuple(None for _ in node.inputs)
-    left, out = equation.split("->")
-    terms = left.split(",")
+    terms, out = _subscripts(attribute(node, "equation"), [len(dims(x)) for x in node.inputs])
+    sizes = {}
+    for x, term in zip(node.inputs, terms, strict=True):
+        for c, n in zip(term, dims(x), strict=True):
+            if sizes.setdefault(c, n) != n:  # a size of 1 that is repeated
+                return tuple(None for _ in node.inputs)
     results = []
     for i, (x, term) in enumerate(zip(node.inputs, terms, strict=True)):
         others = [t for j, t in enumerate(terms) if j != i]
@@ -53,7 +56,24 @@ def einsum(op, node, g):
         given = [g, *(y for j, y in enumerate(node.inputs) if j != i)]
         d = op.Einsum(*given, equation=f"{','.join([out, *others])}->{kept}")
         if kept != term:  # subscripts that were summed over alone
-            sizes = [n if c in known else 1 for c, n in zip(term, open_dims(x, -1), strict=True)]
-            d = op.expand_like(op.Reshape(d, sizes), x)
+            single = [n if c in known else 1 for c, n in zip(term, open_dims(x, -1), strict=True)]
+            d = op.expand_like(op.Reshape(d, single), x)
         results.append(d)
     return tuple(results)
+
+
+def _subscripts(equation, ranks):
+    """The operands' subscripts and the result's, an ellipsis and a result that is not written spelt out."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    letters = [c for c in string.ascii_letters if c not in equation]
+    deepest = max((n - len(t) + 3 for t, n in zip(terms, ranks, strict=True) if "..." in t), default=0)
+    names = "".join(letters[:deepest])
+    spelt = [
+        t.replace("...", names[deepest - (n - len(t) + 3) :]) if "..." in t else t
+        for t, n in zip(terms, ranks, strict=True)
+    ]
+    if not arrow:
+        once = left.replace("...", "").replace(",", "")
+        out = "..." + "".join(sorted(c for c in set(once) if once.count(c) == 1))
+    return spelt, out.replace("...", names)
