@@ -16,7 +16,7 @@ import onnx_ir.passes.common as passes
 from ..runtime.errors import ExportError, first_line
 from .graph import run_passes
 from .quantised import to_qdq
-from .shapes import label, unknown_operator
+from .shapes import RANDOM, label, unknown_operator
 from .tape import attribute, constant_of
 
 OPSET = 18  # the oldest opset whose forms the gradient rules read; older models are converted to it
@@ -133,9 +133,34 @@ def modernise(model: ir.Model) -> ir.Model:
     if version < OPSET:
         model = _converted(model, version)
         run_passes(model, passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    _as_evaluated(model.graph)
     as_float32(model)
     run_passes(model, passes.IdentityEliminationPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     return model
+
+
+def _as_evaluated(graph: ir.Graph) -> None:
+    """Dropout that a training file left active is made inactive, with a warning. ExportError for what else only training does."""
+    active = []
+    for node in graph:
+        if node.op_type in RANDOM:
+            raise ExportError(
+                f"{label(node)} draws random numbers, so that no two runs score an image alike: export the model in evaluation mode "
+                "(model.eval(), training=False)"
+            )
+        if node.op_type == "BatchNormalization" and (attribute(node, "training_mode", 0) or len(node.outputs) > 1):
+            raise ExportError(
+                f"{label(node)} normalises by the batch that it is given, as in training: export the model in evaluation mode "
+                "(model.eval(), training=False)"
+            )
+        training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+        if training is not None:
+            chosen = constant_of(training)
+            if chosen is None or chosen.any():
+                active.append(label(node))
+            node.resize_inputs(1)
+    if active:
+        warnings.warn(f"{', '.join(active)} drops units at random, as in training: left out", stacklevel=5)
 
 
 def _refuse_foreign(model: ir.Model) -> None:

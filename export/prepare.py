@@ -29,7 +29,10 @@ def image_input(model: ir.Model) -> ir.Value:
     if image.dtype != ir.DataType.FLOAT and image.dtype not in _PICTURES:
         raise ExportError(f"input {image.name!r} is {image.dtype}: camrt takes images of numbers")
     if image.shape is None or len(image.shape) != 4:
-        extra = ": it has no batch axis" if image.shape is not None and len(image.shape) == 3 else ""
+        extra = ""
+        if image.shape is not None and len(image.shape) == 3:
+            has_batch = dims(image)[0] in (None, 1) and None not in dims(image)[1:] and dims(image)[1] not in (1, 3, 4)
+            extra = f": it has no {'channel' if has_batch else 'batch'} axis"
         raise ExportError(
             f"input {image.name!r} has shape {_shape_text(image)}{extra}: camrt takes images (batch, channels, height, width)"
         )

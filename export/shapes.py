@@ -38,7 +38,7 @@ _LEFT = {
     "ImageDecoder",
 }
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _AS_INPUT = {"GroupNormalization", "MeanVarianceNormalization", "Celu", "ThresholdedRelu", "LpNormalization"}
 
 Shape = tuple[int, ...]
@@ -200,7 +200,7 @@ class ShapeWalk:
         self.facts[value] = Facts((shape,) * len(self.batches), known)
 
     def _contents_known(self, node: ir.Node) -> bool:
-        left = node.op_type in _LEFT | _RANDOM
+        left = node.op_type in _LEFT | RANDOM
         if node.op_type == "DequantizeLinear":  # of a batch norm, say, whose numbers no engine takes as integers
             left = any(n.op_type in _PRODUCTS for n in node.outputs[0].consumers())
         if left or _has_subgraph(node) or node.domain not in ("", "ai.onnx"):
@@ -569,7 +569,9 @@ class ShapeWalk:
         if condition not in self.facts:
             self._note_constant(condition)
         known = self.facts[condition].contents
-        if known is None or len({bool(c.reshape(-1)[0]) for c in known}) != 1:
+        if known is not None and len({bool(c.reshape(-1)[0]) for c in known}) > 1:
+            raise BatchPinned(node, "chooses by the number of images")
+        if known is None:
             raise ExportError(f"control flow: {label(node)} chooses by the image's numbers: camrt needs a fixed graph")
         branch = node.attributes["then_branch" if known[0].reshape(-1)[0] else "else_branch"].as_graph()
         results = list(branch.outputs)

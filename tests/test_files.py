@@ -688,6 +688,10 @@ def three_axes(model: onnx.ModelProto) -> None:
     del model.graph.input[0].type.tensor_type.shape.dim[0]
 
 
+def gray_pictures(model: onnx.ModelProto) -> None:
+    del model.graph.input[0].type.tensor_type.shape.dim[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -703,9 +707,10 @@ def three_axes(model: onnx.ModelProto) -> None:
         ),
         (first_node("com.microsoft", "FusedConv"), "FusedConv .* is ONNX Runtime's own, written by its optimiser"),
         (first_node("", "Erfc"), "Erfc .* is none of ONNX's"),
+        (gray_pictures, r"has shape \[N,20,18\]: it has no channel axis"),
         (three_axes, r"has shape \[3,20,18\]: it has no batch axis: camrt takes images \(batch, channels"),
     ],
-    ids=["ir version", "opset", "old opset", "custom", "fused", "left over", "no batch axis"],
+    ids=["ir version", "opset", "old opset", "custom", "fused", "left over", "no channel axis", "no batch axis"],
 )
 def test_files_that_cannot_be_taken_say_why(
     change: Callable[[onnx.ModelProto], object], message: str, tmp_path: Path
@@ -714,6 +719,50 @@ def test_files_that_cannot_be_taken_say_why(
     with pytest.raises(camrt.CamrtError, match=message) as caught:
         camrt.export_onnx(source, tmp_path / "model.camrt")
     assert "\n" not in str(caught.value) and not (tmp_path / "model.camrt").exists()
+
+
+@pytest.mark.parametrize("kind", ["noise", "batch norm", "dropout"])
+def test_a_file_in_training_mode(kind: str, tmp_path: Path) -> None:
+    g = Graph()
+    x = trunk(g)
+    if kind == "noise":
+        x = g.op("Add", x, g.op("RandomNormalLike", x, out="noise", scale=0.1), out="shaken")
+    elif kind == "batch norm":
+        g.op("BatchNormalization", x, *(g.weight(f"bn{i}", 12, offset=2.0) for i in range(4)), out="b", training_mode=1)
+        g.nodes[-1].output.extend(["mean", "variance"])
+        x = "b"
+    else:
+        x = g.op("Dropout", x, g.constant("p", np.float32(0.5)), g.constant("on", np.array(True)), out="dropped")
+    g.op("GlobalAveragePool", x, out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    source = saved(g, tmp_path / "model.onnx")
+    if kind == "dropout":
+        explainer, said = exported(source)
+        assert any("drops units at random, as in training: left out" in s for s in said)
+        np.testing.assert_array_equal(explainer.classify(IMAGES), explainer.classify(IMAGES))
+    else:
+        with pytest.raises(camrt.CamrtError, match="export the model in evaluation mode"):
+            camrt.export_onnx(source, tmp_path / "model.camrt")
+
+
+def test_a_branch_that_the_number_of_images_decides_is_for_one(tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"), out="z")
+    g.op("Gather", g.op("Shape", "data", out="sizes"), g.constant("first", np.array(0, np.int64)), out="batch")
+    one = g.constant("one", np.array(1, np.int64))
+    branches = [
+        helper.make_graph([helper.make_node(op, ["z"], [op])], op, [], [helper.make_empty_tensor_value_info(op)])
+        for op in ("Tanh", "Neg")
+    ]
+    g.op("Equal", "batch", one, out="alone")
+    g.op("If", "alone", out="scores", then_branch=branches[0], else_branch=branches[1])
+    source = saved(g, tmp_path / "model.onnx")
+    explainer, said = exported(source)
+    assert explainer.manifest.batch == 1 and any(
+        "If (node 'n_scores') chooses by the number of images" in s for s in said
+    )
+    np.testing.assert_allclose(explainer.classify(IMAGES[:1]), scores_of(source, IMAGES[:1]).reshape(1, -1), rtol=1e-4)
 
 
 def test_a_bundle_that_an_engine_refuses_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
