@@ -173,13 +173,15 @@ def _export(
     image; agree: compares more, once the programs have run.
     """
     from .check import RowsMixed
+    from .logits import BatchElsewhere
 
     try:
         graph = build(False)
         return _write(graph, facts, origin, source(graph), agree, progress)
-    except RowsMixed as problem:
-        warnings.warn(f"the bundle explains one image at a time (batch 1): {problem}", stacklevel=3)
+    except (RowsMixed, BatchElsewhere) as problem:
+        reason = str(problem)
     graph = build(True)
+    warnings.warn(f"the bundle explains one image at a time (batch 1): {reason}", stacklevel=3)
     return _write(graph, facts, origin, source(graph), agree, progress)
 
 

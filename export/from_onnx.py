@@ -103,8 +103,7 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
             if opened[0] is None:
                 return None
             scores = opened[0]({entry.name: fed})[wanted]
-            without_batch = scores.ndim == 1 and len(fed) == 1
-            return scores[None] if without_batch else scores[:1]
+            return scores.reshape(1, -1) if len(fed) == 1 else scores[:1]
         except BundleError as error:
             opened[:] = [None]
             warnings.warn(

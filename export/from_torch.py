@@ -176,10 +176,11 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
             raise
         except Exception as error:  # the exporter raises errors of many kinds
             cause = error.__cause__ or error
-            raise NotTraced(
-                f"PyTorch could not export the model ({first_line(cause)}): "
-                "export it to ONNX by other means and pass the .onnx file"
-            ) from error
+            said, way = first_line(cause), "export it to ONNX by other means and pass the .onnx file"
+            if "data-dependent" in said:
+                said = f"an if, a loop or a size depends on the image's numbers: {said}"
+                way = "write that part with torch.where, or take it out of the model"
+            raise NotTraced(f"PyTorch could not export the model ({said}): {way}") from error
     assert exported is not None
     return exported.model
 
@@ -232,9 +233,14 @@ def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the exporter's progress lines and deprecation notices from a user who can do nothing about them."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "torch.fx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

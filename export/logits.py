@@ -15,6 +15,10 @@ _PASSED = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Tr
 _PASSED += ("DequantizeLinear", "Dropout")
 
 
+class BatchElsewhere(ExportError):
+    """An output whose batch is not its first axis, as of a model written for one image."""
+
+
 def find_logits(graph: ir.Graph) -> tuple[ir.Value, str | None]:
     """The logits (batch, classes) behind the graph's only output, and the activation that was set aside: Softmax, Sigmoid,
     LogSoftmax or None.
@@ -51,6 +55,8 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
         inner = list(sizes)
     if None in inner or sum(d != 1 for d in inner) > 1:
         text = str(output.shape)
+        if given.count(None) == 1 and given[0] is not None:
+            raise BatchElsewhere(f"output {output.name!r}, {text}, has its batch on another axis than the first")
         raise ExportError(
             f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is (batch, classes)"
         )

@@ -41,8 +41,15 @@ def _part(given: Any, output: str | int) -> Any:
     if isinstance(given, Mapping) and output in given:
         return given[output]
     if isinstance(output, str) and not output.isdecimal():
-        return getattr(given, output)
-    return given[int(output)]
+        if not isinstance(given, torch.Tensor) and hasattr(given, output):
+            return getattr(given, output)
+    elif isinstance(given, Sequence) and int(output) < len(given):
+        return given[int(output)]
+    if isinstance(given, torch.Tensor):
+        raise ExportError(
+            f"the model returns one tensor {tuple(given.shape)}, without a part {output!r}: leave output=, --output out"
+        )
+    raise ExportError(f"the model returns a {type(given).__name__} of {_listed(given)}, without a part {output!r}")
 
 
 def prepare_module(model: Any, output: str | None = None) -> nn.Module:
@@ -91,6 +98,8 @@ def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
     try:
         with torch.no_grad():
             given = model(torch.zeros(2, *input_shape, device=device))
+    except ExportError:
+        raise
     except Exception as error:  # models check their input in many ways
         raise ExportError(
             f"the model does not run on images of shape {tuple(input_shape)}: {type(error).__name__}: {first_line(error)[:300]}"
@@ -100,10 +109,13 @@ def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
             module.training = True
     if isinstance(given, torch.Tensor):
         return
-    parts = ", ".join(f"{name} {tuple(t.shape)}" for name, t in _tensors(given)) or "no tensors"
     raise ExportError(
-        f"the model returns a {type(given).__name__} of {parts}: name the one that holds the logits with output=, --output"
+        f"the model returns a {type(given).__name__} of {_listed(given)}: name the one that holds the logits with output=, --output"
     )
+
+
+def _listed(given: Any) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in _tensors(given)) or "no tensors"
 
 
 def _tensors(given: Any) -> Iterator[tuple[str, torch.Tensor]]:

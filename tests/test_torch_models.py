@@ -546,3 +546,45 @@ def test_a_head_on_two_levels_says_which_is_last(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the logits read 'first' past the deeper 'second' as well"):
         path = camrt.export_model(_TwoLevels().eval(), tmp_path / "n.camrt", (3, 32, 32))
     assert camrt.load(path).manifest.last_layer == "first"
+
+
+class _Refusing(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.body, self.head = kind, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.body(x).mean((2, 3))
+        if self.kind == "squeezed":
+            return self.head(x.squeeze().unsqueeze(0))
+        if self.kind == "branch" and x.sum() > 0:
+            x = x * 2
+        z = self.head(x)
+        return {"scores": z, "features": x} if self.kind == "parts" else z
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "message"),
+    [
+        ("branch", None, "an if, a loop or a size depends on the image's numbers: .*torch.where"),
+        ("parts", "score", r"returns a dict of scores \(2, 5\), features \(2, 8\), without a part 'score'"),
+        ("plain", "scores", r"returns one tensor \(2, 5\), without a part 'scores': leave output=, --output out"),
+    ],
+)
+def test_models_that_cannot_be_taken_say_why(
+    kind: str, output: str | None, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ExportError, match=message), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        camrt.export_model(_Refusing(kind).eval(), tmp_path / "n.camrt", (3, 32, 32), output=output)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_for_one_image_is_explained_one_image_at_a_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, image = _Refusing("squeezed").eval(), smooth_images((3, 32, 32), 1)
+    with pytest.warns(UserWarning, match=r"one image at a time \(batch 1\): .* has its batch on another axis"):
+        path = camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32))
+    with torch.no_grad():
+        want = model(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(camrt.load(path).classify(image), want, atol=1e-5)
