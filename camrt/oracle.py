@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 class Oracle:
     """The reference, in float64 (precise) or float32.
 
-    record: (image, seed, layers, precise) -> what was recorded; full_grad: (image, seed, precise) -> maps (B, H, W).
+    record: (image, seed, layers, precise) -> what was recorded; full_grad: (image, seed, precise) -> maps (B, H, W);
+    own_backward: (image) -> parts of the model, by name, whose backward pass is not their forward pass's derivative.
     """
 
     name: str
     record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Recorded]
     full_grad: Callable[[np.ndarray, np.ndarray, bool], np.ndarray]
+    own_backward: Callable[[np.ndarray], Sequence[str]] = lambda _: ()
 
 
 def module_oracle(model: Any, name: str) -> Oracle:
     """A float32 PyTorch module, by hooks and autograd. It is cast back and forth, which loses nothing."""
     import torch
 
+    from .export.modules import own_gradients
     from .export.reference import record
     from .export.reference_runs import biases_of_module
     from .export.reference_runs import full_grad as full_grad_of
@@ -51,7 +54,7 @@ def module_oracle(model: Any, name: str) -> Oracle:
     def full(image: np.ndarray, seed: np.ndarray, precise: bool) -> np.ndarray:
         return in_precision(precise, lambda m, x, s: full_grad_of(x, *biases_of_module(m, x, s)).numpy(), image, seed)
 
-    return Oracle(name, run, full)
+    return Oracle(name, run, full, lambda image: own_gradients(model, torch.from_numpy(image)))
 
 
 def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Oracle:

@@ -39,10 +39,13 @@ FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled
 
 @dataclass(frozen=True)
 class Report:
-    """oracle: what was compared with. rows: one per program and tap or method."""
+    """oracle: what was compared with. rows: one per program and tap or method; own_backward: parts of the model whose backward pass is
+    not their forward pass's derivative, so that gradients before them may differ.
+    """
 
     oracle: str
     rows: tuple[Row, ...]
+    own_backward: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -128,7 +131,7 @@ def verify_bundle(
         rows += use_rows(bundle, engine, batch, seed, double, singles)
         rows += source_rows(bundle, engine, batch)
     rows += by_method
-    return Report(oracle.name, tuple(rows))
+    return Report(oracle.name, tuple(rows), tuple(oracle.own_backward(batch[:1])))
 
 
 class _Sharing:

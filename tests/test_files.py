@@ -174,6 +174,17 @@ def strided(g: Graph) -> str:
     return head(g, g.op("Gather", "vector", "indices", out="rows"))
 
 
+def of_a_constant(g: Graph) -> str:
+    """A convolution, with its bias, of what is no image: FullGrad has nothing to explain there."""
+    trunk(g)
+    pads = [1, 1, 1, 1]
+    g.op(
+        "Conv", g.weight("places", 1, 4, 10, 9), g.weight("wp", 12, 4, 3, 3), g.weight("vp", 12), out="encoded", **pads
+    )
+    g.op("GlobalAveragePool", g.op("Add", "a0", "encoded", out="placed"), out="pooled")
+    return head(g, g.op("Flatten", "pooled", out="rows"))
+
+
 def one_score(g: Graph) -> str:
     """A product with a vector of weights: (N,)."""
     g.op("GlobalAveragePool", trunk(g), out="pooled")
@@ -193,7 +204,7 @@ PINNED = [
 
 
 @pytest.mark.parametrize("declared", [1, "N"])
-@pytest.mark.parametrize("make", [*PINNED, padded_by_shape, strided, one_score])
+@pytest.mark.parametrize("make", [*PINNED, padded_by_shape, strided, one_score, of_a_constant])
 def test_a_traced_batch_is_freed(make: Callable[[Graph], str], declared: int | str, tmp_path: Path) -> None:
     g = Graph()
     make(g)

@@ -147,9 +147,12 @@ def test_what_a_graph_cannot_say_is_refused(middle: Callable, message: str, tmp_
 
 
 def test_a_backward_pass_of_its_own_is_warned_of_by_name(tmp_path: Path) -> None:
-    _, said = exported(Net(own_backward).eval(), tmp_path / "net.camrt")
+    model = Net(own_backward).eval()
+    explainer, said = exported(model, tmp_path / "net.camrt")
     assert "Rounding has a backward pass of its own" in said
     assert "the gradients of first are not PyTorch's, because of Rounding" in said
+    report = verify_bundle(explainer.bundle, module_oracle(model, "the model"))
+    assert report.own_backward == ("Rounding",) and not report.passed
 
 
 def checkpointed(net: Net, h: torch.Tensor) -> torch.Tensor:
