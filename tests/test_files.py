@@ -179,7 +179,12 @@ def of_a_constant(g: Graph) -> str:
     trunk(g)
     pads = [1, 1, 1, 1]
     g.op(
-        "Conv", g.weight("places", 1, 4, 10, 9), g.weight("wp", 12, 4, 3, 3), g.weight("vp", 12), out="encoded", **pads
+        "Conv",
+        g.weight("places", 1, 4, 10, 9),
+        g.weight("wp", 12, 4, 3, 3),
+        g.weight("vp", 12),
+        out="encoded",
+        pads=pads,
     )
     g.op("GlobalAveragePool", g.op("Add", "a0", "encoded", out="placed"), out="pooled")
     return head(g, g.op("Flatten", "pooled", out="rows"))
