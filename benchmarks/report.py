@@ -198,7 +198,9 @@ gradients and maps beside float64 autograd.
 
 Custom operators, those that ONNX Runtime's optimiser wrote, what a converter left over, control flow that depends on the image's
 numbers, sequences, several image inputs, outputs that are not one score for each class, integer operators without an exact form,
-TorchScript, and PyTorch models that write through `detach()` or change gradients by hooks.
+TorchScript, files in training mode, networks that pad or crop their picture by more than a twentieth before they read it (a map of the
+padded canvas would not lie over the picture: let the recipe pad or crop), and PyTorch models that write through `detach()` or change
+gradients by hooks.
 
 ## What a graph cannot know
 
@@ -211,7 +213,9 @@ backward pass of its own is differentiated through its forward pass, with a warn
 The role "last" belongs to the last tensor on a spatial grid that the logits read before the grid is pooled or flattened, behind its
 batch norm and activation; of tokens that only a class token reads, the norm before the last attention. It is found in the graph, so
 that PyTorch and ONNX give the same. All that the logits read of the image passes it: a gate beside the trunk is no last layer. Where
-there is no such tensor, or a later tensor's positions cannot be followed, no layer takes the role, and a warning says so.
+there is no such tensor, or a later tensor's positions cannot be followed, no layer takes the role, and a warning says so. Of a head
+that reads two levels of the trunk the shallower carries all, and a warning names the deeper. Tokens may lie behind the batch or before
+it, as CLIP's do.
 
 """
     text += table(["torchvision", "camrt's default", "pytorch-grad-cam's documentation"], LAST_LAYERS)

@@ -153,8 +153,8 @@ def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess
     recipe = manifest.preprocess
     if recipe is None:
         raise InputError(
-            f"{where}: this bundle does not say how pictures become its input: pass preprocessed float32 arrays, or export it "
-            "with preprocess= (--resize, --crop, --mean, --std)"
+            f"{where}: this bundle does not say how pictures become its input: set it with camrt recipe BUNDLE (--resize, --crop, "
+            "--mean, --std), or pass preprocessed float32 arrays"
         )
     (height, width), (top, left, *given) = placed(size, recipe)
     if recipe.fit == "letterbox" and tuple(given) == manifest.input_shape[1:]:
@@ -183,13 +183,14 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
 
 def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """What a picture of size (width, height) is resized to, (height, width), and the part of it that is kept: (top, left, height,
-    width). In a letterbox it is more than the picture, and top and left are 0 or less.
+    width). In a letterbox it is more than the picture, and top and left are 0 or less; an odd row or column is filled below or right.
     """
     if recipe.fit == "letterbox":
         (full_height, full_width), (picture_width, picture_height) = recipe.resize, size  # type: ignore[misc]
         scale = min(full_height / picture_height, full_width / picture_width)
         inner = max(1, round(picture_height * scale)), max(1, round(picture_width * scale))
-        return inner, ((inner[0] - full_height) // 2, (inner[1] - full_width) // 2, full_height, full_width)
+        top, left = (full_height - inner[0]) // 2, (full_width - inner[1]) // 2
+        return inner, (-top, -left, full_height, full_width)
     width, height = size
     if isinstance(recipe.resize, int):
         short, long = sorted(size)

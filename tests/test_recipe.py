@@ -16,7 +16,7 @@ from camrt.cli import main
 from camrt.export.sources import processed
 from camrt.runtime.bundle import read_bundle
 from camrt.runtime.manifest import Preprocess
-from camrt.runtime.preprocess import as_batch, undo
+from camrt.runtime.preprocess import as_batch, placed, undo
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
 
@@ -172,3 +172,9 @@ def test_not_the_class_is_no_map_of_the_class(tmp_path: Path) -> None:
     explainer = camrt.load(path)
     of_class, of_not = (explainer.explain(image, "ablation_cam", t).maps for t in (0, "not"))
     assert np.abs(of_class - of_not).max() > 0.1
+
+
+def test_the_odd_row_of_a_letterbox_is_filled_below() -> None:
+    told = Preprocess((32, 32), (0.0,) * 3, (1.0,) * 3, fit="letterbox")
+    assert placed((32, 25), told) == ((25, 32), (-3, 0, 32, 32))
+    assert placed((25, 32), told) == ((32, 25), (0, -3, 32, 32))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..runtime.bundle import Bundle
     from ..runtime.manifest import Program
 
-_LEADING = ("classify", "layer_maps", "activations")  # what winsor_cam and score_cam_pp run
+_LEADING = ("classify", "layer_maps", "activations", "normalize", "score")  # what winsor_cam and score_cam_pp run
 
 
 def build(options: argparse.Namespace) -> int:
