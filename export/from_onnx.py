@@ -14,11 +14,12 @@ from ..runtime.errors import BundleError, ExportError, first_line
 from ..runtime.opening import Run, open_file
 from .check import Logits
 from .graph import TappedGraph, batch_norm_after
-from .layouts import TAPPABLE, refuse_unread, tap_at
+from .layouts import tap_at
 from .logits import find_logits
 from .normalized import normalized_image
 from .onnx_file import computes_in_half, modernise, read_model
 from .prepare import channels_first, settle, take_numbers_as_float
+from .reads import refuse_unread
 from .tape import dims, made_by
 from .taps import ROLES, choose, feature_maps, is_finished, not_a_map
 
@@ -51,9 +52,7 @@ def read_graph(
 
     maps = feature_maps(model.graph, logits)
     known, last = maps.known, maps.last
-    spatial = {
-        names.get(str(y.name), str(y.name)): y for y in maps.reachable if y in known and known[y].kind in TAPPABLE
-    }
+    spatial = {names.get(str(y.name), str(y.name)): y for y in maps.reachable if y in known}
     by_value = {y: n for n, y in spatial.items()}
     aliases = {str(y.name): n for n, y in spatial.items()}
     convolutions = [n for n, y in spatial.items() if made_by(y, "Conv")]

@@ -19,12 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..runtime.errors import ExportError, UnsupportedOperator, first_line
 from .graph import TappedGraph, batch_norm_after
-from .layouts import TAPPABLE, refuse_unread, tap_at
+from .layouts import tap_at
 from .logits import find_logits
 from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
 from .normalized import normalized_image
 from .onnx_file import OPSET, modernise
 from .prepare import settle
+from .reads import refuse_unread
 from .recording import recording
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
 from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap
@@ -292,7 +293,7 @@ def tap_outputs(
     )
     for name, of_tap in roles.items():
         value = tensors[name]
-        if value not in known or known[value].kind not in TAPPABLE:
+        if value not in known:
             if name not in named:
                 left_out.append(name)
                 continue

@@ -16,7 +16,10 @@ import onnx_ir as ir
 
 from ..runtime.errors import ExportError, UnknownLayer, near
 from .autodiff import on_path
-from .layouts import TAPPABLE, Axes, Layout, carries_all, follow, named_layouts, read_by_prefix_only
+from .axes import Axes
+from .follow import follow
+from .layouts import Layout, named_layouts
+from .reads import carries_all, read_by_prefix_only
 from .tape import constant_of, dims, made_by
 
 ROLES = ("conv", "last", "default")
@@ -90,21 +93,19 @@ def last_on_grid(
     NoLastLayer where a later tensor has positions that are not followed, or in another order of axes than a layer can have: an
     earlier one would pass for the last; and where the network ends in several branches that no tensor feeds.
     """
-    grids = [
-        v
-        for v in order
-        if v in known and known[v].kind in TAPPABLE and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None
-    ]
+    grids = [v for v in order if v in known and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None]
     behind = order[order.index(grids[-1]) + 1 :] if grids else order
-    moved = _moved_off_image(behind, followed)
-    if moved is not None:
+    lost = next((v for v in behind if _unusable(v, known, followed)), None)
+    if lost in followed and not followed[lost].lies_over_image:
+        moved = _moved_off_image(behind, followed)
         raise NoLastLayer(
             f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that maps behind it do not lie "
             "over the picture: take that step out of the model and let the recipe do it (resize, crop, letterbox)"
         )
-    lost = next((v.producer() for v in behind if _unusable(v, known, followed)), None)
     if lost is not None:
-        raise NoLastLayer(f"what {lost.op_type} (node {lost.name!r}) computes is not known to be a feature map")
+        node = lost.producer()
+        assert node is not None
+        raise NoLastLayer(f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map")
     if not grids:
         raise NoLastLayer("no tensor that the logits read is known to be a feature map on a grid")
     deepest = grids[-1]
@@ -140,15 +141,16 @@ def _raises(node: ir.Node, value: ir.Value) -> bool:
     return low and all(n.op_type == "Pow" for n in value.consumers())
 
 
-def _moved_off_image(order: Iterable[ir.Value], followed: Mapping[ir.Value, Axes]) -> ir.Node | None:
+def _moved_off_image(order: Iterable[ir.Value], followed: Mapping[ir.Value, Axes]) -> ir.Node:
     """The first node that moves the grid away from the image, as one does that pads or crops the picture within the network."""
-    value = next((v for v in order if v in followed and not followed[v].lies_over_image), None)
-    return value.producer() if value is not None else None
+    node = next(v for v in order if v in followed and not followed[v].lies_over_image).producer()
+    assert node is not None
+    return node
 
 
 def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mapping[ir.Value, Axes]) -> bool:
     """Whether a layer of the network made a tensor with positions that no tap can show."""
-    if value in known and known[value].kind in TAPPABLE:
+    if value in known:
         return False
     axes = followed.get(value)
     on_grid = axes is None or any(piece.of in ("row", "column") for axis in axes.axes for piece in axis)

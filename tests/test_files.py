@@ -190,6 +190,16 @@ def of_a_constant(g: Graph) -> str:
     return head(g, g.op("Flatten", "pooled", out="rows"))
 
 
+def padded_apart(g: Graph) -> str:
+    """The padding of a convolution as TensorFlow has it: on channels-last maps, before the map is turned."""
+    g.op("Transpose", trunk(g), out="last", perm=[0, 2, 3, 1])
+    g.op("Pad", "last", ints(g, "pads", 0, 0, 0, 0, 0, 1, 1, 0), out="wide")
+    g.op("Transpose", "wide", out="first", perm=[0, 3, 1, 2])
+    g.op("Relu", g.op("Conv", "first", g.weight("w1", 12, 1, 3, 3), out="c1", group=12, strides=[2, 2]), out="a1")
+    g.op("GlobalAveragePool", "a1", out="pooled")
+    return head(g, g.op("Flatten", "pooled", out="rows"))
+
+
 def one_score(g: Graph) -> str:
     """A product with a vector of weights: (N,)."""
     g.op("GlobalAveragePool", trunk(g), out="pooled")
@@ -209,12 +219,12 @@ PINNED = [
 
 
 @pytest.mark.parametrize("declared", [1, "N"])
-@pytest.mark.parametrize("make", [*PINNED, padded_by_shape, strided, one_score, of_a_constant])
+@pytest.mark.parametrize("make", [*PINNED, padded_by_shape, strided, one_score, of_a_constant, padded_apart])
 def test_a_traced_batch_is_freed(make: Callable[[Graph], str], declared: int | str, tmp_path: Path) -> None:
     g = Graph()
     make(g)
     explainer = assert_right(saved(g, tmp_path / "model.onnx", batch=declared))
-    assert explainer.manifest.batch == "dynamic"
+    assert explainer.manifest.batch == "dynamic" and explainer.manifest.last_layer is not None
     several = explainer.explain(IMAGES, "grad_cam", 0, ["n_c0"]).maps
     alone = [explainer.explain(IMAGES[i : i + 1], "grad_cam", 0, ["n_c0"]).maps[0] for i in range(3)]
     np.testing.assert_allclose(several, alone, atol=1e-4)

@@ -40,7 +40,11 @@ def measured(source: Path, work: Path) -> dict[str, Any]:
             if row["exporter"] == "tf2onnx":  # Keras's networks take pixels
                 images = as_pixels(images)
             report = verify(bundle, f"hf:{source}" if source.is_dir() else None, images, backend="onnxruntime")
-            failed = [r.subject for r in report.rows if not r.passed]
+            failed = [
+                r.problem or f"{r.subject} ({r.distance:.1g}, of PyTorch's float32 {r.torch_float32:.1g})"
+                for r in report.rows
+                if not r.passed
+            ]
             row |= {"comparisons": len(report.rows), "failed": failed}
         except camrt.CamrtError as error:
             row["refused"] = str(error).replace(str(source), source.name)

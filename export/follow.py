@@ -1,0 +1,213 @@
+"""The axes of every tensor of a graph, from the image on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from .axes import (
+    ELEMENTWISE,
+    Axes,
+    Axis,
+    after_expand,
+    after_gather,
+    after_pad,
+    after_reduce,
+    after_reshape,
+    after_slice,
+    after_split,
+    after_squeeze,
+    agrees,
+    beyond_window,
+    channels_of,
+    fresh_map,
+    is_nchw,
+    least_border,
+    wider,
+)
+from .tape import attribute, constant_of, dims
+
+# fmt: off
+_MAPS_TO_MAPS = {
+    "AveragePool", "Conv", "ConvTranspose", "DepthToSpace", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool",
+    "LpPool", "MaxPool", "Resize", "SpaceToDepth", "Upsample",
+}
+# fmt: on
+
+
+def follow(graph: ir.Graph) -> dict[ir.Value, Axes]:
+    """The axes of every value of which something is known."""
+    return _Follower(graph).found
+
+
+class _Follower:
+    def __init__(self, graph: ir.Graph) -> None:
+        self.found: dict[ir.Value, Axes] = {}
+        image = graph.inputs[0]
+        fresh = fresh_map(image)
+        if fresh is not None:
+            self.found[image] = fresh
+        for node in graph:
+            for y, result in zip(node.outputs, self._results(node), strict=False):
+                if result is not None and agrees(y, result):
+                    self.found[y] = result
+
+    def _results(self, node: ir.Node) -> Sequence[Axes | None]:
+        x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
+        kind = node.op_type
+        if y.shape is None:
+            return ()
+        if kind in ELEMENTWISE:
+            return [self._elementwise(node, out) for out in node.outputs if out.shape is not None]
+        if kind in ("MatMul", "Gemm"):
+            return [self._product(node)]
+        if kind == "Concat":
+            return [self._concat(node)]
+        before = self.found.get(x) if x is not None else None
+        if before is None or x is None or x.shape is None:
+            return ()
+        if kind in _MAPS_TO_MAPS:
+            return [self._map(node, before)]
+        if kind in ("Reshape", "Flatten"):
+            return [after_reshape(before, y)]
+        if kind in ("Squeeze", "Unsqueeze"):
+            return [after_squeeze(before, node, kind == "Squeeze")]
+        if kind == "Transpose":
+            perm = list(attribute(node, "perm", range(len(before.axes))[::-1]))
+            token = perm.index(before.token_axis) if before.prefix else -1
+            return [replace(before, axes=tuple(before.axes[i] for i in perm), token_axis=token)]
+        if kind == "Slice":
+            return [after_slice(node, before, dims(x))]
+        if kind == "Pad":
+            return [after_pad(node, before)]
+        if kind == "Split":
+            return after_split(node, before)
+        if kind == "Gather":
+            return [after_gather(node, before)]
+        if kind in ("Expand", "Tile"):
+            return [after_expand(before, y)]
+        if kind.startswith("Reduce"):
+            return [after_reduce(node, before)]
+        return ()
+
+    def _elementwise(self, node: ir.Node, y: ir.Value) -> Axes | None:
+        """Of every axis what the operands say of it; positions say more than channels."""
+        rank = len(y.shape or ())
+        known = [self.found[v] for v in node.inputs if v is not None and v in self.found]
+        if not known:
+            return None
+        first = max(known, key=lambda k: (sum(p.of in ("row", "column") for a in k.axes for p in a), len(k.axes)))
+        axes = list(((),) * (rank - len(first.axes)) + first.axes)
+        if len(axes) != rank:
+            return None
+        for other in known:
+            for i, axis in enumerate(((),) * (rank - len(other.axes)) + other.axes):
+                if not axes[i]:
+                    axes[i] = axis
+                elif axis and axis != axes[i] and any(p.of in ("row", "column") for p in axis):
+                    if any(p.of in ("row", "column") for p in axes[i]) or other.grid != first.grid:
+                        return None
+                    axes[i] = axis
+        if any(not axis and n != 1 for axis, n in zip(axes, dims(y), strict=True)):
+            return None
+        token = first.token_axis + rank - len(first.axes) if first.prefix else -1
+        return replace(first, axes=tuple(axes), token_axis=token, border=least_border(known))
+
+    def _product(self, node: ir.Node) -> Axes | None:
+        """Rows of the left side, columns of the right, and what both say of the axes before."""
+        a, b = node.inputs[:2]
+        y = node.outputs[0]
+        left, right = (self.found.get(v) if v is not None else None for v in (a, b))
+        if left is None and right is None:
+            return None
+        rank = len(y.shape or ())
+        transposed = node.op_type == "Gemm" and attribute(node, "transA", 0)
+        if transposed or rank < 2:
+            return None
+        size = dims(y)
+        one = left if left is not None else right
+        assert one is not None
+        leading: list[Axis] = [()] * (rank - 2)
+        for side in (left, right):
+            if side is None:
+                continue
+            axes = side.axes[:-2] if len(side.axes) >= 2 else ()
+            for i, axis in enumerate(((),) * (rank - 2 - len(axes)) + axes):
+                leading[i] = leading[i] or axis
+        rows = left.axes[-2] if left is not None and len(left.axes) >= 2 else channels_of(size[-2])
+        columns = right.axes[-1] if right is not None and node.op_type == "MatMul" else channels_of(size[-1])
+        if any(not axis and n != 1 for axis, n in zip([*leading, rows, columns], size, strict=True)):
+            return None
+        prefix, token = 0, -1
+        if left is not None and left.prefix and left.token_axis <= len(left.axes) - 2:
+            prefix, token = left.prefix, rank - len(left.axes) + left.token_axis
+        elif right is not None and right.prefix and right.token_axis == len(right.axes) - 1:
+            prefix, token = right.prefix, rank - 1
+        return Axes(
+            (*leading, rows, columns),
+            one.grid,
+            prefix,
+            token,
+            least_border([s for s in (left, right) if s is not None]),
+        )
+
+    def _map(self, node: ir.Node, before: Axes) -> Axes | None:
+        """A map of another grid; a 1 x 1 convolution keeps whatever its positions are."""
+        y = node.outputs[0]
+        weight = node.inputs[1] if node.op_type == "Conv" else None
+        pointwise = (
+            weight is not None
+            and all(k == 1 for k in dims(weight)[2:])
+            and not any(attribute(node, "pads", [0]))
+            and all(s == 1 for s in attribute(node, "strides", [1]))
+        )
+        if pointwise and len(before.axes) > 1:
+            return replace(before, axes=(before.axes[0], channels_of(dims(y)[1]), *before.axes[2:]))
+        fresh = fresh_map(y)
+        if not is_nchw(before) or fresh is None:
+            return None
+        beyond = [max(0, n) for n in beyond_window(node, attribute(node, "pads", [0] * 4))]
+        if not any(beyond):
+            return replace(fresh, border=before.border)
+        taller = replace(before, border=wider(before, 0, beyond[0], beyond[2]))
+        return replace(fresh, border=wider(taller, 1, beyond[1], beyond[3]))
+
+    def _concat(self, node: ir.Node) -> Axes | None:
+        """Joined channels of maps alike; or tokens with others in front of them."""
+        inputs = [x for x in node.inputs if x is not None]
+        known = [self.found.get(x) for x in inputs]
+        y = node.outputs[0]
+        axis = attribute(node, "axis", 0) % len(y.shape or (1,))
+        last = next((k for k in reversed(known) if k is not None), None)
+        if last is None or len(last.axes) != len(y.shape or ()):
+            return None
+        if any(p.of != "channel" for p in last.axes[axis]):
+            return self._with_prefix(inputs, known, axis)
+        for x, k in zip(inputs, known, strict=True):
+            if k is None and constant_of(x) is None:
+                return None
+            if k is not None and [a for i, a in enumerate(k.axes) if i != axis] != [
+                a for i, a in enumerate(last.axes) if i != axis
+            ]:
+                return None
+        axes = list(last.axes)
+        axes[axis] = channels_of(dims(y)[axis])
+        return replace(last, axes=tuple(axes), border=least_border([k for k in known if k is not None]))
+
+    def _with_prefix(self, inputs: Sequence[ir.Value], known: Sequence[Axes | None], axis: int) -> Axes | None:
+        last = known[-1]
+        if last is None or any(p.of == "batch" for p in last.axes[axis]):
+            return None
+        if last.prefix and last.token_axis != axis:
+            return None
+        counts = [dims(x)[axis] for x in inputs[:-1]]
+        if None in counts or any(
+            k is not None and any(p.of in ("row", "column") for p in k.axes[axis]) for k in known[:-1]
+        ):
+            return None
+        pieces = [p.of for p in last.axes[axis]]
+        if pieces != ["row", "column"]:
+            return None
+        return replace(last, prefix=last.prefix + sum(n for n in counts if n), token_axis=axis)

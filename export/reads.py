@@ -1,0 +1,123 @@
+"""What the logits read of a feature map: its grid, its class token alone, all of the image or a part."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import onnx_ir as ir
+
+from ..runtime.errors import ExportError
+from .axes import ELEMENTWISE
+from .layouts import Layout
+from .tape import attribute, constant_of, dims
+
+
+def read_by_prefix_only(graph: ir.Graph, found: Mapping[ir.Value, Layout], target: ir.Value) -> set[ir.Value]:
+    """Maps of whose tokens `target` reads the prefix alone: after a vision transformer's last attention, the class token.
+
+    Its gradient at their grid is zero, so they cannot explain it.
+    """
+    whole = _reads(graph, found, target)
+    return {v for v in found if not whole.get(v, False)}
+
+
+def carries_all(
+    graph: ir.Graph, found: Mapping[ir.Value, Layout], unread: Container[ir.Value], target: ir.Value, value: ir.Value
+) -> bool:
+    """Whether all that `target` reads of the image's grid passes through `value`: else it lies on one branch of several, and its
+    gradient is a part of the whole. What a class token took from earlier layers does not count. unread: of `read_by_prefix_only`.
+    """
+    whole = _reads(graph, found, target, value, unread)
+    return not any(whole.get(x, False) for x in graph.inputs)
+
+
+def _reads(
+    graph: ir.Graph,
+    found: Mapping[ir.Value, Layout],
+    target: ir.Value,
+    barrier: ir.Value | None = None,
+    unread: Container[ir.Value] = (),
+) -> dict[ir.Value, bool]:
+    """What `target` reads, past a barrier or not: value -> whether its grid is read, or its prefix alone."""
+    whole = {target: True}
+    for node in reversed(graph):
+        scaled = node.op_type == "DynamicQuantizeLinear"  # its scales have no gradient
+        outputs = node.outputs[:1] if scaled else node.outputs
+        reads = [whole[y] for y in outputs if y in whole and y is not barrier]
+        if not reads:
+            continue
+        if barrier is not None:
+            if node.op_type in ("Shape", "Size", "StopGradient"):
+                continue
+            if not any(reads) and not any(y in unread for y in outputs):
+                continue  # the class token of an earlier layer
+        behind = set() if any(reads) else _behind_prefix(node, found)
+        for place, x in enumerate(node.inputs):
+            if x is None or place in behind:
+                continue
+            layout = found.get(x)
+            grid = any(reads)
+            if layout is not None and layout.prefix and _takes_prefix(node, layout):
+                grid = False
+            elif not grid:
+                grid = not _keeps_tokens_apart(node, layout, found.get(node.outputs[0]))
+            whole[x] = whole.get(x, False) or grid
+    return whole
+
+
+def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:
+    """ExportError for a layer that `read_by_prefix_only` found."""
+    if value in unread:
+        raise ExportError(
+            f"layer {name!r}: the logits read none of its grid, only its class token, so its gradient there is zero: "
+            "name a layer before the last attention"
+        )
+
+
+def _behind_prefix(node: ir.Node, found: Mapping[ir.Value, Layout]) -> set[int]:
+    """Which inputs of a Concat of tokens lie behind its prefix."""
+    layout = found.get(node.outputs[0])
+    if node.op_type != "Concat" or layout is None or layout.token_axis is None:
+        return set()
+    if attribute(node, "axis", 0) % layout.rank != layout.token_axis:
+        return set()
+    behind, start = set(), 0
+    for place, x in enumerate(node.inputs):
+        if start >= layout.prefix:
+            behind.add(place)
+        size = dims(x)[layout.token_axis] if x is not None and len(dims(x)) == layout.rank else None
+        if size is None:
+            return behind
+        start += size
+    return behind
+
+
+def _keeps_tokens_apart(node: ir.Node, before: Layout | None, after: Layout | None) -> bool:
+    """Whether each token that a node computes is of the same token before it."""
+    if before is None or after is None or before.token_axis is None:
+        return False
+    if node.op_type == "Transpose":
+        return after.token_axis is not None and after.prefix == before.prefix
+    apart = node.op_type in ELEMENTWISE - {"Softmax", "LogSoftmax", "CumSum"} or node.op_type == "MatMul"
+    return apart and before == after
+
+
+def _takes_prefix(node: ir.Node, layout: Layout) -> bool:
+    """Whether a Gather or Slice of tokens takes none but prefix tokens."""
+    if node.op_type == "Gather":
+        indices = constant_of(node.inputs[1])
+        axis = attribute(node, "axis", 0) % layout.rank
+        return (
+            axis == layout.token_axis
+            and indices is not None
+            and bool(((indices >= 0) & (indices < layout.prefix)).all())
+        )
+    if node.op_type != "Slice":
+        return False
+    starts, ends, axes = (constant_of(x) for x in node.inputs[1:4]) if len(node.inputs) > 3 else (None, None, None)
+    if starts is None or ends is None or axes is None:
+        return False
+    return any(
+        int(a) % layout.rank == layout.token_axis and int(s) >= 0 and 0 <= int(e) <= layout.prefix
+        for s, e, a in zip(starts, ends, axes, strict=True)
+    )
