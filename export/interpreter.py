@@ -685,7 +685,10 @@ def global_max_pool(attributes, x):
 
 @operator("BatchNormalization")
 def batch_normalization(attributes, x, scale, bias, mean, variance):
-    return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, attributes.get("epsilon", 1e-5))
+    """Written out: the backward pass of F.batch_norm is wrong for one image's channels-last gradients (PyTorch 2.13)."""
+    sizes = (1, -1, *(1,) * (x.dim() - 2))
+    mean, variance, scale, bias = (c.reshape(sizes) for c in (mean, variance, scale, bias))
+    return (x - mean) * (scale / (variance + attributes.get("epsilon", 1e-5)).sqrt()) + bias
 
 
 @operator("LayerNormalization")
@@ -696,7 +699,11 @@ def layer_normalization(attributes, x, scale, bias=None):
 
 @operator("InstanceNormalization")
 def instance_normalization(attributes, x, scale, bias):
-    return F.instance_norm(x, weight=scale, bias=bias, eps=attributes.get("epsilon", 1e-5))
+    axes = tuple(range(2, x.dim()))
+    centred = x - x.mean(axes, keepdim=True)
+    normalised = centred / ((centred * centred).mean(axes, keepdim=True) + attributes.get("epsilon", 1e-5)).sqrt()
+    sizes = (1, -1, *(1,) * (x.dim() - 2))
+    return normalised * scale.reshape(sizes) + bias.reshape(sizes)
 
 
 @operator("GroupNormalization")

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..runtime.errors import first_line
 from ..runtime.manifest import Tap
 from .check import Checker, check_gradients, relative_l2
 from .graph import TappedGraph
 from .modules import own_gradients, without_autocast
-from .recording import recording
+from .recording import function_name, recording
 from .stop_gradient import checkpoints_as_calls
 
 TOKENS = ("tokens", "LND")
@@ -89,7 +90,7 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
 
     wanted = set(layers)
     with torch.enable_grad(), without_autocast(), checkpoints_as_calls():
-        with recording(model, keep):
+        with recording(model, keep), _NormsInOrder():
             logits = model(image)
         logits = logits.reshape(len(image), -1)
     seed = torch.zeros_like(logits)
@@ -104,6 +105,20 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
         {n: a.detach() for n, a in named.items()},
         {n: torch.zeros_like(a) if g is None else g for (n, a), g in zip(named.items(), grads, strict=True)},
     )
+
+
+class _NormsInOrder(TorchFunctionMode):
+    """Keeps batch and instance norms from gradients in channels-last order, whose elements their backward passes confuse where one
+    image alone is given (PyTorch 2.13 on a CPU): both tensors are made contiguous.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if function_name(func) not in ("batch_norm", "instance_norm") or not isinstance(args[0], torch.Tensor):
+            return func(*args, **(kwargs or {}))
+        output = func(args[0].contiguous(), *args[1:], **(kwargs or {}))
+        if output.requires_grad:
+            output.register_hook(lambda g: g.contiguous())
+        return output
 
 
 def eager_logits(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:

@@ -126,7 +126,7 @@ Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient w
 
 
 def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, list[Biased]]:
-    """The image's gradient, and what every 2-d convolution and batch norm makes of zeros, its constant, with its gradient."""
+    """The image's gradient, and what every 2-d convolution and batch norm of what the image gives makes of zeros, its constant, with its gradient."""
     constants: dict[str, torch.Tensor] = {}
 
     def measure(name: str) -> Callable[..., None]:
@@ -149,12 +149,19 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
 
     def visit(name: str, output: torch.Tensor) -> torch.Tensor:
         module = module_of(name, inner)
-        if module in named and output.dim() == 4:
+        if module in named and output.dim() == 4 and output.requires_grad:
             biased[name] = named[module]
         return output
 
-    with torch.no_grad(), recording(model, visit):
-        model(image)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        with torch.enable_grad(), recording(model, visit):  # what is computed of the image alone requires gradients
+            model(image.detach().clone().requires_grad_())
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
     entry = nn.Sequential(nn.Identity(), model)  # the image is then the output of a module, which `record` can record
     prefix = "1.model." if isinstance(model, Selected) else "1."
     recorded = record(entry, image, seed, ["0", *(prefix + name for name in biased)])

@@ -115,6 +115,14 @@ def swin_v2() -> nn.Module:
     return module.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=7, **parts)
 
 
+def xcit() -> nn.Module:
+    """Attention over channels, then of a class token."""
+    import_torchvision()
+    return importlib.import_module("timm.models.xcit").Xcit(
+        img_size=64, patch_size=16, embed_dim=48, depth=2, num_heads=4, cls_attn_layers=1, eta=1.0, num_classes=7
+    )
+
+
 class SequenceFirst(nn.Module):
     """Tokens as nn.TransformerEncoder holds them unless told otherwise, (tokens, batch, channels); with a class token as CLIP's image
     tower has it.
@@ -144,6 +152,7 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], str, str, int, int, tuple
     "deit": (deit, "blocks.2.norm1", "tokens", 1, 192, (4, 4)),
     "deit_distilled": (deit_distilled, "blocks.2.norm1", "tokens", 2, 192, (4, 4)),
     "vit_pooled": (vit_pooled, "norm", "tokens", 0, 192, (4, 4)),
+    "xcit": (xcit, "cls_attn_blocks.0.norm1", "tokens", 1, 48, (4, 4)),
     "sequence_first": (functools.partial(SequenceFirst, False), "norm", "LND", 0, 24, (4, 4)),
     "clip": (functools.partial(SequenceFirst, True), "blocks.1.layers.0.norm1", "LND", 1, 24, (4, 4)),
     "swin": (functools.partial(swin, 4), "norm", "NHWC", 0, 48, (8, 8)),

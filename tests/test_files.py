@@ -547,7 +547,7 @@ def test_what_makes_probabilities_can_be_said(kind: str | None, tmp_path: Path) 
         camrt.export_onnx(source, tmp_path / "other.camrt", activation="tanh")
 
 
-@pytest.mark.parametrize("shape", ["sequence", "grid", "class"])
+@pytest.mark.parametrize("shape", ["sequence", "grid", "class", "ranked"])
 def test_outputs_that_are_no_scores_of_classes_are_refused_by_what_they_are(shape: str, tmp_path: Path) -> None:
     g = Graph()
     trunk(g)
@@ -555,13 +555,20 @@ def test_outputs_that_are_no_scores_of_classes_are_refused_by_what_they_are(shap
         g.op("Relu", "a0", out="scores")
     elif shape == "sequence":
         g.op("Reshape", "a0", ints(g, "flat", 0, 12, -1), out="scores")
+    elif shape == "ranked":
+        g.op("GlobalAveragePool", "a0", out="pooled")
+        g.op("TopK", g.op("Flatten", "pooled", out="rows"), ints(g, "five", 5), out="scores")
+        g.nodes[-1].output.append("places")
     else:
         g.op("GlobalAveragePool", "a0", out="pooled")
         g.op("ArgMax", g.op("Flatten", "pooled", out="rows"), out="scores", axis=1)
     kind = TensorProto.INT64 if shape == "class" else TensorProto.FLOAT
-    message = {"sequence": "has 3 axes", "grid": "has 4 axes", "class": "whole numbers: camrt needs the scores of all"}[
-        shape
-    ]
+    message = {
+        "sequence": "has 3 axes",
+        "grid": "has 4 axes",
+        "class": "whole numbers: camrt needs the scores of all",
+        "ranked": r"holds the highest scores in order of their rank \(TopK\)",
+    }[shape]
     with pytest.raises(camrt.CamrtError, match=message):
         camrt.export_onnx(saved(g, tmp_path / "model.onnx", out_kind=kind), tmp_path / "model.camrt")
 

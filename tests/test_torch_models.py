@@ -18,6 +18,7 @@ from torch.utils import checkpoint
 import camrt
 from camrt.export.modules import prepare_module
 from camrt.export.probes import smooth_images
+from camrt.export.reference import record
 from camrt.oracle import module_oracle
 from camrt.runtime.errors import ExportError
 from camrt.verify import verify_bundle
@@ -591,3 +592,32 @@ def test_a_model_for_one_image_is_explained_one_image_at_a_time(tmp_path: Path) 
     with torch.no_grad():
         want = model(torch.from_numpy(image)).numpy()
     np.testing.assert_allclose(camrt.load(path).classify(image), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_norm_before_tokens_has_its_own_gradient(norm: type[nn.Module], tmp_path: Path) -> None:
+    """PyTorch 2.13 confuses the elements of one image's gradient there; the reference must not, nor be taken for the truth."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.norm, self.head = nn.Conv2d(3, 8, 8, 8), norm(8, affine=True), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.patches(x)).flatten(2).transpose(1, 2)
+            return self.head((x * x.softmax(1)).sum(1))
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    path = camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32))
+    recorded = record(model.double(), torch.from_numpy(smooth_images((3, 32, 32), 1)).double(), 1, ["patches"])
+    gradient, moved = recorded.gradients["patches"], torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    scores = []
+    for step in (1e-6, -1e-6):
+        handle = model.patches.register_forward_hook(lambda m, x, y, step=step: y + step * moved)
+        with torch.no_grad():
+            scores.append(model(torch.from_numpy(smooth_images((3, 32, 32), 1)).double())[0, 1])
+        handle.remove()
+    assert float((scores[0] - scores[1]) / 2e-6) == pytest.approx(float((gradient * moved).sum()), rel=1e-5)
+    report = verify_bundle(camrt.load(path).bundle, module_oracle(model.float(), "the model"))
+    assert report.passed, [r for r in report.rows if not r.passed][:3]
