@@ -171,12 +171,13 @@ def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[
     """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
     from .export.check import finished
     from .export.from_onnx import read_graph, source_logits
+    from .export.graph import Attempt
 
     manifest = bundle.manifest
     spec = manifest.source.get("spec")
     if manifest.source["kind"] != "onnx" or not spec or not Path(spec).is_file():
         return
-    graph = read_graph(spec, manifest.input_shape, [], manifest.source["output"], pinned=manifest.batch == 1)
+    graph = read_graph(spec, manifest.input_shape, [], manifest.source["output"], attempt=Attempt(manifest.batch == 1))
     source = source_logits(Path(spec), manifest.source["output"], graph)
     if graph.whole_numbers:
         batch = as_pixels(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,12 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
             return module_oracle(model, f"{spec} in PyTorch")
     if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
         from .export.from_onnx import read_graph
+        from .export.graph import Attempt
 
-        graph = read_graph(spec, manifest.input_shape, [t.name for t in manifest.taps], manifest.source["output"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say of the file was said at the export
+            layers, output = [t.name for t in manifest.taps], manifest.source["output"]
+            graph = read_graph(spec, manifest.input_shape, layers, output, attempt=Attempt(manifest.batch == 1))
         taps = {tap.name: value for tap, value in graph.taps}
         return graph_oracle(graph.model, graph.logits, taps, f"{spec}, its operators run by PyTorch")
     if source:

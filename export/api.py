@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from .check import Checker, Logits
-    from .graph import TappedGraph
+    from .graph import Attempt, TappedGraph
 
 Progress = Callable[[str], None]
 
@@ -77,11 +77,11 @@ def export_model(
     label = name or type(model).__name__.lower()
     facts = _Facts(path, label, "torch", _precisions(precision), activation, classes, preprocess, overwrite)
 
-    def build(pinned: bool) -> TappedGraph:
+    def build(attempt: Attempt) -> TappedGraph:
         try:
-            return trace_module(module, shape, layers, progress, pinned)
+            return trace_module(module, shape, layers, progress, attempt)
         except NotTraced as problem:
-            if pinned:
+            if attempt.pinned:
                 raise
             raise RowsMixed(str(problem)) from problem
 
@@ -122,7 +122,7 @@ def export_onnx(
     sizes = None if input_shape is None else _shape(input_shape)
     try:
         return _export(
-            lambda pinned: read_graph(model, sizes, layers, output, progress, pinned),
+            lambda attempt: read_graph(model, sizes, layers, output, progress, attempt),
             facts,
             origin,
             lambda graph: source_logits(Path(model), output, graph),
@@ -162,27 +162,42 @@ def _precisions(given: str | Sequence[str]) -> list[str]:
 
 
 def _export(
-    build: Callable[[bool], TappedGraph],
+    build: Callable[[Attempt], TappedGraph],
     facts: _Facts,
     origin: dict[str, Any],
     source: Callable[[TappedGraph], Logits],
     agree: Callable[[Checker, TappedGraph], None],
     progress: Progress,
 ) -> Path:
-    """build(pinned): the graph, with batch 1 if pinned, which is tried where a free batch fails; source: what the model gives for an
-    image; agree: compares more, once the programs have run.
+    """build: the graph, in the light of earlier attempts: with batch 1 where a free batch fails, and without a last layer that the
+    logits turn out not to read; source: what the model gives for an image; agree: compares more, once the programs have run.
     """
-    from .check import RowsMixed
+    from .check import NotFinite, NothingRead, RowsMixed, zero_gradients
+    from .graph import Attempt
     from .logits import BatchElsewhere
 
-    try:
-        graph = build(False)
-        return _write(graph, facts, origin, source(graph), agree, progress)
-    except (RowsMixed, BatchElsewhere) as problem:
-        reason = str(problem)
-    graph = build(True)
-    warnings.warn(f"the bundle explains one image at a time (batch 1): {reason}", stacklevel=3)
-    return _write(graph, facts, origin, source(graph), agree, progress)
+    attempt, reason = Attempt(), ""
+    while True:
+        graph = None
+        try:
+            graph = build(attempt)
+            if reason:
+                warnings.warn(f"the bundle explains one image at a time (batch 1): {reason}", stacklevel=3)
+                reason = ""
+            return _write(graph, facts, origin, source(graph), agree, progress, attempt)
+        except (RowsMixed, BatchElsewhere) as problem:
+            if attempt.pinned:
+                raise ExportError(str(problem)) from problem
+            attempt, reason = replace(attempt, pinned=True), str(problem)
+        except NotFinite as problem:
+            told = f"{problem}, as gradients of a root at 0 are: the bundle is written without it"
+            warnings.warn(told, stacklevel=3)
+            attempt = replace(attempt, left_out=attempt.left_out | {problem.kind})
+        except NothingRead as problem:
+            if attempt.without_gradient is not None:
+                raise ExportError(str(problem)) from problem
+            progress(f"{problem}: looking for the last layer before it")
+            attempt = replace(attempt, without_gradient=zero_gradients(graph) if graph is not None else frozenset())
 
 
 def _write(
@@ -192,11 +207,12 @@ def _write(
     source: Logits,
     agree: Callable[[Checker, TappedGraph], None],
     progress: Progress,
+    attempt: Attempt,
 ) -> Path:
     from .bundle import write_bundle
     from .check import Checker, looks_like_probabilities, warn_of_probabilities
     from .graph import named_values
-    from .logits import class_count, is_product
+    from .logits import class_count, is_product, made_of_probabilities
     from .probes import as_pixels, smooth_images
     from .programs import build_programs, seeds_share_image
     from .tape import static_dims
@@ -234,18 +250,22 @@ def _write(
     programs = {}
     for precision in facts.precisions:
         for built in build_programs(replace(graph, precision=precision), progress):
-            programs.setdefault(built.file, built)
+            if built.kind not in attempt.left_out:
+                programs.setdefault(built.file, built)
     images = smooth_images(shape)
     if graph.whole_numbers:
         images = as_pixels(images)
-    checker = Checker(graph, source, graph.rounded, images)
+    checker = Checker(graph, source, graph.rounded, images, attempt.without_gradient is not None)
 
     def check(folder: Path, complete: Manifest) -> None:
         progress("checking every program")
         started = time.perf_counter()
         checker(folder, complete)
         agree(checker, graph)
-        told = looks_like_probabilities(checker.classifier(folder, complete), images, is_product(values[graph.logits]))
+        scores = values[graph.logits]
+        made_of = made_of_probabilities(scores)
+        told = looks_like_probabilities(checker.classifier(folder, complete), images, is_product(scores))
+        told = told or (f"they are made of a {made_of}" if made_of is not None else None)
         if told is not None:
             warn_of_probabilities(told)
         progress(f"checked {len(complete.programs)} programs in {time.perf_counter() - started:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -104,7 +105,34 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
                     f"{node.op_type} (node {node.name!r}) has no gradient for its input {x.name!r}: tap a later layer"
                 )
             cotangents[x] = tape.Add(cotangents[x], contribution) if x in cotangents else contribution
+    for source in sources:
+        if source not in cotangents:
+            raise UnsupportedOperator(
+                f"no gradient reaches {_label(source)!r}: {_decision(target)} decides rather than scores: name the output before it, or "
+                "export the model without it"
+            )
     return [cotangents[source] for source in sources]
+
+
+def _decision(target: ir.Value) -> str:
+    """The last node before a value that computes truths or whole numbers, in words."""
+    pending, seen = deque([target]), {target}
+    while pending:
+        node = pending.popleft().producer()
+        if node is None:
+            continue
+        if not _is_float(node.outputs[0]) or any(
+            x is not None and x.const_value is None and not _is_float(x) for x in node.inputs
+        ):
+            return f"{node.op_type} (node {node.name!r})"
+        fresh = [x for x in node.inputs if x is not None and x not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return "the network"
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def _nearest_source(node: ir.Node, sources: Sequence[ir.Value]) -> str | None:

@@ -32,6 +32,8 @@ Axis = tuple[Piece, ...]  # outermost first; () for a size of 1
 Border = tuple[tuple[float, float], tuple[float, float]]
 _WITHOUT: Border = ((0.0, 0.0), (0.0, 0.0))
 _BORDER_LIMIT = 0.05  # of the image: a grid that is moved by more does not lie over the picture
+_OTHER_PART = 0.1  # of the image: a grid that is moved by more shows another part of the picture
+_SMALL_STRIDE = 3  # windows further apart take a picture to patches
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,6 @@ ELEMENTWISE = {
     "StopGradient", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu", "Where", "Xor",
 }
 # fmt: on
-_WINDOWED = ("Conv", "MaxPool", "AveragePool", "LpPool")
 
 
 def grid_of(axes: Axes, channel: int, row_axis: int, column_axis: int) -> tuple[int, int] | None:
@@ -193,7 +194,8 @@ def after_reshape(before: Axes, y: ir.Value) -> Axes | None:
         axes.append(joined(taken))
     if any(isinstance(p, tuple) or p.size != 1 for p in pieces):
         return None
-    return Axes(tuple(axes), before.grid, before.prefix if token_axis >= 0 else 0, token_axis)
+    prefix = before.prefix if token_axis >= 0 else 0
+    return replace(before, axes=tuple(axes), prefix=prefix, token_axis=token_axis)
 
 
 def after_squeeze(before: Axes, node: ir.Node, squeeze: bool) -> Axes | None:
@@ -244,37 +246,72 @@ def wider(axes: Axes, which: int, before: float, behind: float) -> Border:
     return border[0], border[1]
 
 
-def least_border(known: Sequence[Axes]) -> Border:
-    """Of tensors that are joined, the border of the one that lies over the image best."""
-    return min((k.border for k in known), key=lambda border: max(abs(b) for pair in border for b in pair))
+def joint_border(known: Sequence[Axes]) -> Border:
+    """The border of tensors that are joined: of those that have positions, that of the one that lies over the image best; but that
+    of the worst where it shows another part of the picture, as a crop beside the whole does.
+    """
+    placed = [k for k in known if any(p.of in ("row", "column") for axis in k.axes for p in axis)] or known
+    ranked = sorted((k.border for k in placed), key=lambda border: max(abs(b) for pair in border for b in pair))
+    worst = max(abs(b) for pair in ranked[-1] for b in pair)
+    return ranked[-1] if worst > _OTHER_PART else ranked[0]
 
 
-def beyond_window(node: ir.Node, pads: Sequence[int]) -> list[int]:
-    """How much of a padding (above, left, below, right) a convolution's or pooling's window could do without and still meet the map."""
+def border_behind_window(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Border:
+    """The border behind a convolution or pooling of a map of `sizes` (height, width).
+
+    What pads the map beyond what such windows ordinarily do widens it; one that pads less takes up a border that was padded before.
+    Ordinary is half a window that overlaps its neighbours, and what completes the last of small ones. Rows or columns that a large
+    stride leaves unread are cropped.
+    """
     kernel = attribute(node, "kernel_shape")
-    if kernel is None:
-        kernel = dims(node.inputs[1])[2:] if node.op_type == "Conv" and node.inputs[1] is not None else None
-    sizes = [int(k) for k in kernel or () if k is not None]
-    if len(sizes) != 2 or len(pads) != 4:
-        return [0] * 4
-    dilations = attribute(node, "dilations", [1, 1])
-    return [int(p - (sizes[i % 2] - 1) * dilations[i % 2]) for i, p in enumerate(pads)]
+    if kernel is None and node.op_type in ("Conv", "ConvTranspose") and node.inputs[1] is not None:
+        kernel = dims(node.inputs[1])[2:]
+    window = [int(k) for k in kernel or () if k is not None]
+    if len(window) != 2:
+        return before.border
+    pads, strides = attribute(node, "pads", [0] * 4), attribute(node, "strides", [1, 1])
+    dilations, border = attribute(node, "dilations", [1, 1]), list(before.border)
+    for which, (k, s, size) in enumerate(zip(window, strides, sizes, strict=True)):
+        span, (start, end) = (k - 1) * dilations[which] + 1, before.border[which]
+        padded = (pads[which], pads[which + 2])
+        if size is None:
+            continue
+        cell = (1 + start + end) / size
+        if node.op_type == "ConvTranspose":
+            beyond = [max(0.0, (span - s) / 2 - p - 0.5) / s for p in padded]
+            border[which] = (start + beyond[0] * cell, end + beyond[1] * cell)
+            continue
+        overlaps = span > s
+        ordinary = span // 2 if overlaps else (s - 1 if s <= _SMALL_STRIDE else 0)
+        taken_up = [max(ordinary - p, 0) if overlaps else 0 for p in padded]
+        start, end = (
+            b + (max(p - ordinary, 0) - min(t, max(b / cell, 0))) * cell
+            for b, p, t in zip((start, end), padded, taken_up, strict=True)
+        )
+        left = (size + sum(padded) - span) % s - padded[1] if s > _SMALL_STRIDE else 0
+        border[which] = (start, end - max(left, 0) * cell)
+    return border[0], border[1]
 
 
-def _pads_windows(node: ir.Node, pads: Sequence[int]) -> bool:
-    """Whether a Pad (above, left, below, right) is the padding of the convolutions or poolings that read it, written apart."""
-    readers = node.outputs[0].consumers()
-    if min(pads) < 0:
-        return False
-    for reader in readers:
-        computed = [x for x in reader.inputs if x is not None and x.const_value is None]
-        if reader.op_type in (*ELEMENTWISE, "Transpose") and len(computed) == 1:
-            fits = _pads_windows(reader, pads)
-        else:
-            fits = reader.op_type in _WINDOWED and all(n <= 0 for n in beyond_window(reader, pads))
-        if not fits:
-            return False
-    return bool(readers)
+def border_behind_resize(node: ir.Node, before: Axes) -> Border | None:
+    """The border behind a Resize, which may crop to a region of interest; None where that is not known."""
+    if attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize":
+        return before.border
+    region = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    if region is None:
+        return None
+    axes = [int(a) % len(before.axes) for a in attribute(node, "axes", range(len(before.axes)))]
+    border = list(before.border)
+    for place, axis in enumerate(axes):
+        low, high = float(region[place]), float(region[place + len(axes)])
+        if axis < 2:
+            if (low, high) != (0.0, 1.0):
+                return None
+            continue
+        start, end = before.border[axis - 2]
+        whole = 1 + start + end
+        border[axis - 2] = (start - low * whole, end - (1 - high) * whole)
+    return border[0], border[1]
 
 
 def after_slice(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Axes | None:
@@ -336,11 +373,7 @@ def after_pad(node: ir.Node, before: Axes) -> Axes | None:
             kept[axis] = channels_of(size)
             result = replace(result, axes=tuple(kept))
         elif which is not None:
-            around = [0] * 4
-            around[which], around[which + 2] = int(pads[i]), int(pads[i + len(axes)])
-            border = (
-                result.border if _pads_windows(node, around) else wider(result, which, pads[i], pads[i + len(axes)])
-            )
+            border = wider(result, which, pads[i], pads[i + len(axes)])
             result = _with_grid(result, axis, which, size, border)
         else:
             return None

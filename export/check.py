@@ -9,6 +9,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,12 @@ import onnx_ir as ir
 from ..runtime.errors import CamrtError, ExportError
 from ..runtime.manifest import Manifest, Program
 from ..runtime.opening import Run, open_file
-from .graph import TappedGraph
+from .autodiff import on_path
+from .graph import TappedGraph, named_values
+from .layouts import layouts, tap_at
+from .probes import as_pixels, smooth_images
+from .programs import gradients
+from .tape import static_dims
 
 SOURCE_LIMIT = 1e-3  # relative L2 of logits from the source's: two float32 programs on the same image
 ROWS_LIMIT = 1e-3  # relative L2 of a batch's logits from those of its images alone
@@ -34,16 +40,31 @@ class RowsMixed(CamrtError):
     """Images of a batch change one another's logits. node: which one mixes them."""
 
 
+class NotFinite(CamrtError):
+    """A program that a bundle can do without holds NaN or infinity. kind: of the program."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"{kind} holds NaN or infinity for an ordinary image")
+        self.kind = kind
+
+
+class NothingRead(CamrtError):
+    """The gradient of a layer of tokens is zero: behind the last attention the logits read the class token alone."""
+
+
 class Checker:
     """Checks the programs of one bundle as they lie in its folder.
 
     source: what the untouched model gives for an image, comparable with the scores that the bundle's logits make; rounded: whether
-    the source computes in less than float32.
+    the source computes in less than float32; accepts_zeros: whether a network may pass all of whose gradients are zero.
     """
 
-    def __init__(self, graph: TappedGraph, source: Logits, rounded: bool, images: np.ndarray) -> None:
+    def __init__(
+        self, graph: TappedGraph, source: Logits, rounded: bool, images: np.ndarray, accepts_zeros: bool = False
+    ) -> None:
         self._graph = graph
         self._source = source
+        self._accepts_zeros = accepts_zeros
         self._limits = (ROUNDED_LIMIT, ROUNDED_LIMIT) if rounded else (SOURCE_LIMIT, ROWS_LIMIT)
         self.images = images
         self.gradients: dict[str, np.ndarray] = {}  # of the first image's top class, by layer
@@ -80,6 +101,10 @@ class Checker:
                 and len(program.taps) == len(manifest.taps)
             ):
                 self.gradients = {t: out[f"gradient:{t}"][:1] for t in program.taps}
+        dead = not any(g.any() for g in self.gradients.values())  # of a head of zeros, all gradients are
+        for tap in manifest.taps:
+            if tap.prefix and not self.gradients.get(tap.name, seed).any() and not (dead and self._accepts_zeros):
+                raise NothingRead(f"the logits read none of the grid of {tap.name!r}, only its class token")
 
     def classifier(self, folder: Path, manifest: Manifest) -> Callable[[np.ndarray], np.ndarray]:
         """Logits (1, classes) of an image (1, C, H, W)."""
@@ -100,6 +125,8 @@ class Checker:
         out = run(feeds)
         program.check_outputs(feeds, out)
         bad = next((n for n, a in out.items() if not np.isfinite(a).all()), None)
+        if bad is not None and program.kind == "full_grad":
+            raise NotFinite(program.kind)
         if bad is not None:
             raise ExportError(
                 f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights"
@@ -149,6 +176,27 @@ def finished(logits: np.ndarray, activation: str | None) -> np.ndarray:
     shifted = z - z.max()
     log = shifted - np.log(np.exp(shifted).sum())
     return log if activation == "LogSoftmax" else np.exp(log)
+
+
+def zero_gradients(graph: TappedGraph) -> frozenset[str]:
+    """Names of the maps of tokens behind a prefix of which no gradient of an ordinary image reaches the grid; none where it reaches no
+    map at all.
+    """
+    known = layouts(graph.model.graph)
+    found = {str(v.name): layout for v, layout in known.items() if layout.prefix and v.producer() is not None}
+    values = named_values(graph.model.graph)
+    on_way = on_path(graph.model.graph, [graph.model.graph.inputs[0]], values[graph.logits])
+    names = [n for n in found if values[n] in on_way]
+    taps = tuple((tap_at(n, (), values[n], found[n], "none"), n) for n in names)
+    image = smooth_images(static_dims(graph.model.graph.inputs[0]))[:1]
+    classes = static_dims(values[graph.logits])[0]
+    seed = np.random.default_rng(0).standard_normal((1, classes)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gradients.onnx"
+        ir.save(gradients(replace(graph, taps=taps)), path)
+        out = open_file(path)({"image": as_pixels(image) if graph.whole_numbers else image, "seed": seed})
+    zero = frozenset(n for n in names if not out[f"gradient:{n}"].any())
+    return zero if len(zero) < len(names) else frozenset()
 
 
 def relative_l2(got: np.ndarray, want: np.ndarray) -> float:

@@ -20,12 +20,12 @@ from .axes import (
     after_split,
     after_squeeze,
     agrees,
-    beyond_window,
+    border_behind_resize,
+    border_behind_window,
     channels_of,
     fresh_map,
     is_nchw,
-    least_border,
-    wider,
+    joint_border,
 )
 from .tape import attribute, constant_of, dims
 
@@ -35,6 +35,7 @@ _MAPS_TO_MAPS = {
     "LpPool", "MaxPool", "Resize", "SpaceToDepth", "Upsample",
 }
 # fmt: on
+_WINDOWED = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
 
 
 def follow(graph: ir.Graph) -> dict[ir.Value, Axes]:
@@ -113,7 +114,7 @@ class _Follower:
         if any(not axis and n != 1 for axis, n in zip(axes, dims(y), strict=True)):
             return None
         token = first.token_axis + rank - len(first.axes) if first.prefix else -1
-        return replace(first, axes=tuple(axes), token_axis=token, border=least_border(known))
+        return replace(first, axes=tuple(axes), token_axis=token, border=joint_border(known))
 
     def _product(self, node: ir.Node) -> Axes | None:
         """Rows of the left side, columns of the right, and what both say of the axes before."""
@@ -150,7 +151,7 @@ class _Follower:
             one.grid,
             prefix,
             token,
-            least_border([s for s in (left, right) if s is not None]),
+            joint_border([s for s in (left, right) if s is not None]),
         )
 
     def _map(self, node: ir.Node, before: Axes) -> Axes | None:
@@ -168,11 +169,13 @@ class _Follower:
         fresh = fresh_map(y)
         if not is_nchw(before) or fresh is None:
             return None
-        beyond = [max(0, n) for n in beyond_window(node, attribute(node, "pads", [0] * 4))]
-        if not any(beyond):
-            return replace(fresh, border=before.border)
-        taller = replace(before, border=wider(before, 0, beyond[0], beyond[2]))
-        return replace(fresh, border=wider(taller, 1, beyond[1], beyond[3]))
+        if node.op_type == "Resize":
+            border = border_behind_resize(node, before)
+        elif node.op_type in _WINDOWED:
+            border = border_behind_window(node, before, dims(node.inputs[0])[2:])  # type: ignore[arg-type]
+        else:
+            border = before.border
+        return None if border is None else replace(fresh, border=border)
 
     def _concat(self, node: ir.Node) -> Axes | None:
         """Joined channels of maps alike; or tokens with others in front of them."""
@@ -194,7 +197,7 @@ class _Follower:
                 return None
         axes = list(last.axes)
         axes[axis] = channels_of(dims(y)[axis])
-        return replace(last, axes=tuple(axes), border=least_border([k for k in known if k is not None]))
+        return replace(last, axes=tuple(axes), border=joint_border([k for k in known if k is not None]))
 
     def _with_prefix(self, inputs: Sequence[ir.Value], known: Sequence[Axes | None], axis: int) -> Axes | None:
         last = known[-1]

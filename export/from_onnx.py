@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ..runtime.errors import BundleError, ExportError, first_line
 from ..runtime.opening import Run, open_file
 from .check import Logits
-from .graph import TappedGraph, batch_norm_after
+from .graph import FIRST, Attempt, TappedGraph, batch_norm_after
 from .layouts import tap_at
 from .logits import find_logits
 from .normalized import normalized_image
@@ -30,9 +30,10 @@ def read_graph(
     layers: str | Sequence[str] = "default",
     output: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
-    pinned: bool = False,
+    attempt: Attempt = FIRST,
 ) -> TappedGraph:
-    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes. pinned: batch 1 in any case.
+    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes. attempt: what earlier ones
+    showed.
 
     ExportError if the file is not ONNX, has several outputs and none was chosen, or does not fit; UnknownLayer.
     """
@@ -45,12 +46,12 @@ def read_graph(
     model = modernise(model)
     channels_first(model, input_shape)
     whole_numbers = take_numbers_as_float(model)
-    batch = settle(model, input_shape, pinned)
+    batch = settle(model, input_shape, attempt.pinned)
     rounded = rounded or any("QuantizeLinear" in n.op_type for n in model.graph)
     logits, final_activation = find_logits(model.graph)
     model.graph.outputs.clear()
 
-    maps = feature_maps(model.graph, logits)
+    maps = feature_maps(model.graph, logits, attempt.without_gradient or ())
     known, last = maps.known, maps.last
     spatial = {names.get(str(y.name), str(y.name)): y for y in maps.reachable if y in known}
     by_value = {y: n for n, y in spatial.items()}

@@ -18,7 +18,7 @@ from torch.export.unflatten import InterpreterModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..runtime.errors import ExportError, UnsupportedOperator, first_line
-from .graph import TappedGraph, batch_norm_after
+from .graph import FIRST, Attempt, TappedGraph, batch_norm_after
 from .layouts import tap_at
 from .logits import find_logits
 from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
@@ -114,9 +114,9 @@ def trace_module(
     input_shape: Sequence[int],
     layers: str | Sequence[str] = "default",
     progress: Callable[[str], None] = lambda _: None,
-    pinned: bool = False,
+    attempt: Attempt = FIRST,
 ) -> TappedGraph:
-    """Exports a module, in eval mode and float32, with the tapped tensors as outputs. pinned: batch 1 in any case.
+    """Exports a module, in eval mode and float32, with the tapped tensors as outputs. attempt: what earlier ones showed.
 
     ExportError if its output is not a list of classes; UnknownLayer.
     """
@@ -124,7 +124,7 @@ def trace_module(
     model.eval()
     try:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        image = torch.zeros(1 if pinned else 2, *input_shape, device=device)
+        image = torch.zeros(1 if attempt.pinned else 2, *input_shape, device=device)
         with without_autocast():
             forward = run_forward(model, image)
         for name in forward.own_gradients:
@@ -137,9 +137,9 @@ def trace_module(
         for near_the_end in (_NEAR_THE_END, len(forward.shapes)):
             names = _to_trace(forward, layers, near_the_end)
             progress("tracing the model")
-            exported = _to_onnx(_Recorder(model, names), image, pinned)
+            exported = _to_onnx(_Recorder(model, names), image, attempt.pinned)
             progress("preparing the graph")
-            graph = tap_outputs(exported, layers, forward, names, pinned)
+            graph = tap_outputs(exported, layers, forward, names, attempt)
             if graph is not None:
                 return graph
     finally:
@@ -253,7 +253,7 @@ def quiet() -> Iterator[None]:
 
 
 def tap_outputs(
-    model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], pinned: bool
+    model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], attempt: Attempt
 ) -> TappedGraph | None:
     """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was not traced."""
     for i, output in enumerate(model.graph.outputs):
@@ -267,13 +267,13 @@ def tap_outputs(
             f"the model stops gradients (detach, no_grad or .data) in {len(stops)} places: camrt's stop there as PyTorch's do",
             stacklevel=4,
         )
-    batch = settle(model, None, pinned)
+    batch = settle(model, None, attempt.pinned)
     output, *values = [_behind_identity(v) for v in model.graph.outputs]
     model.graph.outputs.clear()
     model.graph.outputs.append(output)
     logits, final_activation = find_logits(model.graph)
     model.graph.outputs.clear()
-    maps = feature_maps(model.graph, logits)
+    maps = feature_maps(model.graph, logits, attempt.without_gradient or ())
     known, last = maps.known, maps.last
     tensors = dict(zip(traced, values, strict=True))
     named = check_names(layers, forward.shapes)

@@ -15,6 +15,13 @@ _PASSED = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Tr
 _PASSED += ("DequantizeLinear", "Dropout")
 
 
+# fmt: off
+_OF_SINGLE_NUMBERS = (
+    *_PASSED, "Add", "Sub", "Mul", "Div", "Neg", "Log", "Exp", "Pow", "Sqrt", "Max", "Min", "Slice", "Gather"
+)
+# fmt: on
+
+
 class BatchElsewhere(ExportError):
     """An output whose batch is not its first axis, as of a model written for one image."""
 
@@ -27,6 +34,8 @@ def find_logits(graph: ir.Graph) -> tuple[ir.Value, str | None]:
     for an output that is no list of classes.
     """
     output = graph.outputs[0]
+    if output.producer() is None:
+        raise ExportError(f"output {output.name!r} is computed by nothing: it is the model's input, or a constant")
     found = _activation(output)
     value, name = found if found is not None else (_same_numbers(output), None)
     classes = class_count(value, output)
@@ -62,7 +71,7 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
         )
     first = logits.shape[0] if logits.shape is not None and len(logits.shape) else None
     if isinstance(first, ir.SymbolicDim) and str(first.value) != "batch":
-        raise ExportError(
+        raise BatchElsewhere(
             f"output {output.name!r} has {first.value} rows: camrt explains classifiers, which give one row for each image"
         )
     if made_by(logits, "TopK") is not None:
@@ -75,6 +84,19 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
             f"output {output.name!r} is {logits.dtype}, whole numbers: camrt needs the scores of all classes, not the class chosen"
         )
     return math.prod(d for d in inner if d is not None)
+
+
+def made_of_probabilities(logits: ir.Value) -> str | None:
+    """The Softmax or Sigmoid, by its operator, that scores are made of by operators on single numbers or a choice among them."""
+    value: ir.Value | None = logits
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type in ("Softmax", "LogSoftmax", "Sigmoid"):
+            return node.op_type
+        computed = [x for x in node.inputs if x is not None and constant_of(x) is None]
+        if node.op_type not in _OF_SINGLE_NUMBERS or len(computed) != 1:
+            return None
+        value = computed[0]
+    return None
 
 
 def is_product(logits: ir.Value) -> bool:
@@ -135,9 +157,13 @@ def _keeps_order(node: ir.Node) -> bool:
 
 def _along_classes(node: ir.Node, logits: ir.Value) -> bool:
     """Whether a Softmax runs over the axis of the classes."""
+    while node.op_type in ("Exp", "Log") and (inner := node.inputs[0].producer()) is not None:  # type: ignore[union-attr]
+        node = inner
     if logits.shape is None or node.op_type not in ("Softmax", "LogSoftmax"):
         return True
     sizes = dims(logits)
+    if len(sizes) == 1:  # one image's
+        return True
     axis = attribute(node, "axis", -1) % len(sizes)
     others = [d for i, d in enumerate(sizes) if i not in (axis, 0)]
     return axis != 0 and all(d == 1 for d in others)

@@ -6,7 +6,8 @@ multiplied by 0 is black, not nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Container, Mapping
 
 import onnx_ir as ir
 
@@ -32,29 +33,44 @@ _MOVES = {
 _SHIFTS = {"Add", "Sub", "Clip", "BatchNormalization", "Max", "Min", "Pow"}  # zero may not stay zero
 
 
+# operators that a picture is prepared with as well, behind which masks are not laid
+_PREPARES = {"Resize", "AveragePool", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sqrt", "Reciprocal"}
+
+
 def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: ir.Value) -> str | None:
     """The tensor (batch, C', H, W) that the network's first layer reads; None where masks may multiply the image itself.
 
-    That is where the graph does nothing to the image that moves zero, or where it reads the image elsewhere as well.
+    That is where the graph does nothing to the image that moves zero, or where it reads the image elsewhere as well. Warns where zero
+    is moved and masks multiply the image all the same.
     """
     image = graph.inputs[0]
-    inside, shifted = {image}, False
+    inside, shifted = _prepared(graph, logits, _ARITHMETIC | _MOVES)
+    _, shifted_later = _prepared(graph, logits, _ARITHMETIC | _MOVES | _PREPARES)
+    left = {x for node in graph if not set(node.outputs) <= inside for x in node.inputs if x in inside}
+    value = next(iter(left)) if len(left) == 1 else None
+    layout, size = known.get(value) if value is not None else None, known[image].grid if image in known else None
+    usable = layout is not None and layout.kind == "NCHW" and layout.grid == size and value is not image
+    if shifted and usable and value is not None and len(shifted_later) == len(shifted):
+        return str(value.name)
+    moved = [n for n in shifted_later if n not in shifted] or shifted
+    if moved:
+        warnings.warn(
+            f"{moved[0].op_type} (node {moved[0].name!r}) changes the picture within the network where masks cannot follow, so those of the "
+            "Score-CAM family multiply its raw numbers, of which 0 may be black rather than nothing: prepare the picture outside the model",
+            stacklevel=5,
+        )
+    return str(value.name) if shifted and usable and value is not None else None
+
+
+def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> tuple[set[ir.Value], list[ir.Node]]:
+    """What operators make of the image alone and of constants; and which of their nodes may move zero."""
+    inside, shifts = {graph.inputs[0]}, []
     for node in graph:
         computed = [x for x in node.inputs if x is not None and constant_of(x) is None]
         if not computed or not all(x in inside for x in computed):
             continue
-        if node.op_type in _ARITHMETIC | _MOVES and not any(y in (logits,) for y in node.outputs):
+        if node.op_type in operators and logits not in node.outputs:
             inside.update(node.outputs)
-            shifted = shifted or node.op_type in _SHIFTS
-    if not shifted:
-        return None
-    left = {x for node in graph if not set(node.outputs) <= inside for x in node.inputs if x in inside}
-    if len(left) != 1:
-        return None
-    (value,) = left
-    layout, size = known.get(value), known[image].grid if image in known else None
-    return (
-        str(value.name)
-        if layout is not None and layout.kind == "NCHW" and layout.grid == size and value is not image
-        else None
-    )
+            if node.op_type in _SHIFTS:
+                shifts.append(node)
+    return inside, shifts

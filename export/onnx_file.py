@@ -23,7 +23,6 @@ OPSET = 18  # the oldest opset whose forms the gradient rules read; older models
 OLDEST = 9  # the oldest opset that is converted
 _LARGE = 1024  # bytes; larger constants are set aside while a model is converted
 
-_STANDARD = ("", "ai.onnx")
 _WIDE = (ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WORDS = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
@@ -113,6 +112,7 @@ def modernise(model: ir.Model) -> ir.Model:
 
     ExportError names an operator that cannot be taken.
     """
+    _with_short_domain(model)
     run_passes(
         model,
         passes.ClearMetadataAndDocStringPass(),
@@ -125,29 +125,43 @@ def modernise(model: ir.Model) -> ir.Model:
     to_qdq(model)
     _unlist(model.graph)
     _refuse_foreign(model)
-    if "" in model.opset_imports:
-        model.opset_imports.pop("ai.onnx", None)
-    for domain in [d for d in model.opset_imports if d not in _STANDARD]:
+    for domain in [d for d in model.opset_imports if d]:
         del model.opset_imports[domain]
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    version = model.opset_imports.get("", 0)
+    _as_evaluated(model.graph)
     if version < OPSET:
         model = _converted(model, version)
         run_passes(model, passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
-    _as_evaluated(model.graph)
     as_float32(model)
     run_passes(model, passes.IdentityEliminationPass(), passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     return model
 
 
+def _with_short_domain(model: ir.Model) -> None:
+    """ONNX's own domain by its empty name, where a file spells it out."""
+    version = model.opset_imports.pop("ai.onnx", None)
+    if version is not None:
+        model.opset_imports.setdefault("", version)
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            node.domain = "" if node.domain == "ai.onnx" else node.domain
+
+
 def _as_evaluated(graph: ir.Graph) -> None:
-    """Dropout that a training file left active is made inactive, with a warning. ExportError for what else only training does."""
-    active = []
+    """Dropout that a training file left active is made inactive, with a warning. ExportError for what else only training does.
+
+    Only of what is computed from the image: a weight that is standardised by a batch norm in training mode is a constant.
+    """
+    active, of_image = [], set(graph.inputs)
     for node in graph:
         if node.op_type in RANDOM:
             raise ExportError(
                 f"{label(node)} draws random numbers, so that no two runs score an image alike: export the model in evaluation mode "
                 "(model.eval(), training=False)"
             )
+        if not any(x in of_image for x in node.inputs):
+            continue
+        of_image.update(node.outputs)
         if node.op_type == "BatchNormalization" and (attribute(node, "training_mode", 0) or len(node.outputs) > 1):
             raise ExportError(
                 f"{label(node)} normalises by the batch that it is given, as in training: export the model in evaluation mode "
@@ -165,10 +179,10 @@ def _as_evaluated(graph: ir.Graph) -> None:
 
 def _refuse_foreign(model: ir.Model) -> None:
     """ExportError for the first operator that is not ONNX's own."""
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    version = model.opset_imports.get("", 0)
     for node in model.graph.all_nodes():
         is_mark = (node.domain, node.op_type) == ("camrt", "StopGradient")
-        if not is_mark and not (node.domain in _STANDARD and onnx.defs.has(node.op_type, version, "")):
+        if not is_mark and not (not node.domain and onnx.defs.has(node.op_type, version, "")):
             raise ExportError(unknown_operator(node))
         if node.op_type in ("Loop", "Scan"):
             raise ExportError(
@@ -226,6 +240,12 @@ def _converted(model: ir.Model, version: int) -> ir.Model:
             f"opset {version} could not be converted to {OPSET}: {first_line(error)[:200]}; export the model with opset {OPSET}"
         ) from error
     graph = model.graph
+    for node in graph:
+        if version < 11 and node.op_type == "Resize":  # the converter does not write the modes that came later
+            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
+            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
     for value in [v for v in graph.inputs if v.name in aside]:
         graph.inputs.remove(value)
         value.const_value = aside[value.name]

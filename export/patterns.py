@@ -22,6 +22,7 @@ def simplify(graph: ir.Graph) -> None:
         elif node.op_type == "Div":
             _layer_norm(graph, node)
         elif node.op_type == "Gemm":
+            _with_rows_first(graph, node)
             _product_of_rows(graph, node)
         elif node.op_type == "MatMul":
             _product_with_vector(graph, node)
@@ -134,6 +135,20 @@ def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
         "LayerNormalization", [x, *given], {"axis": axes[0] - rank, "epsilon": float(epsilon.reshape(-1)[0])}
     )
     put_in_place(graph, end, norm.outputs[0], [norm])
+
+
+def _with_rows_first(graph: ir.Graph, gemm: ir.Node) -> None:
+    """A Gemm that transposes its first operand reads it transposed: its rows are then the images."""
+    a = gemm.inputs[0]
+    if not attribute(gemm, "transA", 0) or a is None or a.shape is None or constant_of(a) is not None:
+        return
+    turned = ir.node("Transpose", [a], {"perm": [1, 0]})
+    y = turned.outputs[0]
+    y.shape, y.type, y.name = ir.Shape(list(a.shape)[::-1]), a.type, f"{gemm.outputs[0].name}_rows"
+    turned.name = y.name
+    graph.insert_before(gemm, turned)
+    gemm.replace_input_with(0, y)
+    gemm.attributes["transA"] = ir.AttrInt64("transA", 0)
 
 
 def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:

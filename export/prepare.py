@@ -122,12 +122,18 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
     image.shape = ir.Shape(["batch", *sizes])
     walk, batch = None, "dynamic"
     if not pinned:
-        try:
-            walk = ShapeWalk(model, (traced, traced + 1, traced + 2))
-        except BatchPinned as problem:
-            if traced != 1:
-                raise ExportError(f"the batch is fixed at {traced} and cannot be freed: {problem}") from None
-            warnings.warn(f"the bundle explains one image at a time (batch 1): {problem}", stacklevel=5)
+        for literal in (True, False) if declared is None else (False,):
+            try:
+                walk = ShapeWalk(model, (traced, traced + 1, traced + 2), literal)
+                break
+            except (BatchPinned, ExportError) as problem:
+                if literal:
+                    continue
+                if isinstance(problem, ExportError):
+                    raise
+                if traced != 1:
+                    raise ExportError(f"the batch is fixed at {traced} and cannot be freed: {problem}") from None
+                warnings.warn(f"the bundle explains one image at a time (batch 1): {problem}", stacklevel=5)
     if walk is None:
         image.shape, batch = ir.Shape([1, *sizes]), 1
         walk = ShapeWalk(model, (1,))

@@ -12,12 +12,14 @@ from .layouts import Layout
 from .tape import attribute, constant_of, dims
 
 
-def read_by_prefix_only(graph: ir.Graph, found: Mapping[ir.Value, Layout], target: ir.Value) -> set[ir.Value]:
+def read_by_prefix_only(
+    graph: ir.Graph, found: Mapping[ir.Value, Layout], target: ir.Value, known: Container[ir.Value] = ()
+) -> set[ir.Value]:
     """Maps of whose tokens `target` reads the prefix alone: after a vision transformer's last attention, the class token.
 
-    Its gradient at their grid is zero, so they cannot explain it.
+    Its gradient at their grid is zero, so they cannot explain it. known: values that are known to be such maps.
     """
-    whole = _reads(graph, found, target)
+    whole = _reads(graph, found, target, unread=known)
     return {v for v in found if not whole.get(v, False)}
 
 
@@ -61,7 +63,7 @@ def _reads(
                 grid = False
             elif not grid:
                 grid = not _keeps_tokens_apart(node, layout, found.get(node.outputs[0]))
-            whole[x] = whole.get(x, False) or grid
+            whole[x] = whole.get(x, False) or (grid and x not in unread)
     return whole
 
 

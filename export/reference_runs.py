@@ -13,6 +13,7 @@ from .from_torch import is_a
 from .modules import Selected, module_of, unwrapped
 from .recording import recording
 from .reference import TOKENS, as_maps, combined, minmax, record, resize, weighted
+from .stop_gradient import checkpoints_as_calls
 
 
 @contextmanager
@@ -157,7 +158,11 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
     try:
         for parameter in trained:
             parameter.requires_grad = False
-        with torch.enable_grad(), recording(model, visit):  # what is computed of the image alone requires gradients
+        with (
+            torch.enable_grad(),
+            checkpoints_as_calls(),
+            recording(model, visit),
+        ):  # what is computed of the image alone requires gradients
             model(image.detach().clone().requires_grad_())
     finally:
         for parameter in trained:

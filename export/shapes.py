@@ -94,10 +94,12 @@ class ShapeWalk:
     """Facts about every value of a graph whose image is (batch, C, H, W).
 
     batches: the batch sizes that are walked; one alone where the batch is fixed. `edits` free pinned literals; nothing of the
-    graph is changed before `apply`, but conditions that are known are resolved.
+    graph is changed before `apply`, but conditions that are known are resolved. literal: sizes that hold for every batch mean what
+    they say, as in a file whose batch is free; else a 1 may be the batch that was traced.
     """
 
-    def __init__(self, model: ir.Model, batches: Sequence[int]) -> None:
+    def __init__(self, model: ir.Model, batches: Sequence[int], literal: bool = False) -> None:
+        self._literal = literal
         self.graph = model.graph
         self.opset = model.opset_imports.get("", 1)
         self.ir_version = model.ir_version
@@ -349,6 +351,9 @@ class ShapeWalk:
         self.facts[y], y.type = Facts(kept, new), x.type
 
         def write() -> None:
+            if not axes:
+                node.op_type, node.version = "Identity", None
+                return
             node.resize_inputs(2)
             node.replace_input_with(1, initializer(self.graph, f"{y.name}_axes", np.array(axes, np.int64)))
 
@@ -404,7 +409,7 @@ class ShapeWalk:
         places = self._batch_places(x, resolved[0])
         if None not in resolved:
             given = _changing(resolved)  # type: ignore[arg-type]
-            if given is not None and (given in places[:1] or resolved[0][given] == self.batches[0]):
+            if given is not None and (self._literal or given in places[:1] or resolved[0][given] == self.batches[0]):
                 self.facts[y] = Facts(tuple(r for r in resolved if r is not None))
                 self._note_inner(x, y)
                 return True

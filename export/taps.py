@@ -57,11 +57,12 @@ class FeatureMaps:
     deeper: ir.Value | None
 
 
-def feature_maps(graph: ir.Graph, logits: ir.Value) -> FeatureMaps:
-    """Follows the image's grid through a graph with shapes."""
+def feature_maps(graph: ir.Graph, logits: ir.Value, without_gradient: Container[str] = ()) -> FeatureMaps:
+    """Follows the image's grid through a graph with shapes. without_gradient: names of maps whose gradient was seen to be zero."""
     followed = follow(graph)
     known = named_layouts(followed)
-    unread = read_by_prefix_only(graph, known, logits)
+    seen = {v for v in known if str(v.name) in without_gradient}
+    unread = read_by_prefix_only(graph, known, logits, seen) | seen
     path = on_path(graph, list(graph.inputs), logits, past_stops=True)
     reachable = dict.fromkeys(y for node in graph for y in node.outputs if y in path)
     read = [y for y in reachable if y not in unread]
@@ -69,10 +70,14 @@ def feature_maps(graph: ir.Graph, logits: ir.Value) -> FeatureMaps:
         last, why = last_on_grid(read, known, followed, lambda y: carries_all(graph, known, unread, logits, y)), ""
     except NoLastLayer as reason:
         last, why = None, str(reason)
+    behind = on_path(graph, [last], logits) if last is not None else set()
     coarser = [
         v
         for v in read
-        if last is not None and v in known and 1 < math.prod(known[v].grid) < math.prod(known[last].grid)
+        if last is not None
+        and v in behind
+        and v in known
+        and 1 < math.prod(known[v].grid) < math.prod(known[last].grid)
     ]
     return FeatureMaps(known, unread, reachable, last, why, coarser[-1] if coarser else None)
 
@@ -96,7 +101,7 @@ def last_on_grid(
     grids = [v for v in order if v in known and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None]
     behind = order[order.index(grids[-1]) + 1 :] if grids else order
     lost = next((v for v in behind if _unusable(v, known, followed)), None)
-    if lost in followed and not followed[lost].lies_over_image:
+    if lost is not None and lost in followed and not followed[lost].lies_over_image:
         moved = _moved_off_image(behind, followed)
         raise NoLastLayer(
             f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that maps behind it do not lie "

@@ -200,6 +200,25 @@ def padded_apart(g: Graph) -> str:
     return head(g, g.op("Flatten", "pooled", out="rows"))
 
 
+def standardised(g: Graph) -> str:
+    """A weight that is standardised by a batch norm in training mode, as weight-standardised convolutions are written."""
+    weight = g.op("Reshape", g.weight("w", 12, 3, 3, 3), ints(g, "one", 1, 12, -1), out="rows")
+    ones, zeros = (g.constant(n, np.full(12, v, np.float32)) for n, v in (("ones", 1), ("zeros", 0)))
+    g.op("BatchNormalization", weight, ones, zeros, zeros, ones, out="even", training_mode=1)
+    g.nodes[-1].output.extend(["mean", "variance"])
+    g.op("Reshape", "even", ints(g, "back", 12, 3, 3, 3), out="kernel")
+    g.op("Relu", g.op("Conv", "data", "kernel", out="c0"), out="a0")
+    g.op("GlobalAveragePool", "a0", out="pooled")
+    return head(g, g.op("Flatten", "pooled", out="flat"))
+
+
+def turned_rows(g: Graph) -> str:
+    """A Gemm whose first operand is transposed."""
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    g.op("Transpose", g.op("Flatten", "pooled", out="rows"), out="columns", perm=[1, 0])
+    return g.op("Gemm", "columns", g.weight("wf", 12, 6), out="scores", transA=1)
+
+
 def one_score(g: Graph) -> str:
     """A product with a vector of weights: (N,)."""
     g.op("GlobalAveragePool", trunk(g), out="pooled")
@@ -219,7 +238,9 @@ PINNED = [
 
 
 @pytest.mark.parametrize("declared", [1, "N"])
-@pytest.mark.parametrize("make", [*PINNED, padded_by_shape, strided, one_score, of_a_constant, padded_apart])
+@pytest.mark.parametrize(
+    "make", [*PINNED, padded_by_shape, strided, one_score, of_a_constant, padded_apart, standardised, turned_rows]
+)
 def test_a_traced_batch_is_freed(make: Callable[[Graph], str], declared: int | str, tmp_path: Path) -> None:
     g = Graph()
     make(g)
@@ -230,11 +251,17 @@ def test_a_traced_batch_is_freed(make: Callable[[Graph], str], declared: int | s
     np.testing.assert_allclose(several, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["squeezed and back", "a vector"])
+@pytest.mark.parametrize("form", ["squeezed and back", "a vector", "flat scores", "squeezed softmax"])
 def test_a_file_for_one_image_is_explained_one_image_at_a_time(form: str, tmp_path: Path) -> None:
     g = Graph()
     g.op("GlobalAveragePool", trunk(g), out="pooled")
-    if form == "a vector":
+    if form in ("flat scores", "squeezed softmax"):
+        head(g, g.op("Flatten", "pooled", out="rows"), out="z")
+        if form == "flat scores":
+            g.op("Reshape", "z", ints(g, "all", -1), out="scores")
+        else:
+            g.op("Softmax", g.op("Squeeze", "z", out="vector"), out="scores", axis=0)
+    elif form == "a vector":
         g.op("Reshape", "pooled", ints(g, "all", -1), out="vector")
         g.op("Add", g.op("MatMul", "vector", g.weight("wf", 12, 6), out="product"), g.weight("vf", 6), out="scores")
     else:
@@ -243,7 +270,8 @@ def test_a_file_for_one_image_is_explained_one_image_at_a_time(form: str, tmp_pa
     explainer, said = exported(source)
     assert explainer.manifest.batch == 1
     assert any("the bundle explains one image at a time (batch 1)" in s for s in said)
-    np.testing.assert_allclose(explainer.classify(IMAGES[:1])[0], scores_of(source, IMAGES[:1]).reshape(-1), rtol=1e-4)
+    logits, want = explainer.classify(IMAGES[:1])[0], scores_of(source, IMAGES[:1]).reshape(-1)
+    np.testing.assert_allclose(softmax(logits[None])[0] if "softmax" in form else logits, want, rtol=1e-4)
     report = verify(explainer.bundle.path)
     assert report.passed, [r for r in report.rows if not r.passed][:3]
 
@@ -491,6 +519,24 @@ def test_probabilities_behind_something_else_are_warned_of(kind: str, told: str,
         g.op("Softmax", inner, out="p")
     _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
     assert any(f"the scores look like probabilities ({told})" in s for s in said), said
+
+
+@pytest.mark.parametrize("kind", ["percent", "log", "part", "both signs"])
+def test_scores_made_of_probabilities_are_warned_of(kind: str, tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    inner = g.op("Sigmoid" if kind in ("percent", "both signs") else "Softmax", "scores", out="q")
+    hundred, little = g.constant("hundred", np.float32(100)), g.constant("little", np.float32(1e-8))
+    if kind == "log":
+        g.op("Log", g.op("Add", inner, little, out="r"), out="p")
+    elif kind == "part":
+        part = g.op("Slice", inner, ints(g, "from", 1), ints(g, "to", 6), ints(g, "along", 1), out="r")
+        g.op("Mul", part, hundred, out="p")
+    else:
+        g.op("Sub" if kind == "both signs" else "Mul", inner, hundred, out="p")
+    _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
+    assert any("look like probabilities (they are made of a S" in s for s in said), said
 
 
 def test_scores_of_a_product_may_lie_between_0_and_1(tmp_path: Path) -> None:
@@ -752,6 +798,66 @@ def test_files_that_cannot_be_taken_say_why(
     with pytest.raises(camrt.CamrtError, match=message) as caught:
         camrt.export_onnx(source, tmp_path / "model.camrt")
     assert "\n" not in str(caught.value) and not (tmp_path / "model.camrt").exists()
+
+
+@pytest.mark.parametrize("kind", ["threshold", "class number"])
+def test_decisions_have_no_gradient(kind: str, tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"), out="z")
+    if kind == "threshold":
+        g.op("Greater", "z", g.constant("half", np.float32(0.5)), out="chosen")
+    else:
+        g.op("ArgMax", "z", out="chosen", axis=1)
+    g.op("Cast", "chosen", out="scores", to=TensorProto.FLOAT)
+    with pytest.raises(camrt.CamrtError, match=r"Cast \(node 'n_scores'\) decides rather than scores"):
+        camrt.export_onnx(saved(g, tmp_path / "model.onnx"), tmp_path / "model.camrt")
+
+
+def test_a_root_at_zero_costs_full_grad_alone(tmp_path: Path) -> None:
+    g = Graph()
+    g.op("Sqrt", g.op("Relu", "data", out="positive"), out="root")
+    g.op("GlobalAveragePool", trunk(g, "root"), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    explainer, said = exported(saved(g, tmp_path / "model.onnx"))
+    assert any("full_grad holds NaN or infinity" in s and "written without it" in s for s in said)
+    assert "full_grad" not in {p.kind for p in explainer.manifest.programs}
+    assert np.isfinite(explainer.explain(IMAGES, "grad_cam").maps).all()
+
+
+def test_the_long_name_of_the_default_domain(tmp_path: Path) -> None:
+    def spell_out(model: onnx.ModelProto) -> None:
+        model.opset_import[0].domain = "ai.onnx"
+        for node in model.graph.node[::2]:
+            node.domain = "ai.onnx"
+
+    source = classifier(tmp_path / "model.onnx", opset=17, softmax=False)
+    want = scores_of(source, IMAGES)
+    explainer, _ = exported(changed(source, spell_out))
+    np.testing.assert_allclose(explainer.classify(IMAGES), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [9, 10])
+def test_linear_upsampling_before_opset_11_samples_asymmetrically(opset: int, tmp_path: Path) -> None:
+    g = Graph()
+    scales = g.constant("scales", np.array([1, 1, 2, 2], np.float32))
+    g.op("Upsample" if opset == 9 else "Resize", trunk(g), scales, out="up", mode="linear")
+    g.op("Relu", g.op("Conv", "up", g.weight("w1", 12, 12, 3, 3), out="c1"), out="a1")
+    g.op("GlobalAveragePool", "a1", out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    assert_right(saved(g, tmp_path / "model.onnx", opset=opset))
+
+
+@pytest.mark.parametrize("roi", [(0.5, 0.5, 1, 1), (-0.5, 0, 1.5, 1)])
+def test_a_resize_that_crops_the_picture_is_refused(roi: tuple[float, ...], tmp_path: Path) -> None:
+    g = Graph()
+    region = g.constant("roi", np.array([0, 0, *roi[:2], 1, 1, *roi[2:]], np.float32))
+    mode = {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"}
+    g.op("Resize", "data", region, "", ints(g, "sizes", 1, 3, *SIZE), out="cropped", **mode)
+    g.op("GlobalAveragePool", trunk(g, "cropped"), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    with pytest.raises(camrt.CamrtError, match="pads or crops the picture within the network"):
+        camrt.export_onnx(saved(g, tmp_path / "model.onnx", batch=1), tmp_path / "model.camrt")
 
 
 @pytest.mark.parametrize("kind", ["noise", "batch norm", "dropout"])

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import camrt
+from camrt.export.autodiff import RULES
 from camrt.export.probes import smooth_images
 from camrt.runtime.bundle import read_bundle
 from camrt.verify import verify
@@ -163,8 +164,6 @@ def test_a_bundle_whose_source_is_gone_verifies_against_its_own_graph(tmp_path: 
 
 def test_verification_fails_on_wrong_gradients(tmp_path: Path) -> None:
     """A rule that is wrong by a factor is found, on every tap behind it and in the maps."""
-    from camrt.export.autodiff import RULES
-
     right = RULES["Sigmoid"]
     RULES["Sigmoid"] = lambda op, node, g: (op.Mul(g, node.outputs[0]),)
     try:
@@ -210,7 +209,7 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
     assert verify(path).passed
 
 
-def unknown_operator(path: Path) -> Path:
+def random_operator(path: Path) -> Path:
     model = onnx.load(str(classifier(path)))
     next(n for n in model.graph.node if n.name == "n_a2").op_type = "RandomNormalLike"
     onnx.save(model, str(path))
@@ -233,6 +232,15 @@ def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
     kept = [a for a in node.attribute if a.name != name]
     del node.attribute[:]
     node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
+def test_an_operator_without_a_rule_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(RULES, "Sigmoid")
+    with pytest.raises(
+        camrt.CamrtError,
+        match=r"no gradient rule for Sigmoid \(node 'n_a2', between 'n_c2' and the logits\): tap a later layer",
+    ):
+        camrt.export_onnx(classifier(tmp_path / "model.onnx"), tmp_path / "model.camrt")
 
 
 @pytest.mark.parametrize(
@@ -261,9 +269,9 @@ def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
             "camrt takes images of numbers",
         ),
         (
-            unknown_operator,
+            random_operator,
             {},
-            r"no gradient rule for RandomNormalLike \(node 'n_a2', between 'n_c2' and the logits\): tap a later layer",
+            r"RandomNormalLike \(node 'n_a2'\) draws random numbers",
         ),
         (classifier, {"layers": ["n_c3"]}, r"no layer 'n_c3': did you mean 'n_c"),
         (classifier, {"input_shape": (3, 32, 32)}, r"input_shape=\(3, 32, 32\) does not fit the model's input"),

@@ -95,7 +95,8 @@ def conv(n: Network) -> bool:
         [n.integer(1, 2), n.integer(1, 2)],
         [n.integer(1, 2), 1],
     )
-    pads = [n.integer(0, k - 1) for k in (*kernel, *kernel)]
+    # the first keeps to its picture's frame, so that it can be tapped
+    pads = [n.integer(0, k // 2 if n.value == "image" else k - 1) for k in (*kernel, *kernel)]
     height, width = [
         (s + pads[i] + pads[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i, s in enumerate((h, w))
     ]
@@ -357,7 +358,11 @@ def test_gradients_of_a_random_network(model: onnx.ModelProto, number: int) -> N
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "random.onnx"
         source.write_bytes(model.SerializeToString())
-        bundle = read_bundle(camrt.export_onnx(source, Path(folder) / "random.camrt", layers="conv"))
+        try:
+            bundle = read_bundle(camrt.export_onnx(source, Path(folder) / "random.camrt", layers="conv"))
+        except camrt.CamrtError as error:
+            assume("pads or crops the picture within the network" not in str(error))
+            raise
         layers = [t.name for t in bundle.manifest.taps]
         count = 1 if bundle.manifest.batch == 1 else 2  # where shape inference loses the batch behind a Reshape
         batch = smooth_images(bundle.manifest.input_shape, count, number)

@@ -487,8 +487,22 @@ def _framed(frame: Callable[[torch.Tensor], torch.Tensor], source: str, folder: 
         lambda x: x[:, :, 2:30, 2:30],
         lambda x: x[:, :, :, :16],
         lambda x: F.conv2d(x, torch.ones(3, 3, 1, 1), padding=6),
+        lambda x: F.conv2d(F.pad(x, (0, 0, 6, 6)), torch.ones(3, 3, 8, 8), stride=8),
+        lambda x: F.conv2d(x, torch.ones(3, 3, 12, 12), stride=12),
+        lambda x: F.group_norm(x[:, :, 4:-4, 4:-4], 3),
+        lambda x: F.interpolate(x[:, :, 8:-8, 8:-8], size=(32, 32)) + 0.01 * x,
+        lambda x: x[:, :, 8:-8, 8:-8] * x.mean((2, 3), keepdim=True).sigmoid(),
     ],
-    ids=["right and below", "reflected", "letterbox", "negative", "crop", "half", "convolution"],
+    ids=[
+        *["right and below", "reflected", "letterbox", "negative", "crop", "half", "convolution"],
+        *[
+            "letterbox before patches",
+            "unread rest of patches",
+            "crop before a reshape",
+            "crop on the whole",
+            "crop and gate",
+        ],
+    ],
 )
 def test_a_frame_that_the_network_changes_is_refused(
     frame: Callable[[torch.Tensor], torch.Tensor], source: str, tmp_path: Path
@@ -504,16 +518,64 @@ def test_a_frame_that_the_network_changes_is_refused(
     "frame",
     [
         lambda x: F.pad(x, (0, 1, 0, 1)),
-        lambda x: F.pad(x, (2, 2, 2, 2)),
+        lambda x: F.pad(x, (1, 1, 1, 1)),
         lambda x: F.pad(x, (8, 8, 8, 8))[:, :, 8:40, 8:40],
-        lambda x: F.max_pool2d(F.pad(x, (6, 6, 6, 6)), 7, 2),
+        lambda x: F.max_pool2d(F.pad(x, (3, 3, 3, 3)), 7, 2),
     ],
-    ids=["one below", "of the window", "and back", "of a pooling"],
+    ids=["one below", "one around", "and back", "of a pooling"],
 )
 def test_the_padding_of_a_window_leaves_the_frame(
     frame: Callable[[torch.Tensor], torch.Tensor], source: str, tmp_path: Path
 ) -> None:
     assert _framed(frame, source, tmp_path).manifest.last_layer is not None
+
+
+class _Block(nn.Module):
+    """The last block of a vision transformer, with a feed-forward part that takes its tokens apart."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.second = kind, nn.LayerNorm(12), nn.LayerNorm(12)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.widen, self.narrow = nn.Linear(12, 24), nn.Linear(12, 12)
+        self.filter = nn.Conv1d(12, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        y = self.second(x)
+        if self.kind == "gated":
+            value, gate = self.widen(y).chunk(2, -1)
+            return x + self.narrow(value * gate.sigmoid())
+        return x + self.filter(y.transpose(1, 2)).transpose(1, 2)
+
+
+class _Tokens(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.patches, self.token = kind, nn.Conv2d(3, 12, 8, 8), nn.Parameter(torch.randn(1, 1, 12))
+        self.block, self.norm, self.head = _Block(kind), nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.norm(self.block(torch.cat([self.token.expand(len(x), -1, -1), x], 1)))
+        return self.head(x.unbind(1)[0] if self.kind == "unbound" else x.transpose(1, 2)[:, :, 0])
+
+
+@pytest.mark.parametrize("kind", ["gated", "filtered", "unbound"])
+def test_the_last_layer_of_tokens_is_one_that_the_logits_read(kind: str, tmp_path: Path) -> None:
+    """Where the graph's structure does not show that only the class token is read, the gradient does."""
+    torch.manual_seed(0)
+    model, images = _Tokens(kind).eval(), smooth_images((3, 32, 32), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explainer = camrt.load(camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32), layers="last"))
+    assert explainer.manifest.last_layer == "block.first"
+    recorded = record(model.double(), torch.from_numpy(images).double(), 2, ["block.first"])
+    a, g = (t["block.first"][:, 1:] for t in (recorded.activations, recorded.gradients))
+    want = (a * g).sum(2).relu().reshape(3, 4, 4).numpy()
+    got = explainer.explain(images, "hires_cam", 2).maps[:, 4::8, 4::8]  # near the centres of the cells
+    assert all(np.corrcoef(w.ravel(), m.ravel())[0, 1] > 0.8 for w, m in zip(want, got, strict=True))
 
 
 class _PowerMean(nn.Module):
