@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_on
 from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap
 
 _CONVOLUTIONS = (nn.Conv2d,)
+_SMALL = 2e-8  # a number that PyTorch's exporter may take for 0
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
 
 
@@ -164,6 +166,7 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
                 program = torch.export.export(recorder.eval(), (image,), dynamic_shapes=shapes, strict=False)
             _pool_by_mean(program)
             _attention_over_heads(program)
+            _keep_small_terms(program)
             mark(program)
             exported = torch.onnx.export(
                 program,
@@ -210,6 +213,37 @@ def _attention_over_heads(program: torch.export.ExportedProgram) -> None:
             narrow = graph.call_function(torch.ops.aten.squeeze.dim, (node, 1))
         narrow.meta["val"] = value
         node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
+    program.graph_module.recompile()
+
+
+def _keep_small_terms(program: torch.export.ExportedProgram) -> None:
+    """Adds a number as small as 1e-8, as under a root or a division, to what is scaled by a power of two, and scales it back.
+
+    PyTorch's exporter takes what is within 1e-8 of 0 for 0, and what is then under a root has no gradient at 0. Powers of two change
+    no digit.
+    """
+    aten = torch.ops.aten
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if (
+            node.target not in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
+            or len(node.args) < 2
+        ):
+            continue
+        x, term = node.args[:2]
+        if not isinstance(term, float) or not isinstance(x, torch.fx.Node) or not 0 < abs(term) < _SMALL or node.kwargs:
+            continue
+        scale = 2.0 ** math.ceil(math.log2(100 * _SMALL / abs(term)))
+        with graph.inserting_before(node):
+            larger = graph.call_function(aten.mul.Tensor, (x, scale))
+            total = graph.call_function(
+                aten.add.Tensor if "add" in str(node.target) else aten.sub.Tensor, (larger, term * scale)
+            )
+            back = graph.call_function(aten.mul.Tensor, (total, 1 / scale))
+        for new in (larger, total, back):
+            new.meta.update(node.meta)
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
     program.graph_module.recompile()
 
 

@@ -683,3 +683,29 @@ def test_a_norm_before_tokens_has_its_own_gradient(norm: type[nn.Module], tmp_pa
     assert float((scores[0] - scores[1]) / 2e-6) == pytest.approx(float((gradient * moved).sum()), rel=1e-5)
     report = verify_bundle(camrt.load(path).bundle, module_oracle(model.float(), "the model"))
     assert report.passed, [r for r in report.rows if not r.passed][:3]
+
+
+class _SignedRoot(nn.Module):
+    def __init__(self, small: float) -> None:
+        super().__init__()
+        self.small, self.body, self.head = (
+            small,
+            nn.Sequential(nn.Conv2d(3, 8, 3, 2, bias=False), nn.ReLU()),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.sqrt(self.body(x).mean((2, 3)) + self.small))
+
+
+@pytest.mark.parametrize("small", [1e-8, 1e-10, 1e-6])
+def test_a_small_number_under_a_root_stays(small: float, tmp_path: Path) -> None:
+    """A dark picture has an activation of 0, at which a root alone has no gradient."""
+    torch.manual_seed(0)
+    model, black = _SignedRoot(small).eval(), np.zeros((1, 3, 32, 32), np.float32)
+    explainer = camrt.load(camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32)))
+    with torch.no_grad():
+        want = model(torch.from_numpy(black)).numpy()
+    np.testing.assert_allclose(explainer.classify(black), want, rtol=1e-6)
+    assert np.isfinite(explainer.explain(black, "hires_cam", 0).maps).all()
+    assert_verified(explainer, model)
