@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -134,7 +136,12 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if name not in constants and args[0].dim() == 4:
                 constants[name] = torch.zeros(0)  # the next call is our own
-                constants[name] = module(torch.zeros_like(args[0][:1]))[0, :, 0, 0]
+                forward = (
+                    module
+                    if _is_alone(module)
+                    else functools.partial(nn.BatchNorm2d.forward, cast(nn.BatchNorm2d, module))
+                )
+                constants[name] = forward(torch.zeros_like(args[0][:1]))[0, :, 0, 0]  # type: ignore[arg-type]
 
         return hook
 
@@ -149,8 +156,14 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
     inner = dict(unwrapped(model).named_modules())
 
     def visit(name: str, output: torch.Tensor) -> torch.Tensor:
+        scope, _, function = name.rpartition(".")
         module = module_of(name, inner)
-        if module in named and output.dim() == 4 and output.requires_grad:
+        if function.startswith("batch_norm") and module is None:
+            module = module_of(scope, inner)
+            computes = module is not None and not _is_alone(module)
+        else:
+            computes = module is not None and _is_alone(module)
+        if computes and module in named and output.dim() == 4 and output.requires_grad:
             biased[name] = named[module]
         return output
 
@@ -171,6 +184,11 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
     prefix = "1.model." if isinstance(model, Selected) else "1."
     recorded = record(entry, image, seed, ["0", *(prefix + name for name in biased)])
     return recorded.gradients["0"], [(constant, recorded.gradients[prefix + name]) for name, constant in biased.items()]
+
+
+def _is_alone(module: nn.Module) -> bool:
+    """Whether a module is the convolution or batch norm alone, and not one with an activation behind it, as timm's are."""
+    return not isinstance(module, nn.BatchNorm2d) or type(module).forward is nn.BatchNorm2d.forward
 
 
 def full_grad(image: torch.Tensor, image_gradient: torch.Tensor, biased: list[Biased]) -> torch.Tensor:

@@ -709,3 +709,31 @@ def test_a_small_number_under_a_root_stays(small: float, tmp_path: Path) -> None
     np.testing.assert_allclose(explainer.classify(black), want, rtol=1e-6)
     assert np.isfinite(explainer.explain(black, "hires_cam", 0).maps).all()
     assert_verified(explainer, model)
+
+
+class _ActivatedNorm(nn.BatchNorm2d):
+    """A batch norm with its activation, as timm's networks have."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert self.running_mean is not None
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps).relu()
+
+
+def test_the_constants_of_a_norm_with_its_activation_are_before_that(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    norm = _ActivatedNorm(8)
+    with torch.no_grad():
+        norm.bias.normal_()
+        assert norm.running_mean is not None
+        norm.running_mean.normal_()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2),
+        norm,
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    explainer = camrt.load(camrt.export_model(model.eval(), tmp_path / "n.camrt", (3, 32, 32)))
+    assert_verified(explainer, model)
