@@ -74,6 +74,16 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
             model = model._orig_mod
         else:
             break
+    if getattr(model, "_compiled_call_impl", None) is not None:  # model.compile()
+        model = copy.copy(model)
+        model._compiled_call_impl = None
+    for name, module in model.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
+            raise ExportError(
+                f"{f'layer {name!r}' if name else 'forward'} is compiled (torch.compile), which torch.export cannot look into: pass the "
+                "model as it is before that"
+            )
     if any(torch.nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
         raise ExportError("the model has lazy layers without weights yet: run it on an image once, then export it")
     for name, module in model.named_modules():

@@ -737,3 +737,28 @@ def test_the_constants_of_a_norm_with_its_activation_are_before_that(tmp_path: P
     )
     explainer = camrt.load(camrt.export_model(model.eval(), tmp_path / "n.camrt", (3, 32, 32)))
     assert_verified(explainer, model)
+
+
+@pytest.mark.parametrize("kind", ["whole", "in place", "a layer", "forward"])
+def test_compiled_models_go_in_or_say_what_to_pass(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()
+    image = smooth_images((3, 32, 32), 1)
+    with torch.no_grad():
+        want = model(torch.from_numpy(image)).numpy()
+    if kind == "whole":
+        model = torch.compile(model, backend="eager")
+    elif kind == "in place":
+        model.compile(backend="eager")
+    elif kind == "a layer":
+        model[0] = torch.compile(model[0], backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    if kind in ("whole", "in place"):
+        explainer = camrt.load(camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32)))
+        np.testing.assert_allclose(explainer.classify(image), want, atol=1e-6)
+    else:
+        with pytest.raises(ExportError, match=r"is compiled \(torch.compile\), which torch.export cannot look into"):
+            camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32))
