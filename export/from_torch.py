@@ -182,7 +182,7 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
             cause = error.__cause__ or error
             said, way = first_line(cause), "export it to ONNX by other means and pass the .onnx file"
             if "data-dependent" in said:
-                said = f"an if, a loop or a size depends on the image's numbers: {said}"
+                said = f"an if, a loop or a size depends on computed numbers: {said}"
                 way = "write that part with torch.where, or take it out of the model"
             raise NotTraced(f"PyTorch could not export the model ({said}): {way}") from error
     assert exported is not None

@@ -42,7 +42,9 @@ def recording(model: nn.Module, visit: Visit, tracing: bool = False) -> Iterator
     model = unwrapped(model)
     stack: list[tuple[str, nn.Module]] = [("", model)]
 
-    reserved = {name for name, _ in model.named_modules()}
+    # torch.export has another object for each name of a module that has several; what they hold is one
+    modules = {id(module.__dict__): (name, module) for name, module in reversed([*model.named_modules()])}
+    reserved = {name for name, _ in modules.values()}
     taken: set[str] = set()
 
     def named(name: str, is_module: bool) -> str:
@@ -59,7 +61,7 @@ def recording(model: nn.Module, visit: Visit, tracing: bool = False) -> Iterator
         return output
 
     with contextlib.ExitStack() as exits:
-        for name, module in model.named_modules():
+        for name, module in modules.values():
             if not name:
                 continue
             enter = module.register_forward_pre_hook(lambda m, _, name=name: stack.append((name, m)))

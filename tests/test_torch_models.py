@@ -632,7 +632,7 @@ class _Refusing(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "output", "message"),
     [
-        ("branch", None, "an if, a loop or a size depends on the image's numbers: .*torch.where"),
+        ("branch", None, "an if, a loop or a size depends on computed numbers: .*torch.where"),
         ("parts", "score", r"returns a dict of scores \(2, 5\), features \(2, 8\), without a part 'score'"),
         ("plain", "scores", r"returns one tensor \(2, 5\), without a part 'scores': leave output=, --output out"),
     ],
@@ -762,3 +762,34 @@ def test_compiled_models_go_in_or_say_what_to_pass(kind: str, tmp_path: Path) ->
     else:
         with pytest.raises(ExportError, match=r"is compiled \(torch.compile\), which torch.export cannot look into"):
             camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32))
+
+
+class _Shared(nn.Module):
+    """Modules that have several names, as where a backbone's layers are put together again beside it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 12, 8, 8), _Residual(), nn.Linear(12, 5)
+        self.body = nn.Sequential(self.stem, self.block, *([self.block] if kind == "twice" else []))
+        self.target = self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Conv2d(12, 12, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.filter(x) + x)
+
+
+@pytest.mark.parametrize("kind", ["once", "twice"])
+def test_a_module_with_several_names_goes_in_by_its_first(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Shared(kind).eval()
+    explainer = camrt.load(camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32)))
+    assert explainer.manifest.last_layer == ("block" if kind == "once" else "block_1")
+    assert_verified(explainer, model)
