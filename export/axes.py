@@ -248,12 +248,18 @@ def wider(axes: Axes, which: int, before: float, behind: float) -> Border:
 
 def joint_border(known: Sequence[Axes]) -> Border:
     """The border of tensors that are joined: of those that have positions, that of the one that lies over the image best; but that
-    of the worst where it shows another part of the picture, as a crop beside the whole does.
+    of one that shows another part of the picture, as a crop beside the whole does. A shift by one cell is none.
     """
     placed = [k for k in known if any(p.of in ("row", "column") for axis in k.axes for p in axis)] or known
-    ranked = sorted((k.border for k in placed), key=lambda border: max(abs(b) for pair in border for b in pair))
-    worst = max(abs(b) for pair in ranked[-1] for b in pair)
-    return ranked[-1] if worst > _OTHER_PART else ranked[0]
+
+    def elsewhere(axes: Axes) -> bool:
+        limits = (max(_OTHER_PART, 1.5 / n) for n in axes.grid)
+        return any(abs(b) > limit for pair, limit in zip(axes.border, limits, strict=True) for b in pair)
+
+    other = next((k for k in placed if elsewhere(k)), None)
+    if other is not None:
+        return other.border
+    return min((k.border for k in placed), key=lambda border: max(abs(b) for pair in border for b in pair))
 
 
 def border_behind_window(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Border:

@@ -200,6 +200,19 @@ def padded_apart(g: Graph) -> str:
     return head(g, g.op("Flatten", "pooled", out="rows"))
 
 
+def shifted_by_one(g: Graph) -> str:
+    """NASNet's reduction: one of two paths starts a row and a column later, on a small grid."""
+    trunk(g)
+    g.op("Conv", "a0", g.weight("wr", 12, 12, 3, 3), out="small", strides=[2, 2], pads=[1, 1, 1, 1])
+    g.op("AveragePool", "small", out="even", kernel_shape=[1, 1], strides=[2, 2])
+    g.op("Pad", "small", ints(g, "pads", 0, 0, 0, 0, 0, 0, 1, 1), out="wide")
+    g.op("Slice", "wide", ints(g, "from", 1, 1), ints(g, "to", 99, 99), ints(g, "along", 2, 3), out="moved")
+    g.op("AveragePool", "moved", out="odd", kernel_shape=[1, 1], strides=[2, 2])
+    g.op("Relu", g.op("Concat", "even", "odd", out="both", axis=1), out="a1")
+    g.op("GlobalAveragePool", "a1", out="pooled")
+    return head(g, g.op("Flatten", "pooled", out="rows"), 24)
+
+
 def standardised(g: Graph) -> str:
     """A weight that is standardised by a batch norm in training mode, as weight-standardised convolutions are written."""
     weight = g.op("Reshape", g.weight("w", 12, 3, 3, 3), ints(g, "one", 1, 12, -1), out="rows")
@@ -239,7 +252,18 @@ PINNED = [
 
 @pytest.mark.parametrize("declared", [1, "N"])
 @pytest.mark.parametrize(
-    "make", [*PINNED, padded_by_shape, strided, one_score, of_a_constant, padded_apart, standardised, turned_rows]
+    "make",
+    [
+        *PINNED,
+        padded_by_shape,
+        strided,
+        one_score,
+        of_a_constant,
+        padded_apart,
+        standardised,
+        turned_rows,
+        shifted_by_one,
+    ],
 )
 def test_a_traced_batch_is_freed(make: Callable[[Graph], str], declared: int | str, tmp_path: Path) -> None:
     g = Graph()
