@@ -197,7 +197,8 @@ def _export(
             if attempt.without_gradient is not None:
                 raise ExportError(str(problem)) from problem
             progress(f"{problem}: looking for the last layer before it")
-            attempt = replace(attempt, without_gradient=zero_gradients(graph) if graph is not None else frozenset())
+            assert graph is not None
+            attempt = replace(attempt, without_gradient=zero_gradients(graph))
 
 
 def _write(

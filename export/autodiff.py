@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ..runtime.errors import UnsupportedOperator
-from .tape import Tape
+from .tape import Tape, is_float
 
 Rule = Callable[[Tape, ir.Node, ir.Value], tuple["ir.Value | None", ...]]
 RULES: dict[str, Rule] = {}
@@ -121,18 +121,14 @@ def _decision(target: ir.Value) -> str:
         node = pending.popleft().producer()
         if node is None:
             continue
-        if not _is_float(node.outputs[0]) or any(
-            x is not None and x.const_value is None and not _is_float(x) for x in node.inputs
+        if not is_float(node.outputs[0]) or any(
+            x is not None and x.const_value is None and not is_float(x) for x in node.inputs
         ):
             return f"{node.op_type} (node {node.name!r})"
         fresh = [x for x in node.inputs if x is not None and x not in seen]
         seen.update(fresh)
         pending.extend(fresh)
     return "the network"
-
-
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def _nearest_source(node: ir.Node, sources: Sequence[ir.Value]) -> str | None:

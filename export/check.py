@@ -103,7 +103,8 @@ class Checker:
                 self.gradients = {t: out[f"gradient:{t}"][:1] for t in program.taps}
         dead = not any(g.any() for g in self.gradients.values())  # of a head of zeros, all gradients are
         for tap in manifest.taps:
-            if tap.prefix and not self.gradients.get(tap.name, seed).any() and not (dead and self._accepts_zeros):
+            unread = tap.prefix and tap.name in self.gradients and not self.gradients[tap.name].any()
+            if unread and not (dead and self._accepts_zeros):
                 raise NothingRead(f"the logits read none of the grid of {tap.name!r}, only its class token")
 
     def classifier(self, folder: Path, manifest: Manifest) -> Callable[[np.ndarray], np.ndarray]:

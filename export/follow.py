@@ -20,13 +20,11 @@ from .axes import (
     after_split,
     after_squeeze,
     agrees,
-    border_behind_resize,
-    border_behind_window,
     channels_of,
     fresh_map,
     is_nchw,
-    joint_border,
 )
+from .borders import border_behind_resize, border_behind_window, joint_border
 from .tape import attribute, constant_of, dims
 
 # fmt: off

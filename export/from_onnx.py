@@ -32,8 +32,8 @@ def read_graph(
     progress: Callable[[str], None] = lambda _: None,
     attempt: Attempt = FIRST,
 ) -> TappedGraph:
-    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes. attempt: what earlier ones
-    showed.
+    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes. attempt: what
+    earlier ones showed.
 
     ExportError if the file is not ONNX, has several outputs and none was chosen, or does not fit; UnknownLayer.
     """
@@ -59,7 +59,7 @@ def read_graph(
     convolutions = [n for n, y in spatial.items() if made_by(y, "Conv")]
     others = {n: y for y in maps.reachable if y not in by_value for n in (str(y.name), names.get(str(y.name)))}
     for name in [layers] if isinstance(layers, str) else layers:
-        if name in others and name not in spatial and name not in aliases and name not in ROLES:
+        if name in others and name not in {*spatial, *aliases, *ROLES}:
             raise not_a_map(name, others[name])
     wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
     last_name = None if last is None else by_value[last]

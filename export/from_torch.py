@@ -33,6 +33,7 @@ from .taps import check_names, choose, feature_maps, is_finished, not_a_map, not
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _SMALL = 2e-8  # a number that PyTorch's exporter may take for 0
+_NOTHING = 1e-20  # smaller ones are left: what they are added to would overflow when it is scaled
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
 
 
@@ -223,23 +224,20 @@ def _keep_small_terms(program: torch.export.ExportedProgram) -> None:
     no digit.
     """
     aten = torch.ops.aten
+    multiply = {aten.add.Tensor: aten.mul.Tensor, aten.sub.Tensor: aten.mul.Tensor}
+    multiply |= {aten.add_.Tensor: aten.mul_.Tensor, aten.sub_.Tensor: aten.mul_.Tensor}
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if (
-            node.target not in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
-            or len(node.args) < 2
-        ):
+        if node.target not in multiply or len(node.args) != 2 or node.kwargs:
             continue
-        x, term = node.args[:2]
-        if not isinstance(term, float) or not isinstance(x, torch.fx.Node) or not 0 < abs(term) < _SMALL or node.kwargs:
+        x, term = node.args
+        if not isinstance(term, float) or not _NOTHING < abs(term) < _SMALL:
             continue
         scale = 2.0 ** math.ceil(math.log2(100 * _SMALL / abs(term)))
         with graph.inserting_before(node):
-            larger = graph.call_function(aten.mul.Tensor, (x, scale))
-            total = graph.call_function(
-                aten.add.Tensor if "add" in str(node.target) else aten.sub.Tensor, (larger, term * scale)
-            )
-            back = graph.call_function(aten.mul.Tensor, (total, 1 / scale))
+            larger = graph.call_function(multiply[node.target], (x, scale))
+            total = graph.call_function(node.target, (larger, term * scale))
+            back = graph.call_function(multiply[node.target], (total, 1 / scale))
         for new in (larger, total, back):
             new.meta.update(node.meta)
         node.replace_all_uses_with(back)
@@ -322,8 +320,9 @@ def tap_outputs(
     convolutions = [n for n in convolved if n in forward.modules or tensors[n] not in of_modules]
     left_out, without_gradient, taps = [], [], []
     deeper = _name_of(maps.deeper, tensors, forward) if maps.deeper is not None else None
+    without_last = maps.without_last or "the last tensor on a grid has no name in the model"
     roles = choose(
-        layers, convolutions, last_name, forward.shapes, lambda n: is_finished(tensors[n]), maps.without_last, deeper
+        layers, convolutions, last_name, forward.shapes, lambda n: is_finished(tensors[n]), without_last, deeper
     )
     for name, of_tap in roles.items():
         value = tensors[name]
@@ -352,7 +351,7 @@ def tap_outputs(
             stacklevel=4,
         )
     if not taps:
-        raise nothing_to_tap(layers, maps.without_last)
+        raise nothing_to_tap(layers, without_last)
     normalized = normalized_image(model.graph, known, logits)
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch)
 

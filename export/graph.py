@@ -16,8 +16,8 @@ from .tape import attribute, constant_of, initializer
 @dataclass(frozen=True)
 class Attempt:
     """What earlier attempts at an export showed. pinned: the batch must be 1; left_out: kinds of program that do not work;
-    without_gradient: names of the graph's values whose grid
-    the logits do not read, though the graph's structure does not show it; None before that was looked for.
+    without_gradient: names of the graph's values whose grid the logits do not read, though the graph's structure does not show it;
+    None before that was looked for.
     """
 
     pinned: bool = False

@@ -60,7 +60,7 @@ def named_layouts(found: Mapping[ir.Value, Axes]) -> dict[ir.Value, Layout]:
 
 
 def _layout(axes: Axes) -> Layout | None:
-    """The layout that a tensor's axes make; None for none of them."""
+    """The layout that a tensor's axes make; None where they make none."""
     kinds = {4: (("NCHW", 0, 1, 2, 3), ("NHWC", 0, 3, 1, 2)), 3: (("tokens", 0, 2, 1, 1), ("LND", 1, 2, 0, 0))}
     for kind, batch, channel, rows, columns in kinds.get(len(axes.axes), ()):
         if axes.axes[batch] != (BATCH,) or (axes.prefix and (rows != columns or axes.token_axis != rows)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -194,7 +195,7 @@ def _match(node: ir.Node) -> tuple[ir.Value, str] | None:
 def _other_of_two(node: ir.Node) -> tuple[ir.Value, str] | None:
     """1 - sigmoid(z), which is the sigmoid of -z."""
     z = _behind_sigmoid(node.inputs[1]) if _is(node.inputs[0], 1.0) else None
-    return (_after(z, "Neg"), "Sigmoid") if z is not None else None
+    return (_after(z, "Neg", [z]), "Sigmoid") if z is not None else None
 
 
 def _both_of_two(node: ir.Node) -> tuple[ir.Value, str] | None:
@@ -211,8 +212,8 @@ def _both_of_two(node: ir.Node) -> tuple[ir.Value, str] | None:
         z = _behind_sigmoid(node.inputs[place])
         if z is None or z.shape is None or dims(z)[axis:] != (1,) * (len(z.shape) - axis):
             continue
-        nothing = _after(z, "Sub", z)
-        both = _after(nothing, "Concat", z, axis=axis) if place else _after(z, "Concat", nothing, axis=axis)
+        nothing = _after(z, "Sub", [z, z])
+        both = _after(nothing, "Concat", [nothing, z] if place else [z, nothing], axis=axis)
         both.shape = node.outputs[0].shape
         return both, "Softmax"
     return None
@@ -224,18 +225,16 @@ def _behind_sigmoid(value: ir.Value | None) -> ir.Value | None:
     return found[0] if found is not None and found[1] == "Sigmoid" else None
 
 
-def _after(value: ir.Value, op_type: str, *others: ir.Value, **attributes: int) -> ir.Value:
-    """What a new node makes of a value (and of others), behind whichever of them is computed last."""
-    last = value.producer()
-    assert last is not None and last.graph is not None
-    node = ir.node(op_type, [value, *others], attributes)
-    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-    node.outputs[0].name = f"{value.name}_{op_type.lower()}"
-    node.name = node.outputs[0].name
-    behind = [v.producer() for v in others if v.producer() is not None]
-    at = max([last, *behind], key=lambda n: list(last.graph).index(n))  # type: ignore[arg-type]
-    last.graph.insert_after(at, node)  # type: ignore[union-attr]
-    return node.outputs[0]
+def _after(last: ir.Value, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    """What a new node computes, which is put behind the one that computes `last`; as large as that."""
+    producer = last.producer()
+    assert producer is not None and producer.graph is not None
+    node = ir.node(op_type, inputs, attributes)
+    y = node.outputs[0]
+    y.shape, y.type = last.shape, last.type
+    node.name = y.name = f"{last.name}_{op_type.lower()}"
+    producer.graph.insert_after(producer, node)
+    return y
 
 
 def _softmax_by_hand(node: ir.Node) -> tuple[ir.Value, str] | None:

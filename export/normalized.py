@@ -31,8 +31,6 @@ _MOVES = {
     "Reshape",
 }
 _SHIFTS = {"Add", "Sub", "Clip", "BatchNormalization", "Max", "Min", "Pow"}  # zero may not stay zero
-
-
 # operators that a picture is prepared with as well, behind which masks are not laid
 _PREPARES = {"Resize", "AveragePool", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sqrt", "Reciprocal"}
 
@@ -50,16 +48,17 @@ def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: 
     value = next(iter(left)) if len(left) == 1 else None
     layout, size = known.get(value) if value is not None else None, known[image].grid if image in known else None
     usable = layout is not None and layout.kind == "NCHW" and layout.grid == size and value is not image
-    if shifted and usable and value is not None and len(shifted_later) == len(shifted):
-        return str(value.name)
-    moved = [n for n in shifted_later if n not in shifted] or shifted
-    if moved:
+    found = str(value.name) if shifted and usable and value is not None else None
+    beyond = [n for n in shifted_later if n not in shifted]
+    unfollowed = beyond or (shifted if found is None else [])
+    if unfollowed:
         warnings.warn(
-            f"{moved[0].op_type} (node {moved[0].name!r}) changes the picture within the network where masks cannot follow, so those of the "
-            "Score-CAM family multiply its raw numbers, of which 0 may be black rather than nothing: prepare the picture outside the model",
+            f"{unfollowed[0].op_type} (node {unfollowed[0].name!r}) changes the picture within the network where masks cannot follow, so "
+            "those of the Score-CAM family multiply its raw numbers, of which 0 may be black rather than nothing: prepare the picture "
+            "outside the model",
             stacklevel=5,
         )
-    return str(value.name) if shifted and usable and value is not None else None
+    return found
 
 
 def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> tuple[set[ir.Value], list[ir.Node]]:

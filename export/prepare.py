@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -122,18 +123,7 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
     image.shape = ir.Shape(["batch", *sizes])
     walk, batch = None, "dynamic"
     if not pinned:
-        for literal in (True, False) if declared is None else (False,):
-            try:
-                walk = ShapeWalk(model, (traced, traced + 1, traced + 2), literal)
-                break
-            except (BatchPinned, ExportError) as problem:
-                if literal:
-                    continue
-                if isinstance(problem, ExportError):
-                    raise
-                if traced != 1:
-                    raise ExportError(f"the batch is fixed at {traced} and cannot be freed: {problem}") from None
-                warnings.warn(f"the bundle explains one image at a time (batch 1): {problem}", stacklevel=5)
+        walk = _free_walk(model, traced, declared is None)
     if walk is None:
         image.shape, batch = ir.Shape([1, *sizes]), 1
         walk = ShapeWalk(model, (1,))
@@ -149,6 +139,23 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
     run_passes(model, passes.RemoveUnusedNodesPass(), passes.NameFixPass())
     check_sizes(model.graph)
     return batch
+
+
+def _free_walk(model: ir.Model, traced: int, declared_free: bool) -> ShapeWalk | None:
+    """The walk with a free batch; None, with a warning, where it cannot be freed. A file that declares a free batch is first taken at
+    its word. ExportError where sizes do not fit, or another batch than 1 cannot be freed.
+    """
+    batches = (traced, traced + 1, traced + 2)
+    if declared_free:
+        with contextlib.suppress(BatchPinned, ExportError):
+            return ShapeWalk(model, batches, literal=True)
+    try:
+        return ShapeWalk(model, batches)
+    except BatchPinned as problem:
+        if traced != 1:
+            raise ExportError(f"the batch is fixed at {traced} and cannot be freed: {problem}") from None
+        warnings.warn(f"the bundle explains one image at a time (batch 1): {problem}", stacklevel=6)
+        return None
 
 
 def check_sizes(graph: ir.Graph) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..runtime.manifest import Tap
 from .from_torch import is_a
+from .layouts import Layout
 from .modules import Selected, module_of, unwrapped
 from .recording import recording
 from .reference import TOKENS, as_maps, combined, minmax, record, resize, weighted
@@ -67,7 +68,7 @@ def score_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap, vari
 
 def ablation_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -> torch.Tensor:
     """Ablation-CAM (WACV 2020), channels set to zero: (H, W)."""
-    channel_axis = {"NCHW": 1, "NHWC": 3, "tokens": 2, "LND": 2}[tap.layout]
+    channel_axis = Layout(tap.layout, tap.grid).channel_axis
     activation = _activation(model, image, target, tap)
     scores = []
     with torch.no_grad():
@@ -129,7 +130,9 @@ Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient w
 
 
 def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, list[Biased]]:
-    """The image's gradient, and what every 2-d convolution and batch norm of what the image gives makes of zeros, its constant, with its gradient."""
+    """The image's gradient; and for every 2-d convolution and batch norm that the image reaches what it makes of zeros, its constant,
+    with the gradient there.
+    """
     constants: dict[str, torch.Tensor] = {}
 
     def measure(name: str) -> Callable[..., None]:
@@ -157,13 +160,11 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
 
     def visit(name: str, output: torch.Tensor) -> torch.Tensor:
         scope, _, function = name.rpartition(".")
-        module = module_of(name, inner)
-        if function.startswith("batch_norm") and module is None:
-            module = module_of(scope, inner)
-            computes = module is not None and not _is_alone(module)
-        else:
-            computes = module is not None and _is_alone(module)
-        if computes and module in named and output.dim() == 4 and output.requires_grad:
+        module, inside = module_of(name, inner), False
+        if module is None and function.startswith("batch_norm"):
+            module, inside = module_of(scope, inner), True
+        computes = module is not None and module in named and _is_alone(module) != inside
+        if computes and output.dim() == 4 and output.requires_grad:
             biased[name] = named[module]
         return output
 
@@ -171,11 +172,8 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
     try:
         for parameter in trained:
             parameter.requires_grad = False
-        with (
-            torch.enable_grad(),
-            checkpoints_as_calls(),
-            recording(model, visit),
-        ):  # what is computed of the image alone requires gradients
+        # what is computed from the image, and that alone, then requires gradients
+        with torch.enable_grad(), checkpoints_as_calls(), recording(model, visit):
             model(image.detach().clone().requires_grad_())
     finally:
         for parameter in trained:

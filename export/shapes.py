@@ -22,7 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import infer_node_outputs
 
 from ..runtime.errors import ExportError, first_line
-from .tape import attribute, constant_of, initializer
+from .tape import attribute, constant_of, initializer, is_float
 
 MOST_NUMBERS = 1 << 22  # of contents that are kept for each batch size
 MOST_CONSTANT = 1 << 27  # of a constant that is computed
@@ -172,7 +172,7 @@ class ShapeWalk:
                 raise BatchPinned(node, "gives another number of axes for another batch")
             if any(self.form(y, axis) is None for axis in range(len(facts.shapes[0]))):
                 raise BatchPinned(node, "has a size that is no multiple of the batch")
-            if varies and not facts.varies and _is_float(y):
+            if varies and not facts.varies and is_float(y):
                 self._mixing.append(node)
         if any(x in self.inner for x in node.inputs if x is not None) and node.op_type not in ("Reshape", "Flatten"):
             kept = {self._varying_size(x) for x in node.inputs if x in self.inner}
@@ -679,10 +679,6 @@ def unknown_operator(node: ir.Node) -> str:
         f"{where} is none of ONNX's at this opset, nor of the installed onnx {onnx.__version__}: a converter left it as it was; convert "
         "the model with a newer converter, or with the operator written in others"
     )
-
-
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.is_floating_point()
 
 
 def _has_subgraph(node: ir.Node) -> bool:

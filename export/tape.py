@@ -59,6 +59,11 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def is_float(value: ir.Value) -> bool:
+    """Whether a value is known to hold floating-point numbers."""
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node that computes a value, if its operator is one of those."""
     node = value.producer() if value is not None else None

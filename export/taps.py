@@ -211,8 +211,7 @@ def choose(
 
     Where layers are named and the last tensor on the grid is not among them, the deepest that is `finished` takes its role, with a
     warning. without_last: why the network has no last layer; deeper: what lies behind it, on a coarser grid: both for warnings.
-    UnknownLayer names near misses;
-    ExportError if nothing is left to tap.
+    UnknownLayer names near misses; ExportError if nothing is left to tap.
     """
     known = list(known)
     check_names(layers, known)
