@@ -6,44 +6,48 @@ import contextlib
 import hashlib
 import io
 import logging
-import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
+from onnxscript import optimizer, rewriter
 from torch import nn
 from torch.export.unflatten import InterpreterModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..runtime.errors import ExportError, UnsupportedOperator, first_line
-from .graph import FIRST, Attempt, TappedGraph, batch_norm_after
+from .graph import FIRST, Attempt, TappedGraph, batch_norm_after, run_passes
 from .layouts import tap_at
 from .logits import find_logits
 from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
 from .normalized import normalized_image
 from .onnx_file import OPSET, modernise
 from .prepare import settle
+from .readings import Reading, ReadingsGiven, ReadingsNoted
 from .reads import refuse_unread
 from .recording import recording
+from .rewrites import rewrite_operators
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
 from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap
 
 _CONVOLUTIONS = (nn.Conv2d,)
-_SMALL = 2e-8  # a number that PyTorch's exporter may take for 0
-_NOTHING = 1e-20  # smaller ones are left: what they are added to would overflow when it is scaled
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
 
 
 class _Recorder(nn.Module):
-    """Runs a model and returns (output, *tensors of the given names), each as it was when it was computed."""
+    """Runs a model and returns (output, *tensors of the given names), each as it was when it was computed. readings: what an eager
+    run read of numbers that are the same for every image.
+    """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]):
+    def __init__(self, model: nn.Module, names: Sequence[str], readings: Sequence[Reading]):
         super().__init__()
         self.model = model
         self.names = list(names)
+        self.readings = list(readings)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         seen: dict[str, torch.Tensor] = {}
@@ -54,7 +58,7 @@ class _Recorder(nn.Module):
                 seen[name] = tensor.clone()
             return tensor
 
-        with recording(self.model, visit, tracing=True):
+        with recording(self.model, visit, tracing=True), ReadingsGiven(self.readings):
             output = self.model(image)
         return (output, *(seen[name] for name in self.names))
 
@@ -65,7 +69,8 @@ class Forward:
 
     shapes: of every tensor that may hold a feature map, by name, in the order in which they are computed; convolutions: those of
     modules and calls that convolve; modules: those that a module returns; blocks: those that a module with children returns; read:
-    those that the output's gradient reaches; own_gradients: classes of torch.autograd.Function with a backward pass of their own.
+    those that the output's gradient reaches; own_gradients: classes of torch.autograd.Function with a backward pass of their own;
+    readings: what its code read of numbers that are the same for every image.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -74,6 +79,7 @@ class Forward:
     modules: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     own_gradients: list[str] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
 
 
 def run_forward(model: nn.Module, image: torch.Tensor) -> Forward:
@@ -96,9 +102,11 @@ def run_forward(model: nn.Module, image: torch.Tensor) -> Forward:
         return tensor
 
     image = image.detach().clone().requires_grad_()
-    with torch.enable_grad(), recording(model, visit):
+    noted = ReadingsNoted([*model.parameters(), *model.buffers()])
+    with torch.enable_grad(), recording(model, visit), noted:
         output = model(image)
     assert isinstance(output, torch.Tensor)
+    found.readings = noted.readings
     found.own_gradients = backward_functions(output)
     reached = backward_nodes(output)
     found.read = {name for name, function in functions.items() if function in reached}
@@ -140,7 +148,7 @@ def trace_module(
         for near_the_end in (_NEAR_THE_END, len(forward.shapes)):
             names = _to_trace(forward, layers, near_the_end)
             progress("tracing the model")
-            exported = _to_onnx(_Recorder(model, names), image, attempt.pinned)
+            exported = _to_onnx(_Recorder(model, names, forward.readings), image, attempt.pinned)
             progress("preparing the graph")
             graph = tap_outputs(exported, layers, forward, names, attempt)
             if graph is not None:
@@ -165,9 +173,7 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
             shapes = None if pinned else [{0: torch.export.Dim("batch")}]
             with symbolic_len():
                 program = torch.export.export(recorder.eval(), (image,), dynamic_shapes=shapes, strict=False)
-            _pool_by_mean(program)
-            _attention_over_heads(program)
-            _keep_small_terms(program)
+            rewrite_operators(program)
             mark(program)
             exported = torch.onnx.export(
                 program,
@@ -175,8 +181,11 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
                 input_names=["image"],
                 opset_version=OPSET,
                 verbose=False,
+                optimize=False,
                 custom_translation_table={MARK: to_onnx},
             )
+            assert exported is not None
+            return _simplified(exported.model)
         except ExportError:
             raise
         except Exception as error:  # the exporter raises errors of many kinds
@@ -186,81 +195,19 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
                 said = f"an if, a loop or a size depends on computed numbers: {said}"
                 way = "write that part with torch.where, or take it out of the model"
             raise NotTraced(f"PyTorch could not export the model ({said}): {way}") from error
-    assert exported is not None
-    return exported.model
+
+
+def _simplified(model: ir.Model) -> ir.Model:
+    """What the exporter's own optimisation does, except that calls of one module on one tensor stay apart, as their gradients are."""
+    optimizer.inline(model)
+    for _ in range(2):
+        optimizer.fold_constants(model)
+        rewriter.rewrite(model)
+    return model
 
 
 class NotTraced(ExportError):
     """torch.export or torch.onnx could not follow the model."""
-
-
-def _attention_over_heads(program: torch.export.ExportedProgram) -> None:
-    """Attention without an axis of heads gets one of size 1, which ONNX's form of it needs."""
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        if node.target != torch.ops.aten.scaled_dot_product_attention.default or node.meta["val"].dim() != 3:
-            continue
-        given = list(node.args)
-        for i, x in enumerate(given[:4]):
-            value = x.meta["val"] if isinstance(x, torch.fx.Node) else None
-            if value is not None and value.dim() == 3:
-                with graph.inserting_before(node):
-                    given[i] = graph.call_function(torch.ops.aten.unsqueeze.default, (x, 1))
-                given[i].meta["val"] = value.unsqueeze(1)
-        value = node.meta["val"]
-        node.args = tuple(given)
-        node.meta["val"] = value.unsqueeze(1)
-        with graph.inserting_after(node):
-            narrow = graph.call_function(torch.ops.aten.squeeze.dim, (node, 1))
-        narrow.meta["val"] = value
-        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
-    program.graph_module.recompile()
-
-
-def _keep_small_terms(program: torch.export.ExportedProgram) -> None:
-    """Adds a number as small as 1e-8, as under a root or a division, to what is scaled by a power of two, and scales it back.
-
-    PyTorch's exporter takes what is within 1e-8 of 0 for 0, and what is then under a root has no gradient at 0. Powers of two change
-    no digit.
-    """
-    aten = torch.ops.aten
-    multiply = {aten.add.Tensor: aten.mul.Tensor, aten.sub.Tensor: aten.mul.Tensor}
-    multiply |= {aten.add_.Tensor: aten.mul_.Tensor, aten.sub_.Tensor: aten.mul_.Tensor}
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        if node.target not in multiply or len(node.args) != 2 or node.kwargs:
-            continue
-        x, term = node.args
-        if not isinstance(term, float) or not _NOTHING < abs(term) < _SMALL:
-            continue
-        scale = 2.0 ** math.ceil(math.log2(100 * _SMALL / abs(term)))
-        with graph.inserting_before(node):
-            larger = graph.call_function(multiply[node.target], (x, scale))
-            total = graph.call_function(node.target, (larger, term * scale))
-            back = graph.call_function(multiply[node.target], (total, 1 / scale))
-        for new in (larger, total, back):
-            new.meta.update(node.meta)
-        node.replace_all_uses_with(back)
-        graph.erase_node(node)
-    program.graph_module.recompile()
-
-
-def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
-    """Writes global average pooling as the mean that it is.
-
-    PyTorch's own decomposition adds an as_strided for channels-last tensors (ConvNeXt), which mixes the batch with the
-    channels in the ONNX graph.
-    """
-    aten = torch.ops.aten
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        if node.target == aten.adaptive_avg_pool2d.default and all(n == 1 for n in node.args[1]):
-            with graph.inserting_before(node):
-                mean = graph.call_function(aten.mean.dim, (node.args[0], [-2, -1], True))
-            mean.meta.update(node.meta)
-            node.replace_all_uses_with(mean)
-            graph.erase_node(node)
-    program.graph_module.recompile()
 
 
 @contextlib.contextmanager
@@ -288,8 +235,11 @@ def tap_outputs(
     model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], attempt: Attempt
 ) -> TappedGraph | None:
     """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was not traced."""
-    for i, output in enumerate(model.graph.outputs):
-        output.name = f"camrt_output_{i}"
+    taken = {v.name for v in (*model.graph.inputs, *model.graph.initializers.values())}
+    for output, name in zip(model.graph.outputs, ("logits", *traced), strict=True):
+        if name not in taken and not output.is_initializer():
+            output.name = name  # for messages
+    run_passes(model, passes.NameFixPass())
     model = modernise(model)
     for node in model.graph:
         node.domain = ""  # StopGradient's

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.errors import first_line
+from ..runtime.errors import ExportError, first_line
 from ..runtime.manifest import Tap
 from .check import Checker, check_gradients, relative_l2
 from .graph import TappedGraph
@@ -64,7 +64,8 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
     """One forward and one backward pass, in the precision of model and image.
 
     target: a class, or a seed (B, classes), the cotangent of the logits. A layer's activation is cloned as it is computed, because
-    an in-place ReLU behind it would change it. Where no gradient reaches a layer its gradient is zero.
+    an in-place ReLU behind it would change it. Where no gradient reaches a layer its gradient is zero. ExportError where PyTorch
+    cannot differentiate the model.
     """
     activations: dict[str, torch.Tensor] = {}
 
@@ -99,7 +100,15 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
     else:
         seed[:] = target
     named = {n: activations[n] for n in layers}
-    grads = torch.autograd.grad(logits, list(named.values()), seed, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(logits, list(named.values()), seed, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ExportError(
+            "PyTorch cannot differentiate the model, since it changes in place what its gradient needs: write that step without "
+            f"assigning in place, or export it to ONNX and pass the .onnx file ({first_line(error)[:200]})"
+        ) from error
     return Recorded(
         logits.detach(),
         {n: a.detach() for n, a in named.items()},

@@ -209,3 +209,9 @@ def _module(name: str, package: str) -> Any:
         raise ExportError(
             f"cannot import {name!r} ({first_line(error)}): is {package} installed, or the folder wrong?"
         ) from error
+    except (
+        Exception
+    ) as error:  # code of others runs, and compiled parts that do not fit their PyTorch say so in many ways
+        raise ExportError(
+            f"cannot import {name!r} ({type(error).__name__}: {first_line(error)}): does its version fit the other packages'?"
+        ) from error

@@ -167,7 +167,19 @@ def _has_positions(value: ir.Value) -> bool:
     sizes = dims(value)[1:]
     if len(sizes) == 3 and made_by(value, "Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalization"):
         return any(n != 1 for n in sizes[1:])
-    return made_by(value, "LayerNormalization") is not None and any(n != 1 for n in sizes[:-1])
+    of_tokens = made_by(value, "LayerNormalization") is not None or _is_activated_product(value)
+    return of_tokens and any(n != 1 for n in sizes[:-1])
+
+
+def _is_activated_product(value: ir.Value) -> bool:
+    """Whether it is what an activation makes of a linear layer."""
+    node = made_by(value, *_ACTIVATIONS)
+    before = node.inputs[0] if node is not None else None
+    while (node := made_by(before, "Add", "Mul", "Div", "Reshape", "Gemm", "MatMul")) is not None:
+        if node.op_type in ("Gemm", "MatMul"):
+            return constant_of(node.inputs[1]) is not None
+        before = next((x for x in node.inputs if x is not None and constant_of(x) is None), None)
+    return False
 
 
 def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:

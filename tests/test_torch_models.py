@@ -178,11 +178,102 @@ def in_bfloat16(net: Net, h: torch.Tensor) -> torch.Tensor:
         return net.second(h).relu().to(h.dtype)
 
 
-@pytest.mark.parametrize("middle", [checkpointed, scaled_dot_products, by_length, in_bfloat16])
+def windowed(net: Net, h: torch.Tensor, mask: torch.Tensor | None, scale: float | None = None) -> torch.Tensor:
+    """Attention within windows of four rows: five axes."""
+    tokens = h.reshape(-1, 8, 4, 4, 20).permute(0, 2, 3, 4, 1).reshape(-1, 4, 1, 80, 8)
+    mixed = F.scaled_dot_product_attention(tokens, 2 * tokens, tokens, mask, scale=scale)
+    return mixed.reshape(-1, 4, 4, 20, 8).permute(0, 4, 1, 2, 3).reshape(h.shape)
+
+
+def windowed_by_bool(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return windowed(net, h, torch.arange(80) % 3 != net.first.weight.argmax() % 3)
+
+
+def windowed_by_float(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return windowed(net, h, torch.linspace(-1, 1, 6400).reshape(80, 80) * net.first.weight.mean(), 0.5)
+
+
+def normalised_by_constants(net: Net, h: torch.Tensor) -> torch.Tensor:
+    """As torchvision's Normalize and nn.TransformerEncoder, which look at numbers that the image does not change."""
+    std = torch.tensor([0.5] * 8)
+    if (std == 0).any():
+        raise ValueError("std is zero")
+    for weight in net.fc.bias.tolist():
+        h = h + weight * h.tanh()
+    return h / std[:, None, None] * (std + net.second.bias).sum().item()
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        *[checkpointed, scaled_dot_products, by_length, in_bfloat16],
+        *[windowed_by_bool, windowed_by_float, normalised_by_constants],
+    ],
+)
 def test_corners_of_pytorch_go_in(middle: Callable, tmp_path: Path) -> None:
     model = Net(middle).eval()
     explainer, _ = exported(model, tmp_path / "net.camrt")
     assert explainer.manifest.batch == "dynamic"
+    assert_verified(explainer, model)
+
+
+def by_total(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return 2 * h if h.sum() > 0 else h
+
+
+def by_written_total(net: Net, h: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(1)
+    total.view(-1).add_(h.sum())
+    return 2 * h if total > 0 else h
+
+
+def by_chance(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return 2 * h if torch.rand(1) > 0.5 else h
+
+
+@pytest.mark.parametrize("middle", [by_total, by_written_total, by_chance])
+def test_a_way_that_the_image_or_chance_decides_is_refused(middle: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="an if, a loop or a size depends on computed numbers"):
+        exported(Net(middle).eval(), tmp_path / "net.camrt")
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (lambda net, h: F.dropout(h, 0.5), "draws random numbers"),
+        (lambda net, h: h * torch.bernoulli(torch.full((8, 1, 1), 0.5)), "draws random numbers"),
+        (lambda net, h: _over_itself(net, h.clone()), "changes in place what its gradient needs"),
+    ],
+    ids=["dropout", "bernoulli", "in place"],
+)
+def test_what_pytorch_itself_cannot_repeat_or_differentiate_is_refused(
+    middle: Callable, message: str, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings(), pytest.raises(ExportError, match=message):
+        warnings.simplefilter("ignore")
+        camrt.export_model(Net(middle).eval(), tmp_path / "net.camrt", SHAPE)
+
+
+def _over_itself(net: Net, h: torch.Tensor) -> torch.Tensor:
+    h[:, :3] = h[:, :3].sin() * F.conv2d(h[:, :3], net.first.weight[:3], padding=1)
+    return net.second(h).relu()
+
+
+class _Twice(Net):
+    """Calls its trunk twice on the same image, as heads with a trunk of their own do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.features(x), self.features(x)
+        return self.fc(a.mean((2, 3))) + self.other(b.amax((2, 3)))
+
+
+def test_calls_on_the_same_tensor_stay_apart(tmp_path: Path) -> None:
+    model = _Twice().eval()
+    explainer, _ = exported(model, tmp_path / "net.camrt", layers=["first", "second", "first_1", "second_1"])
     assert_verified(explainer, model)
 
 
@@ -431,19 +522,26 @@ def test_of_several_branches_none_is_the_last(tmp_path: Path) -> None:
     assert camrt.load(path).manifest.last_layer is None
 
 
-class _ColumnMajor(nn.Module):
-    def __init__(self) -> None:
+class _OtherOrder(nn.Module):
+    """layer: of tokens that stand column by column, or from the last to the first."""
+
+    def __init__(self, layer: nn.Module, reverse: bool) -> None:
         super().__init__()
-        self.patches, self.norm, self.head = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.patches, self.layer, self.head, self.reverse = nn.Conv2d(3, 8, 8, 8), layer, nn.Linear(8, 5), reverse
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.patches(x).transpose(2, 3).flatten(2).transpose(1, 2)).mean(1))
+        h = self.patches(x).relu()
+        h = h if self.reverse else h.transpose(2, 3)
+        tokens = h.flatten(2).transpose(1, 2)
+        return self.head(self.layer(tokens.flip(1) if self.reverse else tokens).mean(1))
 
 
-def test_a_later_layer_in_another_order_is_not_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layer", [nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.GELU())], ids=["norm", "linear"])
+def test_a_later_layer_in_another_order_is_not_passed_over(layer: nn.Module, reverse: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="so the bundle has no last layer"):
-        path = camrt.export_model(_ColumnMajor().eval(), tmp_path / "n.camrt", (3, 32, 32))
+        path = camrt.export_model(_OtherOrder(layer, reverse).eval(), tmp_path / "n.camrt", (3, 32, 32))
     assert camrt.load(path).manifest.last_layer is None
 
 

@@ -1,0 +1,91 @@
+"""Operators of an exported PyTorch program that its ONNX exporter writes wrongly or not at all, in others that it writes well."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+_SMALL = 2e-8  # a number that PyTorch's exporter may take for 0
+_NOTHING = 1e-20  # smaller ones are left: what they are added to would overflow when it is scaled
+
+aten = torch.ops.aten
+
+
+def rewrite_operators(program: torch.export.ExportedProgram) -> None:
+    """Rewrites a program in place; what it computes stays."""
+    for rewrite in (_pool_by_mean, _attention, _keep_small_terms):
+        rewrite(program.graph_module.graph)
+    program.graph_module.recompile()
+
+
+def _pool_by_mean(graph: torch.fx.Graph) -> None:
+    """Writes global average pooling as the mean that it is.
+
+    PyTorch's own decomposition adds an as_strided for channels-last tensors (ConvNeXt), which mixes the batch with the
+    channels in the ONNX graph.
+    """
+    for node in list(graph.nodes):
+        if node.target == aten.adaptive_avg_pool2d.default and all(n == 1 for n in node.args[1]):
+            with graph.inserting_before(node):
+                mean = graph.call_function(aten.mean.dim, (node.args[0], [-2, -1], True))
+            mean.meta.update(node.meta)
+            node.replace_all_uses_with(mean)
+            graph.erase_node(node)
+
+
+def _attention(graph: torch.fx.Graph) -> None:
+    """Writes attention over other than four axes as products and a softmax: ONNX's form of it has four."""
+    for node in list(graph.nodes):
+        if node.target != aten.scaled_dot_product_attention.default or node.meta["val"].dim() == 4:
+            continue
+        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+        given |= node.kwargs
+        if given.get("is_causal") or given.get("enable_gqa"):
+            continue  # the exporter's error says which operator it is
+        query, mask = given["query"], given.get("attn_mask")
+        scale = given.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
+
+        def call(target: Any, *args: Any, before: torch.fx.Node = node) -> torch.fx.Node:
+            with graph.inserting_before(before):
+                new = graph.call_function(target, args)
+            new.meta.update({k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack")})
+            new.meta["val"] = target(*(a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in args))
+            return new
+
+        scores = call(
+            aten.matmul.default, call(aten.mul.Tensor, query, scale), call(aten.transpose.int, given["key"], -2, -1)
+        )
+        if mask is not None and mask.meta["val"].dtype == torch.bool:
+            scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), -math.inf)
+        elif mask is not None:
+            scores = call(aten.add.Tensor, scores, mask)
+        mixed = call(aten.matmul.default, call(aten.softmax.int, scores, -1), given["value"])
+        node.replace_all_uses_with(mixed)
+        graph.erase_node(node)
+
+
+def _keep_small_terms(graph: torch.fx.Graph) -> None:
+    """Adds a number as small as 1e-8, as under a root or a division, to what is scaled by a power of two, and scales it back.
+
+    PyTorch's exporter takes what is within 1e-8 of 0 for 0, and what is then under a root has no gradient at 0. Powers of two change
+    no digit.
+    """
+    multiply = {aten.add.Tensor: aten.mul.Tensor, aten.sub.Tensor: aten.mul.Tensor}
+    multiply |= {aten.add_.Tensor: aten.mul_.Tensor, aten.sub_.Tensor: aten.mul_.Tensor}
+    for node in list(graph.nodes):
+        if node.target not in multiply or len(node.args) != 2 or node.kwargs:
+            continue
+        x, term = node.args
+        if not isinstance(term, float) or not _NOTHING < abs(term) < _SMALL:
+            continue
+        scale = 2.0 ** math.ceil(math.log2(100 * _SMALL / abs(term)))
+        with graph.inserting_before(node):
+            larger = graph.call_function(multiply[node.target], (x, scale))
+            total = graph.call_function(node.target, (larger, term * scale))
+            back = graph.call_function(multiply[node.target], (total, 1 / scale))
+        for new in (larger, total, back):
+            new.meta.update(node.meta)
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
