@@ -327,8 +327,7 @@ def integrative_cam(
     maps, importance = [], []
     for activation, gradient in zip(recorded.activations.values(), recorded.gradients.values(), strict=True):
         total = activation.sum((2, 3), keepdim=True)
-        share = gradient**2 / (2 * gradient**2 + ratio * gradient**3 * total)
-        share = torch.where(gradient != 0, share, 0)
+        share = torch.where(gradient != 0, 1 / (2 + ratio * gradient * total), 0)  # g^2 / (2 g^2 + ratio g^3 total)
         weights = first[:, 0, 0] * (share * gradient.relu()).sum((2, 3))
         bias = y[:, 0, 0, 0] - (weights * total[:, :, 0, 0]).sum(1)
         pixels = activation.shape[2] * activation.shape[3]
