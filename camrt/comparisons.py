@@ -34,7 +34,8 @@ HALF_LIMIT = 1e-3  # 1 - cosine of maps after min-max, of programs in float16
 CLASS_LIMIT = 0.02  # part of the range of an image's logits within which classes are tied to float16
 PERCENTILES = (0, 50, 90, 100)
 FULL_GRAD_RUNS = 3  # how often PyTorch float32's own distance from FullGrad is sampled, a whole backward pass each,
-FLOAT32_UNITS = 16  # with images that differ by so many units in the last place
+FLOAT32_UNITS = 16  # with images that differ by so many units in the last place,
+QUANTISED_UNITS = 2**14  # or by so many, 1e-3 of each number, where a network rounds to 256 steps by itself
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Row:
 
     A rectifier whose input is within rounding of 0 may fall to either side, and one that does moves early gradients by
     1e-3 and more. Which ones fall is chance, so for gradients and maps PyTorch float32's own distance is the largest of
-    several runs, whose images differ in their last bits. Chance hides no error: the gradient program is also run as it
+    several runs, whose images differ in their last bits, and of a quantised network that fails so by about a thousandth, since engines
+    that compute with its integers round elsewhere. Chance hides no error: the gradient program is also run as it
     stands by PyTorch operators in float64, where rectifiers fall as they do in the reference.
     """
 
@@ -103,10 +105,17 @@ def _row(
 
 
 def program_rows(
-    file: str, out: dict[str, np.ndarray], taps: Sequence[str], double: Recorded, singles: Sequence[Recorded]
+    file: str,
+    out: dict[str, np.ndarray],
+    taps: Sequence[str],
+    double: Recorded,
+    singles: Sequence[Recorded],
+    steps: bool,
 ) -> Iterator[Row]:
+    """steps: whether activations are no continuous function of the image, as those of a quantised network."""
+
     def row(subject: str, name: str, pick: Callable[[Recorded], Any], continuous: bool) -> Row:
-        runs = singles[:1] if continuous else singles
+        runs = singles[:1] if continuous and not steps else singles
         want, own = pick(double).numpy(), [pick(r).numpy() for r in runs]
         return _row(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
 
@@ -124,7 +133,13 @@ def program_rows(
 
 
 def head_rows(
-    bundle: Bundle, engine: Backend, program: Program, batch: np.ndarray, double: Recorded, singles: Sequence[Recorded]
+    bundle: Bundle,
+    engine: Backend,
+    program: Program,
+    batch: np.ndarray,
+    double: Recorded,
+    singles: Sequence[Recorded],
+    steps: bool,
 ) -> Iterator[Row]:
     """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
     trunk = bundle.program("trunk", program.taps)
@@ -132,7 +147,7 @@ def head_rows(
     given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
     got = engine.open(bundle, program).run(given)["logits"]
     want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
-    own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in singles[:1]]
+    own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in (singles if steps else singles[:1])]
     yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
 
 
@@ -274,11 +289,11 @@ class FullGrads:
     singles: list[np.ndarray]
 
 
-def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray) -> FullGrads | None:
-    """None where the bundle has no program for it."""
+def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float) -> FullGrads | None:
+    """None where the bundle has no program for it. units: in the last place, by which float32's images differ."""
     if not any(p.kind == "full_grad" for p in bundle.manifest.programs):
         return None
-    singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, FLOAT32_UNITS)]
+    singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, units)]
     return FullGrads(oracle.full_grad(batch, seed, True), singles)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .comparisons import (
     FLOAT32_UNITS,
+    QUANTISED_UNITS,
     Compared,
     Row,
     class_rows,
@@ -82,6 +83,23 @@ def verify_bundle(
     precisions: Sequence[str] | None = None,
 ) -> Report:
     """As `verify`, with the oracle at hand. precisions: by default all that the bundle has."""
+    report = _compared(bundle, oracle, images, backend, progress, precisions, steps=False)
+    if report.passed or not _is_quantised(bundle):
+        return report
+    progress("the network rounds to 256 steps: comparing with what a small change of the images does")
+    return _compared(bundle, oracle, images, backend, progress, precisions, steps=True)
+
+
+def _compared(
+    bundle: Bundle,
+    oracle: Oracle,
+    images: np.ndarray | None,
+    backend: str,
+    progress: Callable[[str], None],
+    precisions: Sequence[str] | None,
+    steps: bool,
+) -> Report:
+    """steps: whether small changes of the images count as rounding, because activations are no continuous function of them."""
     from .export.reference import as_maps
 
     manifest = bundle.manifest
@@ -91,14 +109,15 @@ def verify_bundle(
     if manifest.batch == 1:
         batch = batch[:1]
     seed = _seeds(oracle, batch, manifest.num_classes, layers)
+    units = QUANTISED_UNITS if steps else FLOAT32_UNITS
     progress(f"reference in float64: {oracle.name}")
     double = as_maps(oracle.record(batch, seed, layers, True), manifest.taps)
     singles = [
         as_maps(oracle.record(image, seed, layers, False), manifest.taps)
-        for image in last_bits(batch, FLOAT32_RUNS, FLOAT32_UNITS)
+        for image in last_bits(batch, FLOAT32_RUNS, units)
     ]
     chosen = bundle.precisions if precisions is None else precisions
-    of_full_grad = full_grads(bundle, oracle, batch, seed)
+    of_full_grad = full_grads(bundle, oracle, batch, seed, units)
     by_method: list[Row] = []
     explainers = []  # whose programs the rows of programs use as well
     for precision in chosen:
@@ -124,14 +143,21 @@ def verify_bundle(
         out = executable.run({name: given[name] for name in program.inputs})
         if program.kind in ("trunk", "normalize"):
             cut = out  # what the head, or the program that scores, which comes next, is given
-        rows += program_rows(program.file, out, program.taps, double, singles)
+        rows += program_rows(program.file, out, program.taps, double, singles, steps)
         if program.kind == "head" and manifest.batch != 1:
-            rows += head_rows(bundle, engine, program, batch, double, singles)
+            rows += head_rows(bundle, engine, program, batch, double, singles, steps)
     if "fp32" in chosen:
         rows += use_rows(bundle, engine, batch, seed, double, singles)
         rows += source_rows(bundle, engine, batch)
     rows += by_method
     return Report(oracle.name, tuple(rows), tuple(oracle.own_backward(batch[:1])))
+
+
+def _is_quantised(bundle: Bundle) -> bool:
+    import onnx_ir as ir
+
+    graph = ir.load(bundle.file(bundle.program("classify"))).graph
+    return any(node.op_type == "QuantizeLinear" for node in graph)
 
 
 class _Sharing:

@@ -190,7 +190,8 @@ def zero_gradients(graph: TappedGraph) -> frozenset[str]:
     map at all.
     """
     known = layouts(graph.model.graph)
-    found = {str(v.name): layout for v, layout in known.items() if layout.prefix and v.producer() is not None}
+    computed = [v for v in known if v.producer() is not None and v.dtype == ir.DataType.FLOAT]
+    found = {str(v.name): known[v] for v in computed if known[v].prefix}
     values = named_values(graph.model.graph)
     on_way = on_path(graph.model.graph, [graph.model.graph.inputs[0]], values[graph.logits])
     names = [n for n in found if values[n] in on_way]

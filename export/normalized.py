@@ -9,10 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from .layouts import Layout
-from .tape import constant_of
+from .tape import attribute, constant_of
 
 # operators that change each number by constants or move whole channels
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Clip", "BatchNormalization", "Pow", "Max", "Min"}
@@ -68,8 +69,22 @@ def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> t
         computed = [x for x in node.inputs if x is not None and constant_of(x) is None]
         if not computed or not all(x in inside for x in computed):
             continue
-        if node.op_type in operators and logits not in node.outputs:
+        scales = _scales_channels(node)
+        if (node.op_type in operators or scales) and logits not in node.outputs:
             inside.update(node.outputs)
-            if node.op_type in _SHIFTS:
+            if node.op_type in _SHIFTS or (scales and len(node.inputs) > 2):
                 shifts.append(node)
     return inside, shifts
+
+
+def _scales_channels(node: ir.Node) -> bool:
+    """Whether a node is a convolution that gives each channel a factor and a bias of its own, as a folded normalisation does."""
+    weight = constant_of(node.inputs[1]) if node.op_type == "Conv" else None
+    if weight is None or weight.shape[2:] != (1, 1) or any(n != 1 for n in attribute(node, "strides", (1, 1))):
+        return False
+    if any(attribute(node, "pads", ())):
+        return False
+    factors, groups = weight[:, :, 0, 0], attribute(node, "group", 1)
+    if groups == len(factors):
+        return factors.shape[1] == 1
+    return groups == 1 and factors.shape[0] == factors.shape[1] and not (factors - np.diag(np.diag(factors))).any()

@@ -398,7 +398,10 @@ class ShapeWalk:
         keeps_zero = bool(attribute(node, "allowzero", 0))
         resolved = [_resolve(s, t.tolist(), keeps_zero) for s, t in zip(facts.shapes, wanted.contents, strict=True)]
         if resolved[0] is None:
-            raise ExportError(f"{label(node)} cannot turn {list(facts.shapes[0])} into {wanted.contents[0].tolist()}")
+            sizes = wanted.contents[0].tolist()
+            times, rest = divmod(math.prod(sizes), math.prod(facts.shapes[0]))
+            held = f": the file holds a batch of {times}; write it with a batch of 1" if times > 1 and not rest else ""
+            raise ExportError(f"{label(node)} cannot turn {list(facts.shapes[0])} into {sizes}{held}")
         y.type = x.type
         if not facts.varies or wanted.constant is None:
             if None in resolved:

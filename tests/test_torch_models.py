@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import checkpoint
@@ -21,7 +22,7 @@ from camrt.export.probes import smooth_images
 from camrt.export.reference import combined, record
 from camrt.oracle import module_oracle
 from camrt.runtime.errors import ExportError
-from camrt.verify import verify_bundle
+from camrt.verify import verify, verify_bundle
 
 SHAPE = (3, 16, 20)
 IMAGES = smooth_images(SHAPE, 3)
@@ -674,6 +675,29 @@ def test_the_last_layer_of_tokens_is_one_that_the_logits_read(kind: str, tmp_pat
     want = combined([(a * g).sum(2).reshape(3, 4, 4)], (32, 32)).numpy()
     assert all(np.ptp(w) > 0.5 for w in want)
     np.testing.assert_allclose(explainer.explain(images, "hires_cam", 2).maps, want, atol=1e-4)
+
+
+class _Calibration(CalibrationDataReader):
+    def __init__(self) -> None:
+        self.left = [{"image": image[None]} for image in smooth_images((3, 32, 32), 8, seed=3)]
+
+    def get_next(self) -> Any:
+        return self.left.pop() if self.left else None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_quantised_transformer_is_verified(seed: int, tmp_path: Path) -> None:
+    """Engines that compute with its integers round elsewhere than float64, by as much as a small change of the image does."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, path = str(tmp_path / "plain.onnx"), tmp_path / "quantised.onnx"
+        torch.onnx.export(
+            _Tokens("gated").eval(), (torch.zeros(1, 3, 32, 32),), plain, input_names=["image"], dynamo=False
+        )
+        quantize_static(plain, path, _Calibration(), quant_format=QuantFormat.QDQ)
+        report = verify(camrt.export_onnx(path, tmp_path / "n.camrt"))
+    assert report.passed, [r for r in report.rows if not r.passed][:4]
 
 
 class _PowerMean(nn.Module):
