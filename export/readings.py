@@ -49,8 +49,8 @@ class ReadingsNoted(TorchFunctionMode):
         return output
 
     def _forget(self, written: Sequence[torch.Tensor]) -> None:
-        storages = {x.untyped_storage().data_ptr() for x in written}
-        self._constants = {i: t for i, t in self._constants.items() if t.untyped_storage().data_ptr() not in storages}
+        storages = {x.untyped_storage()._cdata for x in written}
+        self._constants = {i: t for i, t in self._constants.items() if t.untyped_storage()._cdata not in storages}
 
 
 class ReadingsGiven(TorchFunctionMode):

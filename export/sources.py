@@ -54,15 +54,19 @@ def open_source(spec: str) -> Source:
 def _saved_program(spec: str) -> Source:
     import torch
 
+    from .from_torch import quiet
+
     if not Path(spec).is_file():
         raise ExportError(f"{spec}: no such file")
     try:
-        program = torch.export.load(spec)
+        with quiet():
+            program = torch.export.load(spec)
+            module = torch.export.unflatten(program)
     except Exception as error:
         raise ExportError(f"{spec}: not a torch.export program ({first_line(error)})") from error
     shapes = [v.shape[1:] for v in _example_inputs(program) if v.dim() == 4]
     shape = tuple(int(n) for n in shapes[0]) if len(shapes) == 1 else None
-    return Source(spec, Path(spec).stem, torch.export.unflatten(program), shape)  # type: ignore[arg-type]
+    return Source(spec, Path(spec).stem, module, shape)  # type: ignore[arg-type]
 
 
 def _example_inputs(program: Any) -> list[Any]:

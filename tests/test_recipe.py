@@ -172,6 +172,14 @@ def test_not_the_class_is_no_map_of_the_class(tmp_path: Path) -> None:
     explainer = camrt.load(path)
     of_class, of_not = (explainer.explain(image, "ablation_cam", t).maps for t in (0, "not"))
     assert np.abs(of_class - of_not).max() > 0.1
+    main(
+        ["recipe", str(path), "--resize", "32", "32", *["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]]
+    )
+    Image.fromarray(PICTURE).save(tmp_path / "photo.png")
+    given = ["explain", str(path), str(tmp_path / "photo.png"), "--out", str(tmp_path / "maps"), "--target"]
+    for target, said in (("not", "not"), ("0", 0)):
+        assert main([*given, target]) == 0
+        assert json.loads((tmp_path / "maps" / "explanations.jsonl").read_text())["target"] == said
 
 
 def test_the_odd_row_of_a_letterbox_is_filled_below() -> None:

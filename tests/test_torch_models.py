@@ -201,7 +201,7 @@ def normalised_by_constants(net: Net, h: torch.Tensor) -> torch.Tensor:
         raise ValueError("std is zero")
     for weight in net.fc.bias.tolist():
         h = h + weight * h.tanh()
-    return h / std[:, None, None] * (std + net.second.bias).sum().item()
+    return h / std[:, None, None] * (std + net.fc.weight[0]).sum().item()
 
 
 @pytest.mark.parametrize(

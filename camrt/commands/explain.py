@@ -83,7 +83,9 @@ def explain(options: argparse.Namespace) -> int:
                     for i, path in enumerate(paths):
                         stem = names[path]
                         _write_maps(options, result, i, stem)
-                        lines.write(json.dumps(_record(explainer, result, i, path)) + "\n")
+                        record = _record(explainer, result, i, path)
+                        record |= {"target": "not"} if target == "not" else {}
+                        lines.write(json.dumps(record) + "\n")
             bar.update(len(files[start : start + options.batch]))
     print(f"{len(files) - failures} of {len(files)} images explained with {options.method}: {options.out}")
     return 1 if failures else 0
