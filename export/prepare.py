@@ -12,9 +12,10 @@ import onnx_ir.passes.common as passes
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import LARGEST_SIDE, MOST_ELEMENTS
+from .facts import BatchPinned
 from .graph import run_passes
 from .patterns import simplify, write_boxes
-from .shapes import BatchPinned, ShapeWalk
+from .shapes import ShapeWalk
 from .tape import attribute, dims
 
 _PICTURES = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64)
