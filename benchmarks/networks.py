@@ -38,7 +38,7 @@ def prepare(folder: Path, models: list[str]) -> None:
 
     from camrt.export.probes import smooth_images
     from camrt.oracle import module_oracle
-    from camrt.runtime.bundle import read_bundle
+    from camrt.runtime.bundle.reading import read_bundle
     from camrt.verify import verify_bundle
 
     folder.mkdir(parents=True, exist_ok=True)

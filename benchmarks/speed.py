@@ -27,7 +27,7 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.oracle import module_oracle
 from camrt.runtime.backends import Settings, create
-from camrt.runtime.bundle import read_bundle
+from camrt.runtime.bundle.reading import read_bundle
 from camrt.verify import verify_bundle
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .export.api import export_model, export_onnx
+    from .runtime.bundle.manifest import Preprocess
     from .runtime.cams import Smooth
     from .runtime.errors import CamrtError
     from .runtime.explainer import Explainer, load
     from .runtime.explanation import Explanation
-    from .runtime.manifest import Preprocess
 
 __version__ = "0.1.0"
 __all__ = ["CamrtError", "Explainer", "Explanation", "Preprocess", "Smooth", "export_model", "export_onnx", "load"]
@@ -23,7 +23,7 @@ _HOME = {
     "CamrtError": "runtime.errors",
     "Explainer": "runtime.explainer",
     "Explanation": "runtime.explanation",
-    "Preprocess": "runtime.manifest",
+    "Preprocess": "runtime.bundle.manifest",
     "Smooth": "runtime.cams",
     "export_model": "export.api",
     "export_onnx": "export.api",

@@ -18,7 +18,7 @@ from .kernels import minmax
 from .runtime.errors import BackendUnavailable, CamrtError
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import Explanation
-from .runtime.preprocess import as_batch
+from .runtime.images.preprocess import as_batch
 
 FORWARD = "forward pass"
 LIMIT = 1e-3  # from the maps of ONNX Runtime on the CPU in float32, after min-max: in float16 of 1 - cosine

@@ -15,11 +15,11 @@ from .export.probes import as_pixels, last_bits
 from .kernels import minmax
 from .oracle import Oracle
 from .runtime.backends import Backend
-from .runtime.bundle import Bundle
+from .runtime.bundle.manifest import Program
+from .runtime.bundle.reading import Bundle
 from .runtime.cams import GridMaps
 from .runtime.cams.gradient import full_grad
 from .runtime.explainer import Explainer
-from .runtime.manifest import Program
 
 if TYPE_CHECKING:
     from .export.reference import Recorded

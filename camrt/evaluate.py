@@ -20,7 +20,7 @@ from .commands.methods import Chosen
 from .runtime import metrics
 from .runtime.errors import InputError, UnknownMethod
 from .runtime.explainer import Explainer
-from .runtime.preprocess import as_batch, fit, open_image
+from .runtime.images.preprocess import as_batch, fit, open_image
 
 FAITHFULNESS = {
     "average_drop": ("Average Drop %", -1),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .runtime.bundle import Bundle
+from .runtime.bundle.reading import Bundle
 from .runtime.errors import CamrtError, ExportError
 
 if TYPE_CHECKING:

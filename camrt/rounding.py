@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .runtime.bundle import Bundle
-from .runtime.manifest import Program
+from .runtime.bundle.manifest import Program
+from .runtime.bundle.reading import Bundle
 
 
 class RoundingBackend:

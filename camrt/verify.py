@@ -30,10 +30,10 @@ from .kernels import DeviceError
 from .oracle import Oracle, open_oracle
 from .rounding import RoundingBackend
 from .runtime.backends import Backend, Executable, Settings, create
-from .runtime.bundle import Bundle, read_bundle
+from .runtime.bundle.manifest import Program
+from .runtime.bundle.reading import Bundle, read_bundle
 from .runtime.errors import CamrtError
 from .runtime.explainer import Explainer
-from .runtime.manifest import Program
 
 FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled
 

@@ -25,7 +25,7 @@ import camrt
 from camrt.commands.methods import parse_method
 from camrt.demo.run import BUNDLE, FIRST_SEED
 from camrt.demo.scenes import draw_scene
-from camrt.runtime.overlay import overlay
+from camrt.runtime.images.overlay import overlay
 
 DEFAULT_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 PHOTOS = ("zebra.png", "cat.jpg")

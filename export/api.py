@@ -11,15 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.bundle.manifest import PRECISIONS, Manifest, Normalized, Preprocess, check_activation, check_recipe
 from ..runtime.errors import CamrtError, ExportError, InputError
-from ..runtime.manifest import (
-    PRECISIONS,
-    Manifest,
-    Normalized,
-    Preprocess,
-    check_activation,
-    check_recipe,
-)
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, Program
 from ..runtime.errors import BundleError
-from ..runtime.manifest import MANIFEST, WEIGHTS, Manifest, Program
 from .folder import whole_folder
 from .programs import Built
 

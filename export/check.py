@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ..runtime.backends.one_file import Run, open_file
+from ..runtime.bundle.manifest import Manifest, Program
 from ..runtime.errors import CamrtError, ExportError
-from ..runtime.manifest import Manifest, Program
-from ..runtime.opening import Run, open_file
 from .autodiff import on_path
 from .graph import TappedGraph, named_values
 from .layouts import layouts, tap_at

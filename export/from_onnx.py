@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ..runtime.backends.one_file import Run, open_file
 from ..runtime.errors import BundleError, ExportError, first_line
-from ..runtime.opening import Run, open_file
 from .check import Logits
 from .graph import FIRST, Attempt, TappedGraph, batch_norm_after
 from .layouts import tap_at

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from ..runtime.manifest import Tap
+from ..runtime.bundle.manifest import Tap
 from .tape import attribute, constant_of, initializer
 
 

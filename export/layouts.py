@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..runtime.manifest import Tap
+from ..runtime.bundle.manifest import Tap
 from .axes import BATCH, Axes, grid_of
 from .follow import follow
 from .tape import Tape, dims

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from ..runtime.bundle.manifest import LARGEST_SIDE, MOST_ELEMENTS
 from ..runtime.errors import ExportError
-from ..runtime.manifest import LARGEST_SIDE, MOST_ELEMENTS
 from .facts import BatchPinned
 from .graph import run_passes
 from .patterns import simplify, write_boxes

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from ..runtime.bundle.manifest import Tap
 from ..runtime.errors import UnsupportedOperator
-from ..runtime.manifest import Tap
 from . import vjp  # noqa: F401  registers the gradient rules
 from .autodiff import NOT_SHARED, on_path
 from .autodiff import gradients as cotangents

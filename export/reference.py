@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..runtime.bundle.manifest import Tap
 from ..runtime.errors import ExportError, first_line
-from ..runtime.manifest import Tap
 from .check import Checker, check_gradients, relative_l2
 from .graph import TappedGraph
 from .modules import own_gradients, without_autocast

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..runtime.manifest import Tap
+from ..runtime.bundle.manifest import Tap
 from .from_torch import is_a
 from .layouts import Layout
 from .modules import Selected, module_of, unwrapped

@@ -12,15 +12,15 @@ import numpy as np
 
 from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
-from .bundle import Bundle, read_bundle
+from .bundle.manifest import Manifest
+from .bundle.reading import Bundle, read_bundle
 from .cams import Method, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
-from .manifest import Manifest
-from .preprocess import Opened
-from .runs import GRADIENT_AGGREGATIONS, Runs, check_finite, top_class_where_zero
+from .images.preprocess import Opened
 from .scores import probabilities
-from .timing import Stages
+from .session.session import GRADIENT_AGGREGATIONS, Runs, check_finite, top_class_where_zero
+from .session.timing import Stages
 
 
 @dataclass(frozen=True)

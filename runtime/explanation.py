@@ -12,7 +12,7 @@ import numpy as np
 from ..kernels import minmax
 from .cams import Result
 from .errors import InputError
-from .overlay import overlay
+from .images.overlay import overlay
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels import class_probabilities
-from .manifest import Manifest
+from .bundle.manifest import Manifest
 
 
 def probabilities(logits: np.ndarray, manifest: Manifest) -> np.ndarray:

@@ -15,10 +15,10 @@ import camrt
 from camrt import bench
 from camrt.cli import main
 from camrt.runtime.backends import create
-from camrt.runtime.bundle import Bundle, read_bundle
+from camrt.runtime.bundle.manifest import Program
+from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.runtime.explainer import Explainer
-from camrt.runtime.manifest import Program
-from camrt.runtime.timing import Stages, covered
+from camrt.runtime.session.timing import Stages, covered
 
 METHODS = [bench.Contender("winsor_cam", "winsor_cam"), bench.Contender("score_cam_pp", "score_cam_pp")]
 

@@ -19,7 +19,7 @@ from torch import nn
 import camrt
 from camrt.export.probes import smooth_images
 from camrt.oracle import module_oracle
-from camrt.runtime.manifest import MANIFEST
+from camrt.runtime.bundle.manifest import MANIFEST
 from camrt.verify import verify, verify_bundle
 
 FILES = [

@@ -25,6 +25,7 @@ import camrt
 from camrt.cli import main
 from camrt.kernels import DeviceArray, OutOfMemory
 from camrt.runtime.backends import Settings, create
+from camrt.runtime.backends.engine_cache import EngineCache
 from camrt.runtime.backends.gpu import Gpu
 from camrt.runtime.backends.ort import OrtCudaEngine
 from camrt.runtime.backends.tensorrt import (
@@ -37,10 +38,9 @@ from camrt.runtime.backends.tensorrt import (
     engine_key,
     find_library,
 )
-from camrt.runtime.bundle import read_bundle
-from camrt.runtime.engines import EngineCache
+from camrt.runtime.bundle.onnx_symbols import rename_symbol
+from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.errors import EngineError
-from camrt.runtime.symbols import rename_symbol
 
 ADA = Target((8, 9), None)
 KEY = {"program": "a" * 64, "library": "some 1.0", "largest": 16}

@@ -16,7 +16,7 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.export.reference import grad_cam, record, winsor_cam
 from camrt.kernels import layer_importance
-from camrt.runtime.runs import GRADIENT_AGGREGATIONS
+from camrt.runtime.session.session import GRADIENT_AGGREGATIONS
 
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
 IMAGES = smooth_images((3, 32, 32), 4)

@@ -21,7 +21,7 @@ from torch import nn
 import camrt
 from camrt.runtime import metrics
 from camrt.runtime.backends import create
-from camrt.runtime.bundle import Bundle, read_bundle
+from camrt.runtime.bundle.reading import Bundle, read_bundle
 
 
 class OneConv(nn.Module):

@@ -18,7 +18,7 @@ import camrt
 from camrt.export import reference_runs
 from camrt.export.probes import last_bits
 from camrt.export.reference import LAYER_METHODS, Recorded, combined, finer_seed, in_float64, record, winsor_cam
-from camrt.runtime.manifest import Tap
+from camrt.runtime.bundle.manifest import Tap
 from camrt.verify import verify
 
 pytestmark = needs_data

@@ -12,7 +12,7 @@ import camrt
 from camrt.compare import cosine_distance
 from camrt.kernels import minmax
 from camrt.rounding import RoundingBackend
-from camrt.runtime.bundle import read_bundle
+from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.explainer import Explainer
 
 PREPROCESS = camrt.Preprocess(resize=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import camrt
 from camrt.cli import main
-from camrt.runtime import contents
 from camrt.runtime.backends import Settings, create
-from camrt.runtime.bundle import read_bundle
+from camrt.runtime.bundle import onnx_check
+from camrt.runtime.bundle.reading import read_bundle
 
 FILE = "classify.onnx"
 
@@ -186,7 +186,7 @@ def test_programs_that_camrt_writes_are_not(exported: Path) -> None:
         opened.file(program)
     weights = exported / "weights.bin"
     with pytest.raises(camrt.CamrtError, match=PLACE):
-        contents.check_program(exported / FILE, "weights.bin", weights.stat().st_size - 1)
+        onnx_check.check_program(exported / FILE, "weights.bin", weights.stat().st_size - 1)
 
 
 def test_no_byte_of_a_program_makes_the_check_fall(exported: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_no_byte_of_a_program_makes_the_check_fall(exported: Path, tmp_path: Pat
         changed = data[:place] if i % 3 == 0 else data[:place] + bytes([int(rng.integers(256))]) + data[place + 1 :]
         file.write_bytes(changed)
         try:
-            contents.check_program(file, "weights.bin", size)
+            onnx_check.check_program(file, "weights.bin", size)
         except camrt.CamrtError as error:
             assert str(file) in str(error)
             refused += 1

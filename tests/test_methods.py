@@ -20,7 +20,7 @@ from camrt.export import reference, reference_runs
 from camrt.export.probes import smooth_images
 from camrt.runtime.cams import METHODS
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
-from camrt.runtime.runs import Runs
+from camrt.runtime.session.session import Runs
 
 IMAGES = smooth_images((3, 32, 32), 3)
 TARGETS = [1, 4, 0]

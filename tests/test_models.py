@@ -24,7 +24,7 @@ from camrt.export.probes import smooth_images
 from camrt.export.reference import LAYER_METHODS
 from camrt.oracle import module_oracle
 from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, find_library
-from camrt.runtime.bundle import Bundle, read_bundle
+from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.verify import Report, verify, verify_bundle
 
 # whose float16 programs are put to every comparison; of the others they are built into engines

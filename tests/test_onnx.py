@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import camrt
 from camrt.export.autodiff import RULES
 from camrt.export.probes import smooth_images
-from camrt.runtime.bundle import read_bundle
+from camrt.runtime.bundle.reading import read_bundle
 from camrt.verify import verify
 
 IMAGES = smooth_images((3, 20, 18), 3)

@@ -21,11 +21,11 @@ from camrt.kernels import DeviceArray, DeviceError, OutOfMemory
 from camrt.kernels.launches import Queue
 from camrt.runtime.backends import create
 from camrt.runtime.backends.gpu import Gpu, GpuProgram
-from camrt.runtime.bundle import Bundle, read_bundle
+from camrt.runtime.bundle.manifest import Program
+from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.runtime.cams import METHODS
 from camrt.runtime.errors import EngineError
 from camrt.runtime.explainer import Explainer
-from camrt.runtime.manifest import Program
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the GPU pipeline is not tested")
 

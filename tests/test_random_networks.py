@@ -26,7 +26,7 @@ from camrt.export.interpreter import Interpreter
 from camrt.export.probes import smooth_images
 from camrt.oracle import open_oracle
 from camrt.runtime.backends import create
-from camrt.runtime.bundle import read_bundle
+from camrt.runtime.bundle.reading import read_bundle
 from camrt.verify import verify
 
 # of a gradient. Networks that subtract means and sum what is left amplify what float32 constants leave (1e-7) a hundredfold and

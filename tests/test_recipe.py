@@ -14,9 +14,9 @@ from PIL import Image
 import camrt
 from camrt.cli import main
 from camrt.export.sources import processed
-from camrt.runtime.bundle import read_bundle
-from camrt.runtime.manifest import Preprocess
-from camrt.runtime.preprocess import as_batch, placed, undo
+from camrt.runtime.bundle.manifest import Preprocess
+from camrt.runtime.bundle.reading import read_bundle
+from camrt.runtime.images.preprocess import as_batch, placed, undo
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
 

@@ -13,16 +13,16 @@ from .stages import Stages
 
 if TYPE_CHECKING:
     from ..runtime.backends.tensorrt import Capability, Library, Shapes, Target
-    from ..runtime.bundle import Bundle
-    from ..runtime.manifest import Program
+    from ..runtime.bundle.manifest import Program
+    from ..runtime.bundle.reading import Bundle
 
 _LEADING = ("classify", "layer_maps", "activations", "normalize", "score")  # what winsor_cam and score_cam_pp run
 
 
 def build(options: argparse.Namespace) -> int:
+    from ..runtime.backends.engine_cache import EngineCache
     from ..runtime.backends.tensorrt import Target, engine_key, find_library
-    from ..runtime.bundle import read_bundle
-    from ..runtime.engines import EngineCache
+    from ..runtime.bundle.reading import read_bundle
 
     if options.max_batch < 1:
         raise InputError(f"--max-batch {options.max_batch}: use 1 or more")
@@ -77,7 +77,7 @@ def _shapes(options: argparse.Namespace) -> list[Shapes]:
 
 def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
     """What to build. InputError, UnknownMethod."""
-    from ..runtime.manifest import PRECISIONS
+    from ..runtime.bundle.manifest import PRECISIONS
 
     programs = bundle.manifest.programs
     if options.precision is not None:
@@ -131,7 +131,7 @@ def _dotted(capability: Capability) -> str:
 
 
 def cache(options: argparse.Namespace) -> int:
-    from ..runtime.engines import EngineCache
+    from ..runtime.backends.engine_cache import EngineCache
 
     engines = EngineCache()
     if options.action == "clear":

@@ -114,7 +114,7 @@ def _explained(
     """The images that could not be read, as errors, and the others explained in one batch."""
     from PIL import Image
 
-    from ..runtime.preprocess import open_image
+    from ..runtime.images.preprocess import open_image
 
     pictures, kept = [], []
     for path in files:

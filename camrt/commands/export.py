@@ -69,7 +69,7 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
 
 
 def _print_written(path: Path) -> None:
-    from ..runtime.bundle import read_bundle
+    from ..runtime.bundle.reading import read_bundle
 
     manifest = read_bundle(path).manifest
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6

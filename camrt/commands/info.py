@@ -13,7 +13,7 @@ def info(options: argparse.Namespace) -> int:
         return _backends()
     if options.bundle is None:
         raise InputError("name a bundle, or ask for --backends")
-    from ..runtime.bundle import read_bundle
+    from ..runtime.bundle.reading import read_bundle
 
     manifest = read_bundle(options.bundle).manifest
     if options.json:

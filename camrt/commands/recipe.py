@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from ..runtime.manifest import Preprocess
+    from ..runtime.bundle.manifest import Preprocess
 
 _FIELDS = ("resize", "crop", "mean", "std", "interpolation", "fit", "fill", "channels")
 
@@ -18,8 +18,8 @@ def recipe(options: argparse.Namespace) -> int:
     """Shows a bundle's recipe, or changes it and shows what it is then."""
     from dataclasses import replace
 
-    from ..runtime.bundle import read_bundle, write_manifest
-    from ..runtime.manifest import check_activation
+    from ..runtime.bundle.manifest import check_activation
+    from ..runtime.bundle.reading import read_bundle, write_manifest
 
     bundle = read_bundle(options.bundle)
     manifest = bundle.manifest
@@ -53,7 +53,7 @@ def preprocess_of(
     options: argparse.Namespace, known: Preprocess | None, shape: Sequence[int] | None
 ) -> Preprocess | None:
     """The recipe that the options give, completed by what is known; None if neither says anything. InputError."""
-    from ..runtime.manifest import Preprocess
+    from ..runtime.bundle.manifest import Preprocess
 
     if all(getattr(options, name) is None for name in _FIELDS):
         return known

@@ -14,8 +14,8 @@ def verify(options: argparse.Namespace) -> int:
     from ..export.api import check_packages
 
     check_packages("torch", "onnx", "onnxscript")
-    from ..runtime.bundle import read_bundle
-    from ..runtime.preprocess import as_batch
+    from ..runtime.bundle.reading import read_bundle
+    from ..runtime.images.preprocess import as_batch
     from ..verify import verify
 
     images = None

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..runtime.errors import InputError
 from ..runtime.explainer import load
-from ..runtime.overlay import overlay
+from ..runtime.images.overlay import overlay
 from .scenes import CLASSES, SIZE, draw_scene
 
 BUNDLE = Path(__file__).parent / "shapes.camrt"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..bundle import Bundle
+from ..bundle.manifest import Program
+from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, UnknownMethod
-from ..manifest import Program
 from .gpu import Gpu
 
 BACKENDS = {  # the best first: module, function

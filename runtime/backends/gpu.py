@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...kernels import DeviceArray, DeviceError
+from ..bundle.manifest import Program
 from ..errors import BackendUnavailable, InputError
-from ..manifest import Program
 
 
 @dataclass(frozen=True)

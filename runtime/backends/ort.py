@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...kernels import DeviceArray, OutOfMemory
-from ..bundle import Bundle
+from ..bundle.manifest import Program
+from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, BundleError, EngineError, InputError, first_line
-from ..manifest import Program
 from .gpu import Gpu, GpuProgram, open_gpu
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...kernels import DeviceArray, OutOfMemory
-from ..bundle import Bundle
-from ..engines import EngineCache
+from ..bundle.manifest import Program
+from ..bundle.onnx_symbols import rename_symbol
+from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, EngineError, first_line
-from ..manifest import Program
-from ..symbols import rename_symbol
+from .engine_cache import EngineCache
 from .gpu import Gpu, GpuProgram, open_gpu
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..manifest import Tap
-from ..memory import HOST, Memory
+from ..bundle.manifest import Tap
+from ..session.memory import HOST, Memory
 
 
 @dataclass(frozen=True)

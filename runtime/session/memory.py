@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import DeviceArray, take_channels
+from ...kernels import DeviceArray, take_channels
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .wire import fields
+from .onnx_wire import fields
 
 # ModelProto.graph, then GraphProto.input, output or value_info, then .type.tensor_type.shape.dim.dim_param
 _PATH = ({7}, {11, 12, 13}, {2}, {1}, {2}, {1}, {2})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .backends import Settings, create
-from .backends.ort import OrtBackend
-from .errors import BackendUnavailable, BundleError, first_line
+from ..errors import BackendUnavailable, BundleError, first_line
+from . import Settings, create
+from .ort import OrtBackend
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .errors import BundleError
+from ..errors import BundleError
 
 Field = tuple[int, int, int, int]  # number, value of a varint, start and end of a message or string (0, 0 for a varint)
 

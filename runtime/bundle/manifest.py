@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, InputError, first_line
+from ..errors import BundleError, InputError, first_line
 
 if TYPE_CHECKING:
     import numpy as np

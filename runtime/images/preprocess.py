@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..kernels import resize_picture
-from .errors import InputError, first_line
-from .manifest import Manifest, Preprocess
-from .memory import Memory
+from ...kernels import resize_picture
+from ..bundle.manifest import Manifest, Preprocess
+from ..errors import InputError, first_line
+from ..session.memory import Memory
 
 _MODES = {1: "L", 3: "RGB"}
 _FILTERS = {

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .contents import check_program
-from .errors import BundleError, CamrtError, InputError
+from ..errors import BundleError, CamrtError, InputError
 from .manifest import MANIFEST, PRECISIONS, Manifest, Program, check_recipe, parse
+from .onnx_check import check_program
 
 _LONGEST = 1 << 26  # characters of a manifest
 _AGAIN = "export the bundle again"

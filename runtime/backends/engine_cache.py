@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import EngineError, first_line
+from ..errors import EngineError, first_line
 
 FOLDER_VARIABLE = "CAMRT_CACHE"
 LIMIT_VARIABLE = "CAMRT_CACHE_GB"

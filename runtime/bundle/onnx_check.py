@@ -10,9 +10,9 @@ import math
 import struct
 from pathlib import Path
 
-from .errors import BundleError
+from ..errors import BundleError
 from .manifest import MOST_ELEMENTS
-from .wire import fields, varint
+from .onnx_wire import fields, varint
 
 _BYTES = {
     1: 4,

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import DeviceError, OutOfMemory
-from ..kernels import check_finite as check_finite_there
-from .backends import Backend, Executable
-from .bundle import Bundle
-from .cams import Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, Method, Result
-from .errors import CamrtError
-from .manifest import Manifest, Program, Tap
+from ...kernels import DeviceError, OutOfMemory
+from ...kernels import check_finite as check_finite_there
+from ..backends import Backend, Executable
+from ..bundle.manifest import Manifest, Program, Tap
+from ..bundle.reading import Bundle
+from ..cams import Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, Method, Result
+from ..errors import CamrtError
+from ..scores import probabilities
+from .cuda_graphs import Replays
 from .memory import Memory
-from .replay import Replays
-from .scores import probabilities
 from .timing import Stages, Timed
 
 NOT_FINITE = "the network gave NaN or infinity: check its weights and the images' preprocessing"

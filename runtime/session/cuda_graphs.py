@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import DeviceError, OutOfMemory
-from .errors import EngineError
+from ...kernels import DeviceError, OutOfMemory
+from ..errors import EngineError
 
 MOST = 16  # graphs that are kept; each holds the memory that its work uses
 

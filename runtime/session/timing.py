@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .backends import Executable
+from ..backends import Executable
 
 Interval = tuple[float, float]
 
