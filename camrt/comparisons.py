@@ -15,6 +15,7 @@ from .export.probes import as_pixels, last_bits
 from .kernels import minmax
 from .oracle import Oracle
 from .runtime.backends import Backend
+from .runtime.bundle.kinds import Kind
 from .runtime.bundle.manifest import Program
 from .runtime.bundle.reading import Bundle
 from .runtime.cams import GridMaps
@@ -142,7 +143,7 @@ def head_rows(
     steps: bool,
 ) -> Iterator[Row]:
     """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
-    trunk = bundle.program("trunk", program.taps)
+    trunk = bundle.program(Kind.TRUNK, program.taps)
     out = engine.open(bundle, trunk).run({"image": batch[:1]})
     given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
     got = engine.open(bundle, program).run(given)["logits"]
@@ -168,7 +169,7 @@ def use_rows(
 
     The second target is twice the first, whose maps must be twice the first's.
     """
-    program = max((p for p in bundle.manifest.programs if p.kind == "layer_maps"), key=lambda p: len(p.taps))
+    program = max((p for p in bundle.manifest.programs if p.kind == Kind.LAYER_MAPS), key=lambda p: len(p.taps))
     executable = engine.open(bundle, program)
     want, own = ([_side_by_side(r, program.taps)[1][:1].numpy() for r in runs] for runs in ([double], singles))
     got = executable.run({"image": batch[:1], "seed": seed[:1]})["maps"]
@@ -200,7 +201,7 @@ def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[
     if any(f is None for f in found):
         return
     want = np.concatenate([np.asarray(f).reshape(1, -1) for f in found]).astype(np.float64)
-    logits = engine.open(bundle, bundle.program("classify")).run({"image": batch})["logits"]
+    logits = engine.open(bundle, bundle.program(Kind.CLASSIFY)).run({"image": batch})["logits"]
     got = np.stack([finished(row, manifest.final_activation) for row in logits]).astype(np.float32)
     limit = ROUNDED_LIMIT if graph.rounded else SOURCE_LIMIT
     yield _row("classify.onnx", "scores of the source file", got, want, [], relative_l2, limit)
@@ -219,7 +220,7 @@ def graph_rows(
 
     from .export.interpreter import Interpreter
 
-    program = bundle.program("gradients", [t.name for t in bundle.manifest.taps], precision)
+    program = bundle.program(Kind.GRADIENTS, [t.name for t in bundle.manifest.taps], precision)
     progress(f"checking {program.file} in float64")
     names = [f"gradient:{tap}" for tap in program.taps]
     feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
@@ -291,7 +292,7 @@ class FullGrads:
 
 def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float) -> FullGrads | None:
     """None where the bundle has no program for it. units: in the last place, by which float32's images differ."""
-    if not any(p.kind == "full_grad" for p in bundle.manifest.programs):
+    if not any(p.kind == Kind.FULL_GRAD for p in bundle.manifest.programs):
         return None
     singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, units)]
     return FullGrads(oracle.full_grad(batch, seed, True), singles)
@@ -315,7 +316,7 @@ def full_grad_graph_rows(
 
     if reference is None:
         return
-    program = bundle.program("full_grad", (), precision)
+    program = bundle.program(Kind.FULL_GRAD, (), precision)
     names = [name for name in program.outputs if name.startswith("grid:")]
     feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .runtime.bundle.kinds import Kind
 from .runtime.bundle.reading import Bundle
 from .runtime.errors import CamrtError, ExportError
 
@@ -148,7 +149,7 @@ def _runs_in_float64(model: Any, shape: Sequence[int]) -> bool:
 def _own_graph(bundle: Bundle) -> Oracle:
     import onnx_ir as ir
 
-    program = max((p for p in bundle.manifest.programs if p.kind == "activations"), key=lambda p: len(p.taps))
+    program = max((p for p in bundle.manifest.programs if p.kind == Kind.ACTIVATIONS), key=lambda p: len(p.taps))
     model = ir.load(bundle.file(program))
     behind = {str(n.outputs[0].name): str(n.inputs[0].name) for n in model.graph if n.op_type == "Identity"}  # type: ignore[union-attr]
     producers = {str(y.name): n for n in model.graph for y in n.outputs}

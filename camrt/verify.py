@@ -30,6 +30,7 @@ from .kernels import DeviceError
 from .oracle import Oracle, open_oracle
 from .rounding import RoundingBackend
 from .runtime.backends import Backend, Executable, Settings, create
+from .runtime.bundle.kinds import Kind
 from .runtime.bundle.manifest import Program
 from .runtime.bundle.reading import Bundle, read_bundle
 from .runtime.errors import CamrtError
@@ -141,10 +142,10 @@ def _compared(
         given = cut | {"image": batch, "seed": seed}
         executable = engine.open(bundle, program)
         out = executable.run({name: given[name] for name in program.inputs})
-        if program.kind in ("trunk", "normalize"):
+        if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
             cut = out  # what the head, or the program that scores, which comes next, is given
         rows += program_rows(program.file, out, program.taps, double, singles, steps)
-        if program.kind == "head" and manifest.batch != 1:
+        if program.kind == Kind.HEAD and manifest.batch != 1:
             rows += head_rows(bundle, engine, program, batch, double, singles, steps)
     if "fp32" in chosen:
         rows += use_rows(bundle, engine, batch, seed, double, singles)
@@ -156,7 +157,7 @@ def _compared(
 def _is_quantised(bundle: Bundle) -> bool:
     import onnx_ir as ir
 
-    graph = ir.load(bundle.file(bundle.program("classify"))).graph
+    graph = ir.load(bundle.file(bundle.program(Kind.CLASSIFY))).graph
     return any(node.op_type == "QuantizeLinear" for node in graph)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..runtime.backends.one_file import Run, open_file
+from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Manifest, Program
 from ..runtime.errors import CamrtError, ExportError
 from .autodiff import on_path
@@ -73,7 +74,7 @@ class Checker:
     def __call__(self, folder: Path, manifest: Manifest) -> None:
         """ExportError names the program; RowsMixed where a batch must not be free."""
         images = self.images[:1] if manifest.batch == 1 else self.images
-        classify = next(p for p in manifest.programs if p.kind == "classify")
+        classify = next(p for p in manifest.programs if p.kind == Kind.CLASSIFY)
         run = open_file(folder / classify.file)
         logits = self._outputs(classify, {"image": images}, run)["logits"]
         self._compare_rows(run, images, logits)
@@ -86,17 +87,17 @@ class Checker:
                 continue
             feeds = {name: given[name] for name in program.inputs}
             out = self._outputs(program, feeds, open_file(folder / program.file))
-            if program.kind in ("trunk", "normalize"):
+            if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
                 given |= {n: a for n, a in out.items() if n != "logits"}
             if (
                 "logits" in out
                 and len(out["logits"]) == len(logits)
-                and program.kind in ("head", "score")
+                and program.kind in (Kind.HEAD, Kind.SCORE)
                 and program.precision == "float32"
             ):
                 self._same(program.file, out["logits"], logits, self._limits[1], "logits of the whole network")
             if (
-                program.kind == "gradients"
+                program.kind == Kind.GRADIENTS
                 and program.precision == "float32"
                 and len(program.taps) == len(manifest.taps)
             ):
@@ -109,7 +110,7 @@ class Checker:
 
     def classifier(self, folder: Path, manifest: Manifest) -> Callable[[np.ndarray], np.ndarray]:
         """Logits (1, classes) of an image (1, C, H, W)."""
-        classify = next(p for p in manifest.programs if p.kind == "classify")
+        classify = next(p for p in manifest.programs if p.kind == Kind.CLASSIFY)
         run = open_file(folder / classify.file)
         return lambda image: run({"image": image})["logits"]
 
@@ -126,7 +127,7 @@ class Checker:
         out = run(feeds)
         program.check_outputs(feeds, out)
         bad = next((n for n, a in out.items() if not np.isfinite(a).all()), None)
-        if bad is not None and program.kind == "full_grad":
+        if bad is not None and program.kind == Kind.FULL_GRAD:
             raise NotFinite(program.kind)
         if bad is not None:
             raise ExportError(

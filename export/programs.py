@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from ..runtime.bundle.kinds import KINDS, Kind
 from ..runtime.bundle.manifest import Tap
 from ..runtime.errors import UnsupportedOperator
 from . import vjp  # noqa: F401  registers the gradient rules
@@ -24,11 +25,6 @@ from .layouts import layouts, to_maps
 from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
-ONCE = (
-    "activations",
-    "trunk",
-    "normalize",
-)  # they run once an explanation, which rests on the activation and the class that they find
 SEED_SCALE = 256.0  # in mixed precision the largest entry of a seed: of gradients, 2e-7 to 250 for a seed of ones are normal numbers
 
 
@@ -46,14 +42,14 @@ class Built:
 def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[Built]:
     """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient programs;
     and for the last block and every layer that is no convolution the network cut there: trunk and head. In the graph's
-    precision; the programs of ONCE are always float32.
+    precision; programs that run once an explanation are always float32.
     """
     last, whole = graph.select("last"), replace(graph, taps=())
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
     built = []
 
-    def add(kind: str, suffix: str, scope: TappedGraph, build: Callable[[TappedGraph], ir.Model | None]) -> None:
-        half = graph.precision == "float16" and kind not in ONCE
+    def add(kind: Kind, suffix: str, scope: TappedGraph, build: Callable[[TappedGraph], ir.Model | None]) -> None:
+        half = graph.precision == "float16" and not KINDS[kind].runs_once
         name = f"{kind}{suffix}{'.fp16' if half else ''}"
         progress(f"building {name}")
         model = build(scope)
@@ -62,24 +58,24 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
             model = to_half(model) if half else model
             built.append(Built(kind, f"{name}.onnx", taps, model, "float16" if half else "float32"))
 
-    add("classify", "", whole, classify)
+    add(Kind.CLASSIFY, "", whole, classify)
     if graph.normalized is not None:
-        add("normalize", "", whole, normalize)
-        add("score", "", whole, score)
+        add(Kind.NORMALIZE, "", whole, normalize)
+        add(Kind.SCORE, "", whole, score)
     for suffix, scope in scopes:
-        add("activations", suffix, scope, activations)
-        add("gradients", suffix, scope, gradients)
-        add("layer_maps", suffix, scope, layer_maps)
+        add(Kind.ACTIVATIONS, suffix, scope, activations)
+        add(Kind.GRADIENTS, suffix, scope, gradients)
+        add(Kind.LAYER_MAPS, suffix, scope, layer_maps)
     with contextlib.suppress(UnsupportedOperator):  # FullGrad alone needs all of the network to be differentiable maps
-        add("full_grad", "", whole, full_grad)
+        add(Kind.FULL_GRAD, "", whole, full_grad)
     for i, (tap, value) in enumerate(graph.taps):
         if "last" not in tap.roles and "conv" in tap.roles:
             continue
         suffix = "" if "last" in tap.roles else f".{i}"
         cut = replace(graph, taps=((tap, value),))
-        add("trunk", suffix, cut, trunk)
-        add("head", suffix, cut, head)
-        if built[-1].kind == "trunk":  # of no use without its head
+        add(Kind.TRUNK, suffix, cut, trunk)
+        add(Kind.HEAD, suffix, cut, head)
+        if built[-1].kind == Kind.TRUNK:  # of no use without its head
             built.pop()
     return built
 

@@ -24,7 +24,13 @@ PACKAGES = {
 # For each package, what it may import of ours, by prefix.
 ALLOWED = {
     "camrt": ("camrt", "export", "runtime", "kernels"),
-    "export": ("export", "runtime.bundle.manifest", "runtime.errors", "runtime.backends.one_file"),
+    "export": (
+        "export",
+        "runtime.bundle.manifest",
+        "runtime.bundle.kinds",
+        "runtime.errors",
+        "runtime.backends.one_file",
+    ),
     "runtime": ("runtime", "kernels"),
     "kernels": ("kernels",),
 }

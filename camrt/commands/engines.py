@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..runtime.bundle.manifest import Program
     from ..runtime.bundle.reading import Bundle
 
-_LEADING = ("classify", "layer_maps", "activations", "normalize", "score")  # what winsor_cam and score_cam_pp run
-
 
 def build(options: argparse.Namespace) -> int:
     from ..runtime.backends.engine_cache import EngineCache
@@ -77,6 +75,7 @@ def _shapes(options: argparse.Namespace) -> list[Shapes]:
 
 def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
     """What to build. InputError, UnknownMethod."""
+    from ..runtime.bundle.kinds import KINDS, Kind
     from ..runtime.bundle.manifest import PRECISIONS
 
     programs = bundle.manifest.programs
@@ -87,9 +86,9 @@ def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
                 f"{bundle.path} has no {options.precision} programs: export it with --precision {options.precision}"
             )
     if options.programs is None:
-        leading = [p for p in programs if p.kind in _LEADING]
-        alone = min((len(p.taps) for p in leading if p.kind == "activations"), default=0)
-        return [p for p in leading if p.kind != "activations" or len(p.taps) == alone]
+        leading = [p for p in programs if KINDS[p.kind].engine]
+        alone = min((len(p.taps) for p in leading if p.kind == Kind.ACTIVATIONS), default=0)
+        return [p for p in leading if p.kind != Kind.ACTIVATIONS or len(p.taps) == alone]
     if options.programs == ["all"]:
         return list(programs)
     known = {p.file: p for p in programs}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...kernels import DeviceArray, OutOfMemory
+from ..bundle.kinds import KINDS
 from ..bundle.manifest import Program
 from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, BundleError, EngineError, InputError, first_line
@@ -26,7 +27,6 @@ _SMALLEST = (
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
 _DISABLED = ["Pad_Fusion"]  # which breaks a graph that also returns what is padded (ONNX Runtime 1.31)
-_FOLLOWED = ("activations", "trunk")  # programs whose run is followed by lanes, which spinning threads would slow
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -43,7 +43,7 @@ class OrtExecutable:
         self._program = program
         self._path = path
         self._concurrent = concurrent
-        self._spins = program.kind not in _FOLLOWED
+        self._spins = not KINDS[program.kind].runs_once
         self._sessions: dict[bool, Any] = {}
         self._lock = threading.Lock()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, InputError, first_line
+from .kinds import Kind, interface_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -228,7 +229,7 @@ def _check(m: Manifest) -> None:
         raise ValueError("a tap is listed twice")
     for program in m.programs:
         _program(program, m)
-    if not any(p.kind == "classify" for p in m.programs):
+    if not any(p.kind == Kind.CLASSIFY for p in m.programs):
         raise ValueError("no program 'classify'")
     _texts("weights", *(_mapping("weights", m.weights)[key] for key in ("file", "sha256")))
     for file in [*(p.file for p in m.programs), m.weights["file"]]:
@@ -255,31 +256,10 @@ def _program(program: Program, m: Manifest) -> None:
             known = isinstance(shape, list) and all(d in ("batch", "seeds") or _is_size(d) for d in shape)
             if not known or not shape or (name.startswith("grid:") and len(shape) != 3):
                 raise ValueError(f"the shape of {name!r:.100}")
-    for tensors, wanted in zip((program.inputs, program.outputs), _interface(program, taps, m), strict=True):
+    for tensors, wanted in zip((program.inputs, program.outputs), interface_of(program.kind, m, taps), strict=True):
         found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
         if found != wanted:
             raise ValueError(f"what {program.file!r:.100} takes or gives is not what {program.kind!r:.100} must")
-
-
-def _interface(program: Program, taps: list[Tap], m: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a program of its kind takes and gives, without the first size of each shape, `context:` and `grid:` tensors."""
-    image, seed, logits = {"image": m.input_shape}, {"seed": (m.num_classes,)}, {"logits": (m.num_classes,)}
-    activations = {f"activation:{t.name}": (t.channels, *t.grid) for t in taps}
-    gradients = {f"gradient:{t.name}": (t.channels, *t.grid) for t in taps}
-    alphas, maps = (sum(t.channels for t in taps),), (sum(math.prod(t.grid) for t in taps),)
-    normalized = {} if m.normalized is None else {"normalized": m.normalized.shape}
-    alone = {"activation": (taps[0].channels, *taps[0].grid)} if len(taps) == 1 else {}
-    return {
-        "classify": (image, logits),
-        "activations": (image, logits | activations),
-        "gradients": (image | seed, logits | activations | gradients),
-        "layer_maps": (image | seed, logits | {"alphas": alphas, "maps": maps}),
-        "full_grad": (image | seed, logits),
-        "trunk": (image, logits | alone),
-        "head": (alone, logits),
-        "normalize": (image, normalized),
-        "score": (normalized, logits),
-    }[program.kind]
 
 
 def _recipe(recipe: Preprocess, channels: int) -> None:

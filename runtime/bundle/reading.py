@@ -9,21 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BundleError, CamrtError, InputError
+from .kinds import KINDS, Kind
 from .manifest import MANIFEST, PRECISIONS, Manifest, Program, check_recipe, parse
 from .onnx_check import check_program
 
 _LONGEST = 1 << 26  # characters of a manifest
-_AGAIN = "export the bundle again"
-_CUT = (
-    "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be cut: "
-    "export it with --layers last, or name another layer"
-)
-_MENDS = {
-    "trunk": _CUT,
-    "head": _CUT,
-    "full_grad": "it needs a gradient rule for every operator down to the image and every bias on a grid of the image, which "
-    "this network lacks; or the bundle is old, then export it again",
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,7 @@ class Bundle:
     @property
     def precisions(self) -> list[str]:
         """Precisions that it can be run in, as users say it, float32 first."""
-        classify = {p.precision for p in self.manifest.programs if p.kind == "classify"}
+        classify = {p.precision for p in self.manifest.programs if p.kind == Kind.CLASSIFY}
         return [name for name, recorded in PRECISIONS.items() if recorded in classify]
 
     def file(self, program: Program) -> Path:
@@ -59,7 +49,7 @@ class Bundle:
         fitting = wanted or [p for p in fitting if p.precision == "float32"]
         if not fitting:
             of = f" for {', '.join(layers)}" if layers else ""
-            raise CamrtError(f"{self.path}: has no program {kind!r}{of}: {_MENDS.get(kind, _AGAIN)}")
+            raise CamrtError(f"{self.path}: has no program {str(kind)!r}{of}: {KINDS[kind].missing}")
         return min(fitting, key=lambda p: len(p.taps))
 
 

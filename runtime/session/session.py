@@ -18,6 +18,7 @@ import numpy as np
 from ...kernels import DeviceError, OutOfMemory
 from ...kernels import check_finite as check_finite_there
 from ..backends import Backend, Executable
+from ..bundle.kinds import Kind
 from ..bundle.manifest import Manifest, Program, Tap
 from ..bundle.reading import Bundle
 from ..cams import Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, Method, Result
@@ -115,7 +116,7 @@ class Runs:
 
     def logits(self, batch: Any) -> np.ndarray:
         """(B, C, H, W) -> (B, classes)."""
-        program = self._open(self._program("classify"))
+        program = self._open(self._program(Kind.CLASSIFY))
 
         def work(images: Any) -> Any:
             return program.run({"image": images})["logits"]
@@ -132,12 +133,12 @@ class Runs:
         """(B, C, H, W) -> what masks multiply, where the images are: the images, or what the network's first layer reads."""
         if self.manifest.normalized is None:
             return batch
-        program = self._open(self._program("normalize"))
+        program = self._open(self._program(Kind.NORMALIZE))
         return program.run({"image": batch})["normalized"]
 
     def scored(self, normalized: np.ndarray) -> np.ndarray:
         """Logits (B, classes), on the host, of what `normalized` gives."""
-        program = self._open(self._program("score"))
+        program = self._open(self._program(Kind.SCORE))
         parts = [
             program.run({"normalized": self.memory.put(p)})["logits"] for _, p in _chunks(normalized, self.max_batch)
         ]
@@ -243,7 +244,7 @@ class Runs:
         there: the arrays stay on the GPU; they are of all of the program's layers.
         """
         mean = aggregation == "mean"
-        program = self._program("layer_maps" if mean else "gradients", names)
+        program = self._program(Kind.LAYER_MAPS if mean else Kind.GRADIENTS, names)
         out = self._run(program, part, self.manifest.seeds_share_image, there)
         if there:
             taps = self._taps(program.taps)
@@ -258,21 +259,21 @@ class Runs:
         return joined.select(names)
 
     def _gradients(self, part: Part, names: Sequence[str]) -> Gradients:
-        out = self._run(self._program("gradients", names), part, self.manifest.seeds_share_image)
+        out = self._run(self._program(Kind.GRADIENTS, names), part, self.manifest.seeds_share_image)
         taps, rows = self._taps(names), len(part.seeds)
         activations = tuple(_repeated(out[f"activation:{t.name}"], rows) for t in taps)
         gradients = tuple(out[f"gradient:{t.name}"] for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, gradients, self.size)
 
     def _activations(self, part: Part, names: Sequence[str], concurrent: bool = False) -> Gradients:
-        program = self._open(self._program("activations", names), concurrent)
+        program = self._open(self._program(Kind.ACTIVATIONS, names), concurrent)
         out = self._here(program.run({"image": part.images}))
         taps, rows = self._taps(names), len(part.seeds)
         activations = tuple(_repeated(out[f"activation:{t.name}"], rows) for t in taps)
         return Gradients(taps, *self._scores(out, part.seeds), activations, (), self.size)
 
     def _full_grad(self, part: Part) -> GridMaps:
-        program = self._program("full_grad")
+        program = self._program(Kind.FULL_GRAD)
         out = self._run(program, part, share_image=False)
         maps = tuple(out[name] for name in program.outputs if name.startswith("grid:"))
         return GridMaps((), *self._scores(out, part.seeds), maps, self.size)
@@ -280,13 +281,13 @@ class Runs:
     def _masked_runs(self, part: Part, names: Sequence[str]) -> MaskedRuns:
         """On the GPU, where there is one; what decides which masks run, and the seeds, come to the host."""
         memory, there = self.memory, self.memory.stream is not None
-        out = self._open(self._program("activations", names)).run({"image": part.images})
+        out = self._open(self._program(Kind.ACTIVATIONS, names)).run({"image": part.images})
         taps = self._taps(names)
         activations = tuple(a.reshape(*a.shape[1:]) for a in (out[f"activation:{t.name}"] for t in taps))
         logits, seeds = self._scores({"logits": memory.get(out["logits"])[0]}, part.seeds)
         check_finite(logits)
         entry = "image" if self.manifest.normalized is None else "normalized"
-        scored = self._open(self._program("classify" if entry == "image" else "score"), self.backend.lanes > 1)
+        scored = self._open(self._program(Kind.CLASSIFY if entry == "image" else Kind.SCORE), self.backend.lanes > 1)
 
         def run(masked: Any) -> Any:
             return scored.run({entry: masked})["logits"]
@@ -315,9 +316,9 @@ class Runs:
     def _heads(self, part: Part, names: Sequence[str]) -> Heads:
         taps, heads, activations, logits = self._taps(names), [], [], None
         for tap in taps:
-            out = self._here(self._open(self._program("trunk", [tap.name])).run({"image": part.images}))
+            out = self._here(self._open(self._program(Kind.TRUNK, [tap.name])).run({"image": part.images}))
             context = {name: array for name, array in out.items() if name.startswith("context:")}
-            head = self._open(self._program("head", [tap.name]), self.backend.lanes > 1)
+            head = self._open(self._program(Kind.HEAD, [tap.name]), self.backend.lanes > 1)
 
             def run(changed: np.ndarray, head: Executable = head, context: dict = context) -> np.ndarray:
                 repeated = {name: np.repeat(array, len(changed), axis=0) for name, array in context.items()}

@@ -1,0 +1,106 @@
+"""The kinds of program that a bundle holds: one row each, which export, the manifest, the backends and the command line read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .manifest import Manifest, Tap
+
+
+class Kind(StrEnum):
+    """A program's kind, as manifests record it."""
+
+    CLASSIFY = "classify"
+    ACTIVATIONS = "activations"
+    GRADIENTS = "gradients"
+    LAYER_MAPS = "layer_maps"
+    FULL_GRAD = "full_grad"
+    TRUNK = "trunk"
+    HEAD = "head"
+    NORMALIZE = "normalize"
+    SCORE = "score"
+
+
+Sizes = dict[str, tuple[int, ...]]  # tensor -> its shape without the first size
+Interface = tuple[Sizes, Sizes]  # of a program's inputs and outputs
+_EXPORT_AGAIN = "export the bundle again"
+_NOT_CUT = (
+    "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be cut: "
+    "export it with --layers last, or name another layer"
+)
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """interface: (manifest, taps) -> what a program takes and gives, without `context:` and `grid:` tensors. runs_once: it runs once
+    an explanation, which rests on the activation and the class that it finds: so it is float32 in every precision, and on a CPU leaves
+    no thread spinning beside the runs that follow. engine: built by `camrt build` unless told otherwise, as winsor_cam and
+    score_cam_pp need it. missing: what to do where a bundle has none.
+    """
+
+    interface: Callable[[Manifest, Sequence[Tap]], Interface]
+    runs_once: bool = False
+    engine: bool = False
+    missing: str = _EXPORT_AGAIN
+
+
+def _image(m: Manifest) -> Sizes:
+    return {"image": m.input_shape}
+
+
+def _seed(m: Manifest) -> Sizes:
+    return {"seed": (m.num_classes,)}
+
+
+def _logits(m: Manifest) -> Sizes:
+    return {"logits": (m.num_classes,)}
+
+
+def _normalized(m: Manifest) -> Sizes:
+    return {} if m.normalized is None else {"normalized": m.normalized.shape}
+
+
+def _each(name: str, taps: Sequence[Tap]) -> Sizes:
+    return {f"{name}:{t.name}": (t.channels, *t.grid) for t in taps}
+
+
+def _single(taps: Sequence[Tap]) -> Sizes:
+    return {"activation": (taps[0].channels, *taps[0].grid)} if len(taps) == 1 else {}
+
+
+def _layer_maps(taps: Sequence[Tap]) -> Sizes:
+    return {"alphas": (sum(t.channels for t in taps),), "maps": (sum(math.prod(t.grid) for t in taps),)}
+
+
+KINDS: dict[str, KindRow] = {
+    Kind.CLASSIFY: KindRow(lambda m, taps: (_image(m), _logits(m)), engine=True),
+    Kind.ACTIVATIONS: KindRow(
+        lambda m, taps: (_image(m), _logits(m) | _each("activation", taps)), runs_once=True, engine=True
+    ),
+    Kind.GRADIENTS: KindRow(
+        lambda m, taps: (
+            _image(m) | _seed(m),
+            _logits(m) | _each("activation", taps) | _each("gradient", taps),
+        )
+    ),
+    Kind.LAYER_MAPS: KindRow(lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)), engine=True),
+    Kind.FULL_GRAD: KindRow(
+        lambda m, taps: (_image(m) | _seed(m), _logits(m)),
+        missing="it needs a gradient rule for every operator down to the image and every bias on a grid of the image, which "
+        "this network lacks; or the bundle is old, then export it again",
+    ),
+    Kind.TRUNK: KindRow(lambda m, taps: (_image(m), _logits(m) | _single(taps)), runs_once=True, missing=_NOT_CUT),
+    Kind.HEAD: KindRow(lambda m, taps: (_single(taps), _logits(m)), missing=_NOT_CUT),
+    Kind.NORMALIZE: KindRow(lambda m, taps: (_image(m), _normalized(m)), runs_once=True, engine=True),
+    Kind.SCORE: KindRow(lambda m, taps: (_normalized(m), _logits(m)), engine=True),
+}
+
+
+def interface_of(kind: str, manifest: Manifest, taps: Sequence[Tap]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `KindRow.interface`. KeyError for a kind that does not exist."""
+    return KINDS[kind].interface(manifest, taps)
