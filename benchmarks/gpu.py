@@ -32,7 +32,7 @@ import networks
 from kernel_table import RESNET50, TABLE, everything
 
 from camrt import kernels
-from camrt.kernels import device as gpu
+from camrt.kernels.gpu import device as gpu
 
 LAUNCHES = 10  # per graph: a graph's own start is spread over them
 SIDE = 224
@@ -173,7 +173,7 @@ def sanitize() -> dict[str, str]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "no compute-sanitizer on the PATH"}
-    code = "from kernel_table import everything\nfrom camrt.kernels.device import device\neverything(device().stream())"
+    code = "from kernel_table import everything\nfrom camrt.kernels.gpu.device import device\neverything(device().stream())"
     found = {}
     for check_name in ("memcheck", "racecheck", "synccheck", "initcheck"):
         command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, "-c", code]

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-NEED_A_GPU = ("kernels/device.py", "kernels/driver.py", "kernels/memory.py", "kernels/stream.py")
+NEED_A_GPU = ("kernels/gpu/device.py", "kernels/gpu/driver.py", "kernels/gpu/pool.py", "kernels/gpu/stream.py")
 
 # imported where they are needed, so that a child process, which runs this file again, holds what its own part needs
 

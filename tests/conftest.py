@@ -61,7 +61,7 @@ def queue(request: pytest.FixtureRequest) -> Any:
     """A stream that runs the CUDA kernels: on the host everywhere, and on a GPU where there is one."""
     if request.param == "gpu":
         try:
-            from camrt.kernels.device import BINARIES, device
+            from camrt.kernels.gpu.device import BINARIES, device
 
             stream = device().stream()
             if not (BINARIES / "build.json").is_file():

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from support import ROOT
 
-from camrt.kernels.arrays import CUDA, DeviceArray
-from camrt.kernels.launches import FAULTS, Launch
+from camrt.kernels.gpu.arrays import CUDA, DeviceArray
+from camrt.kernels.gpu.queue import FAULTS, Launch
 
 SOURCES = ROOT / "kernels" / "cuda"
 EMULATION = ROOT / "tests" / "emulated"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from camrt import kernels
-from camrt.kernels import launches, reference
+from camrt.kernels.operations import winsorize as winsorize_module
 
 Size = tuple[int, int]
 
@@ -74,7 +74,7 @@ GRIDS = {
 
 def interpolations(content: str) -> tuple[str, ...]:
     """All on random values; what is particular to other contents does not depend on it."""
-    return reference.INTERPOLATIONS if content == "random" else ("bilinear",)
+    return kernels.INTERPOLATIONS if content == "random" else ("bilinear",)
 
 
 def rounding(values: np.ndarray) -> float:
@@ -95,20 +95,23 @@ def gate_tolerance(activations: np.ndarray, opened: np.ndarray, kind: str) -> fl
 
 def reference_gates(activations: np.ndarray, size: Size, kind: str, interpolation: str) -> np.ndarray:
     gates = np.empty((len(activations), *size), np.float32)
-    reference.mask_batch(np.ones((1, *size), np.float32), activations, kind, interpolation, gates=gates)
+    kernels.mask_batch(np.ones((1, *size), np.float32), activations, kind, interpolation, gates=gates)
     return gates
 
 
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """Which of winsorize's kernels runs, whatever the length: 'short' or 'long'."""
-    before = launches.STATIC_SHARED, launches.ENTRIES_PER_BLOCK
+    before = winsorize_module.STATIC_SHARED, winsorize_module.ENTRIES_PER_BLOCK
     if name == "long":
-        launches.STATIC_SHARED, launches.ENTRIES_PER_BLOCK = 1 << 40, 1024  # several blocks for each row
+        winsorize_module.STATIC_SHARED, winsorize_module.ENTRIES_PER_BLOCK = (
+            1 << 40,
+            1024,
+        )  # several blocks for each row
     try:
         yield
     finally:
-        launches.STATIC_SHARED, launches.ENTRIES_PER_BLOCK = before
+        winsorize_module.STATIC_SHARED, winsorize_module.ENTRIES_PER_BLOCK = before
 
 
 # ---- mask_batch
@@ -119,7 +122,7 @@ def masks(grid: Size, size: Size, content: str, queue: Any) -> None:
     image = np.random.default_rng(1).uniform(-1, 1, (2, *size)).astype(np.float32)
     for kind in kernels.GATES:
         for interpolation in interpolations(content):
-            want = reference.mask_batch(image, activations, kind, interpolation)
+            want = kernels.mask_batch(image, activations, kind, interpolation)
             opened = reference_gates(activations, size, kind, interpolation)
             atol = gate_tolerance(activations, opened, kind)
             on_gpu = queue.upload(image), queue.upload(activations)
@@ -141,14 +144,14 @@ def masks_below_float16(queue: Any) -> None:
     image, activations = np.full((1, 4, 16), 1.37e-6, np.float32), filled("random", (3, 4, 16))
     half = queue.empty((3, 1, 4, 16), np.float16)
     kernels.mask_batch(queue.upload(image), queue.upload(activations), out=half, stream=queue)
-    want = reference.mask_batch(image, activations)
+    want = kernels.mask_batch(image, activations)
     np.testing.assert_allclose(queue.download(half).astype(np.float32), want, rtol=0, atol=3.1e-8)
 
 
 def masks_of_many(channels: int, count: int, queue: Any) -> None:
     image, activations = filled("random", (channels, 9, 16)), filled("random", (count, 4, 3))
     got = queue.download(kernels.mask_batch(queue.upload(image), queue.upload(activations), stream=queue))
-    np.testing.assert_allclose(got, reference.mask_batch(image, activations), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, kernels.mask_batch(image, activations), rtol=1e-5, atol=1e-5)
 
 
 # ---- accumulate_maps
@@ -161,7 +164,7 @@ def sums(grid: Size, size: Size, content: str, queue: Any) -> None:
     for kind in kernels.GATES:
         for interpolation in interpolations(content):
             want = np.zeros((2, *size), np.float32)
-            reference.accumulate_maps(want, scores, activations, kind, interpolation)
+            kernels.accumulate_maps(want, scores, activations, kind, interpolation)
             total = queue.upload(np.zeros((2, *size), np.float32))
             assert kernels.accumulate_maps(total, *on_gpu, kind, interpolation, stream=queue) is None
             opened = reference_gates(activations, size, kind, interpolation)
@@ -173,7 +176,7 @@ def sums_of_many(rows: int, count: int, queue: Any) -> None:
     """Onto what the total holds already, in chunks, and to the same bits each time."""
     activations, scores, before = filled("random", (count, 3, 3)), filled("random", (rows, count)), np.float32(7)
     want = np.full((rows, 12, 8), before)
-    reference.accumulate_maps(want, scores, activations)
+    kernels.accumulate_maps(want, scores, activations)
     found = []
     for _ in range(2):
         total = queue.upload(np.full((rows, 12, 8), before))
@@ -193,7 +196,7 @@ def rows_of(length: int, kernel: str, queue: Any) -> None:
     for percentile in PERCENTILES if length < 1000 else (0.5, 90):
         with path(kernel):
             got = queue.download(kernels.winsorize(on_gpu, percentile, stream=queue))
-        want = reference.winsorize(rows, percentile)
+        want = kernels.winsorize(rows, percentile)
         assert got.shape == want.shape and got.dtype == np.float32
         np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(percentile))
 
@@ -205,21 +208,21 @@ def infinities(kernel: str, queue: Any) -> None:
     for percentile in (0, 40, 50, 75, 100):
         with path(kernel):
             got = queue.download(kernels.winsorize(queue.upload(rows), percentile, stream=queue))
-        np.testing.assert_allclose(got, reference.winsorize(rows, percentile), atol=1e-6)
+        np.testing.assert_allclose(got, kernels.winsorize(rows, percentile), atol=1e-6)
     np.testing.assert_allclose(got, [[0.1, 0.1, 1, 0], [1, 1, 1, 0], [1, 0.1, 0.1, 0.1], [0, 0, 0.1, 1]], atol=1e-6)
 
 
 def bounds_and_axes(queue: Any) -> None:
     rows = filled("random", (2, 3, 5))
     got = queue.download(kernels.winsorize(queue.upload(rows), 60, 0.0, 2.5, stream=queue))
-    np.testing.assert_allclose(got, reference.winsorize(rows, 60, 0.0, 2.5), atol=3e-6)
+    np.testing.assert_allclose(got, kernels.winsorize(rows, 60, 0.0, 2.5), atol=3e-6)
 
 
 def beyond_float32_counts(queue: Any) -> None:
     """2^24 + 3 entries: a count in float32 would lose the last."""
     row = np.random.default_rng(0).standard_normal((1, 2**24 + 3), np.float32)
     got = queue.download(kernels.winsorize(queue.upload(row), 37.5, stream=queue))
-    np.testing.assert_allclose(got, reference.winsorize(row, 37.5), atol=1e-6)
+    np.testing.assert_allclose(got, kernels.winsorize(row, 37.5), atol=1e-6)
 
 
 # ---- fuse_layers
@@ -232,7 +235,7 @@ def fusions(grids: str, size: Size, content: str, queue: Any) -> None:
     on_gpu = queue.upload(maps), layers, queue.upload(weights), size
     for interpolation in interpolations(content):
         for normalize in (False, True):
-            want = reference.fuse_layers(maps, layers, weights, size, interpolation, normalize)
+            want = kernels.fuse_layers(maps, layers, weights, size, interpolation, normalize)
             got = queue.download(kernels.fuse_layers(*on_gpu, interpolation, normalize, stream=queue))
             assert got.shape == want.shape and got.dtype == np.float32
             atol = 4 * rounding(want if normalize else maps)
@@ -245,7 +248,7 @@ def resnet50(queue: Any) -> None:
     weights = kernels.winsorize(rng.standard_normal((1, len(RESNET50))), 90)
     on_gpu = queue.upload(maps), RESNET50, queue.upload(weights), (224, 224)
     got = queue.download(kernels.fuse_layers(*on_gpu, normalize=True, stream=queue))
-    want = reference.fuse_layers(maps, RESNET50, weights, (224, 224), normalize=True)
+    want = kernels.fuse_layers(maps, RESNET50, weights, (224, 224), normalize=True)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -258,7 +261,7 @@ def importances(content: str, queue: Any) -> None:
     alphas[1, 8:39] -= alphas[1, 8:39].mean(dtype=np.float64)  # cancels but for rounding
     for kind in kernels.AGGREGATIONS:
         with np.errstate(over="ignore"):
-            want = reference.layer_importance(alphas, channels, kind)
+            want = kernels.layer_importance(alphas, channels, kind)
         got = queue.download(kernels.layer_importance(queue.upload(alphas), channels, kind, stream=queue))
         assert got.shape == want.shape == (3, 6) and got.dtype == want.dtype == np.float32
         np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=kind)
@@ -279,11 +282,11 @@ def scores(classes: int, content: str, queue: Any) -> None:
     seeds[2, [0, -1]] = 1, -1
     offset, weights = filled("random", (3,)), filled("random", (5,))
     on_gpu = queue.upload(logits), queue.upload(seeds)
-    for kind in reference.PROBABILITIES:
+    for kind in kernels.PROBABILITIES:
         if content == "huge" and kind == "logits":
             continue  # sums beyond float32
         for extra in ({}, {"offset": offset, "weights": weights}, {"offset": offset}):
-            want = reference.class_scores(logits, seeds, kind, **extra)
+            want = kernels.class_scores(logits, seeds, kind, **extra)
             sent = {name: queue.upload(array) for name, array in extra.items()}
             got = queue.download(kernels.class_scores(*on_gpu, kind, **sent, stream=queue))
             assert got.shape == want.shape == (3, 5) and got.dtype == want.dtype == np.float32
@@ -294,7 +297,7 @@ def channels(count: int, size: Size, content: str, queue: Any) -> None:
     activations = filled(content, (count, *size))
     on_gpu = queue.upload(activations)
     got = queue.download(kernels.channel_extremes(on_gpu, stream=queue))
-    np.testing.assert_array_equal(got, reference.channel_extremes(activations))
+    np.testing.assert_array_equal(got, kernels.channel_extremes(activations))
     index = np.random.default_rng(0).integers(0, count, 2 * count + 1).astype(np.int32)
     got = queue.download(kernels.take_channels(on_gpu, queue.upload(index), stream=queue))
     np.testing.assert_array_equal(got, activations[index])
@@ -306,13 +309,13 @@ def channels(count: int, size: Size, content: str, queue: Any) -> None:
 def pictures(size: Size, target: Size, queue: Any) -> None:
     """Bit by bit."""
     rng = np.random.default_rng(0)
-    for channels, filter in itertools.product((1, 3), reference.FILTERS):
+    for channels, filter in itertools.product((1, 3), kernels.FILTERS):
         picture = rng.integers(0, 256, (*size, channels), dtype=np.uint8)
         shades = rng.uniform(0, 1, channels).tolist(), rng.uniform(0.1, 1, channels).tolist()
         for crop in ((0, 0, *target), (target[0] // 3, target[1] // 4, -(-target[0] // 2), -(-target[1] // 3))):
             for rows_first in (False, True):
                 arguments = target, crop, *shades, filter, rows_first
-                want = reference.resize_picture(picture, *arguments)
+                want = kernels.resize_picture(picture, *arguments)
                 out = queue.empty(want.shape)
                 kernels.resize_picture(queue.upload(picture), *arguments, out=out, stream=queue)
                 np.testing.assert_array_equal(queue.download(out), want, err_msg=f"{channels} {filter} {crop}")

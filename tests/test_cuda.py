@@ -14,7 +14,8 @@ from emulator import ORDERS, SOURCES, EmulatedGpu, Ledger, compile_server, kerne
 from kernel_table import TABLE, Row, everything, filled, path, winsorized_and_fused
 
 from camrt import kernels
-from camrt.kernels import launches, reference
+from camrt.kernels.gpu import queue as launching
+from camrt.kernels.operations import winsorize as winsorize_module
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the emulated kernels are not tested")
 
@@ -22,7 +23,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++:
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_kernel_is_its_specification(queue: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(queue, EmulatedGpu) and row.name == "winsorize-2^24+3":
-        monkeypatch.setattr(launches, "ENTRIES_PER_BLOCK", 2**18)  # fewer threads, which take their turns slowly
+        monkeypatch.setattr(
+            winsorize_module, "ENTRIES_PER_BLOCK", 2**18
+        )  # fewer threads, which take their turns slowly
     row.check(queue)
 
 
@@ -36,7 +39,7 @@ def test_winsorize_spoils_a_row_with_nan_and_says_so(queue: Any, kernel: str) ->
         queue.synchronize()
     got = queue.download(result)
     assert np.isnan(got[1]).all()
-    np.testing.assert_allclose(got[[0, 2]], reference.winsorize(rows[[0, 2]], 90), atol=1e-6)
+    np.testing.assert_allclose(got[[0, 2]], kernels.winsorize(rows[[0, 2]], 90), atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -72,7 +75,7 @@ def test_wide_stores_where_alignment_allows(
     out = emulated.empty((2, 3, 5, width), dtype, skew)
     kernels.mask_batch(emulated.upload(image), emulated.upload(activations), out=out, stream=emulated)
     assert emulated.launched[-1].kernel == kernel
-    want = reference.mask_batch(image, activations)
+    want = kernels.mask_batch(image, activations)
     np.testing.assert_allclose(emulated.download(out), want, rtol=1e-3, atol=1e-3)
     skewed = emulated.upload(image, skew=4)
     kernels.mask_batch(skewed, emulated.upload(activations), out=out, stream=emulated)
@@ -97,7 +100,7 @@ def test_the_order_of_threads_and_blocks_changes_nothing(emulated: EmulatedGpu) 
 def test_kernels_stride_over_what_a_grid_does_not_cover(emulated: EmulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     want = everything(emulated)
     emulated.launched.clear()
-    monkeypatch.setattr(launches, "MAX_GRID", (2, 2))
+    monkeypatch.setattr(launching, "MAX_GRID", (2, 2))
     got = everything(emulated)
     assert {launch.grid for launch in emulated.launched} <= {(1, 1), (1, 2), (2, 1), (2, 2)}
     for a, b in zip(got, want, strict=True):
@@ -129,7 +132,7 @@ def test_no_grid_overflows(side: int, count: int) -> None:
     for launch in queue.launched:
         x, y = launch.grid
         assert 1 <= x < 2**31 and 1 <= y < 2**16 and launch.threads in (256, 1024), launch
-        assert launch.shared + launches.STATIC_SHARED <= queue.shared_limit
+        assert launch.shared + winsorize_module.STATIC_SHARED <= queue.shared_limit
 
 
 def test_the_order_of_sums_depends_on_shapes_alone() -> None:
@@ -243,7 +246,7 @@ def test_the_emulation_catches(
     defect: str, broken: dict[str, Path], emulated: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = EmulatedGpu(broken[defect])
-    monkeypatch.setattr(launches, "MAX_GRID", (2, 2))  # so that blocks use their shared memory again
+    monkeypatch.setattr(launching, "MAX_GRID", (2, 2))  # so that blocks use their shared memory again
     run = winsorized_and_fused if DEFECTS[defect][1].endswith(".cu") else everything
     want = run(emulated)
     with pytest.raises(AssertionError, match=DEFECTS[defect][0]):

@@ -21,9 +21,9 @@ from kernel_table import filled
 from support import ROOT
 
 from camrt import kernels
-from camrt.kernels import arrays, reference
-from camrt.kernels.arrays import CPU
 from camrt.kernels.build import ARCHITECTURES, BuildError, build, find_nvcc, sources_hash
+from camrt.kernels.gpu import arrays
+from camrt.kernels.gpu.arrays import CPU
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc: the CUDA kernels are not compiled")
 
@@ -143,7 +143,7 @@ def test_the_specification_refuses_alike(message: str, call: Any) -> None:
 def test_nothing_to_do_launches_nothing(queue: Any) -> None:
     image, total = filled("random", IMAGE), filled("random", IMAGE)
     masked = kernels.mask_batch(queue.upload(image), queue.empty((0, 2, 2)), stream=queue)
-    assert masked.shape == (0, 3, 8, 8) == reference.mask_batch(image, np.zeros((0, 2, 2), "f")).shape
+    assert masked.shape == (0, 3, 8, 8) == kernels.mask_batch(image, np.zeros((0, 2, 2), "f")).shape
     on_gpu = queue.upload(total)
     kernels.accumulate_maps(on_gpu, queue.empty((3, 0)), queue.empty((0, 2, 2)), stream=queue)
     np.testing.assert_array_equal(queue.download(on_gpu), total)
@@ -257,7 +257,7 @@ def test_tensors_on_the_host_are_not_on_a_gpu() -> None:
 @pytest.mark.parametrize("missing", ["pycuda", "gpu"])
 def test_what_a_gpu_needs_is_named(missing: str) -> None:
     code = "import sys\n" + ("sys.modules['pycuda'] = None\n" if missing == "pycuda" else "")
-    code += "from camrt import kernels\nfrom camrt.kernels.device import device\n"
+    code += "from camrt import kernels\nfrom camrt.kernels.gpu.device import device\n"
     code += "try: print(device())\nexcept kernels.DeviceError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     if missing == "gpu" and done.stdout.startswith("GPU 0"):

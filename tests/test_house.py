@@ -37,7 +37,7 @@ ALLOWED = {
 HEAVY = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"} | {
     *("pycuda", "torch", "onnx", "onnx_ir", "onnxscript")
 }
-HOME_OF_HEAVY = {"onnxruntime": {"runtime/backends/ort.py"}, "pycuda": {"kernels/device.py"}}
+HOME_OF_HEAVY = {"onnxruntime": {"runtime/backends/ort.py"}, "pycuda": {"kernels/gpu/device.py"}}
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -18,7 +18,7 @@ from PIL import Image
 import camrt
 from camrt.export.probes import smooth_images
 from camrt.kernels import DeviceArray, DeviceError, OutOfMemory
-from camrt.kernels.launches import Queue
+from camrt.kernels.gpu.queue import Queue
 from camrt.runtime.backends import create
 from camrt.runtime.backends.gpu import Gpu, GpuProgram
 from camrt.runtime.bundle.manifest import Program

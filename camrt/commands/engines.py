@@ -102,7 +102,7 @@ def _gpus(library: Library, wanted: list[str] | None) -> list[tuple[Capability, 
     """Compute capability of each GPU to build for, and its name where the engine is for that model alone."""
     if wanted is None:
         from ..kernels import DeviceError
-        from ..kernels.device import device
+        from ..kernels.gpu.device import device
 
         try:
             card = device()

@@ -12,7 +12,7 @@
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-constexpr int THREADS = 256;  // of most blocks, in launches.py too
+constexpr int THREADS = 256;  // of most blocks, in gpu/queue.py too
 constexpr int WARPS = THREADS / WARP;
 
 enum Gate { TANH, SIGMOID_RELU, MINMAX, IDENTITY };  // in reference.py: GATES

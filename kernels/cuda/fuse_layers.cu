@@ -6,11 +6,11 @@
 // layers, however ragged. Without scales the maps are taken as they are.
 #include "common.cuh"
 
-constexpr int TILE_HEIGHT = 8, TILE_WIDTH = 32;  // in launches.py: TILE; a thread per pixel
+constexpr int TILE_HEIGHT = 8, TILE_WIDTH = 32;  // in operations/fuse_layers.py: TILE; a thread per pixel
 static_assert(TILE_HEIGHT * TILE_WIDTH == THREADS, "a thread per pixel");
 constexpr int POINTS = 4 * THREADS;  // at most two rows and two columns per pixel's own
 
-struct Layer {  // in launches.py: a row of `layers`
+struct Layer {  // in operations/fuse_layers.py: a row of `layers`
     int width, rows, columns;  // of the map; where its taps to the largest grid begin
 };
 

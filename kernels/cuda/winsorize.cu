@@ -174,7 +174,7 @@ struct RowState {
     Clamp clamp;
 };
 
-static_assert(sizeof(RowState) == 8264, "ROW_STATE_BYTES in launches.py");
+static_assert(sizeof(RowState) == 8264, "ROW_STATE_BYTES in operations/winsorize.py");
 
 extern "C" __global__ void __launch_bounds__(THREADS) winsorize_reset(RowState* states, int count) {
     for (long long r = blockIdx.x; r < count; r += gridDim.x) {

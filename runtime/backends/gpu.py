@@ -79,7 +79,7 @@ def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[Any, int]) -> boo
 def open_gpu(ordinal: int, captures: bool) -> Gpu:
     """A stream of its own on GPU `ordinal`, where our kernels run. BackendUnavailable says what is missing."""
     try:
-        from ...kernels.device import device
+        from ...kernels.gpu.device import device
 
         found = device(ordinal)
         found.check()

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .build import sources_hash
+from ..build import sources_hash
+from ..errors import DeviceError, OutOfMemory
 from .driver import ordinal_of
-from .errors import DeviceError, OutOfMemory
-from .launches import Launch
-from .memory import Pool
+from .pool import Pool
+from .queue import Launch
 from .stream import Stream
 
-BINARIES = Path(__file__).parent / "cuda"
+BINARIES = Path(__file__).parents[1] / "cuda"
 BUILD = "python -m camrt.kernels.build"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
 

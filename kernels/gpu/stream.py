@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import DeviceError
 from . import driver
 from .arrays import CUDA, DeviceArray
-from .errors import DeviceError
-from .launches import FAULTS, Launch
-from .memory import HostMemory, Pool
+from .pool import HostMemory, Pool
+from .queue import FAULTS, Launch
 
 if TYPE_CHECKING:
     from .device import Device

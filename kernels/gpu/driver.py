@@ -7,7 +7,7 @@ import functools
 import threading
 from typing import Any
 
-from .errors import DeviceError
+from ..errors import DeviceError
 
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: other threads may allocate meanwhile

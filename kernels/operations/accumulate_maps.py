@@ -1,0 +1,94 @@
+"""Sums of masks weighed by their scores: cuda/accumulate_maps.cu."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..call import Stream, prepared
+from ..checks import expect, expect_choice, expect_sides
+from ..gpu.arrays import is_device_array
+from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s, is_wide, strips
+from .gates import GATES, gate, gate_extremes, within_range
+from .resizing import INTERPOLATIONS, resize_tables, upsample
+
+MAPS_PER_CHUNK = 32  # sums of float32 stay short, and many chunks fill the GPU
+PARTIAL_SUMS = 2**21  # in memory together, unless one chunk has more
+
+
+def accumulate_maps(
+    total: Any,
+    scores: Any,
+    activations: Any,
+    kind: str = "tanh",
+    interpolation: str = "bilinear",
+    gates: Any = None,
+    *,
+    stream: Stream = None,
+) -> None:
+    """total[s] += sum_k scores[s, k] gate(up(activations[k])), in place, always in the same order.
+
+    total (S, H, W), scores (S, K), activations (K, h, w), all float32 and finite. gates: what mask_batch kept, to spare
+    making them again; NumPy only. ValueError for what does not fit; DeviceError.
+    """
+    if gates is not None and any(map(is_device_array, (total, scores, activations))):
+        raise ValueError("accumulate_maps: gates are not kept on a GPU, making them again is faster: leave them out")
+    with prepared("accumulate_maps", stream, "total", total=total, scores=scores, activations=activations) as (
+        queue,
+        (total, scores, activations),
+    ):
+        expect_choice("accumulate_maps", "gate", kind, GATES)
+        expect_choice("accumulate_maps", "interpolation", interpolation, INTERPOLATIONS)
+        expect("accumulate_maps", "total", total, ("S", "H", "W"))
+        expect("accumulate_maps", "activations", activations, ("K", "h", "w"))
+        expect("accumulate_maps", "scores", scores, (total.shape[0], activations.shape[0]))
+        expect_sides("accumulate_maps", total=total.shape[1:], activations=activations.shape[1:])
+        if gates is not None:
+            expect("accumulate_maps", "gates", gates, (activations.shape[0], *total.shape[1:]))
+        if queue is None:
+            _by_numpy(total, scores, activations, kind, interpolation, gates)
+            return
+        (count, h, w), (rows, height, width) = activations.shape, total.shape
+        if count == 0 or rows == 0:
+            return
+        sides = int32s("accumulate_maps", scores=rows, maps=count, height=height, width=width, h=h, w=w)
+        # by the shapes alone, so that the same bits come out wherever the arrays lie and on every GPU
+        entries = math.prod(total.shape)
+        chunks = min(-(-count // MAPS_PER_CHUNK), max(1, PARTIAL_SUMS // entries))
+        per_chunk = -(-count // chunks)
+        chunks = -(-count // per_chunk)
+        vector = 4 if is_wide(4, width, total, activations) else 1
+        tables = resize_tables(queue, (h, w), (height, width), interpolation)
+        extremes = gate_extremes(queue, kind, activations, tables)
+        partial = queue.empty((chunks, *total.shape)) if chunks > 1 else NOTHING
+        kernel = "accumulate_maps_wide" if vector > 1 else "accumulate_maps"
+        modes = np.int32(GATES.index(kind)), np.int32(per_chunk), np.int32(chunks)
+        arguments: tuple[Argument, ...] = (scores, activations, *tables, extremes, total, partial, *sides, *modes)
+        grid = strips((height, width), vector), blocks(chunks, 1, 1)
+        queue.launch(Launch("accumulate_maps", kernel, grid, THREADS, 0, arguments))
+        if chunks > 1:
+            arguments = (total, partial, np.int64(entries), np.int32(chunks))
+            queue.launch(
+                Launch("accumulate_maps", "add_partials", (blocks(entries, THREADS), 1), THREADS, 0, arguments)
+            )
+
+
+def _by_numpy(
+    total: np.ndarray,
+    scores: np.ndarray,
+    activations: np.ndarray,
+    kind: str,
+    interpolation: str,
+    gates: np.ndarray | None,
+) -> None:
+    if kind == "identity":  # resizing is linear
+        total += upsample(np.einsum("sk,khw->shw", scores, activations), total.shape[1:], interpolation)
+        return
+    if gates is None:
+        gates = upsample(activations, total.shape[1:], interpolation)
+        if kind == "minmax" and gates is not activations:
+            within_range(gates, activations)
+        gates = gate(gates, kind)
+    total += np.einsum("sk,khw->shw", scores, gates)

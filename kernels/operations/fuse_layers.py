@@ -1,0 +1,124 @@
+"""Weighed sums of layers' maps: cuda/fuse_layers.cu."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..call import Stream, prepared
+from ..checks import expect, expect_choice, expect_sides
+from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s
+from .gates import minmax
+from .resizing import INTERPOLATIONS, resize_tables, tap_table, upsample
+
+TILE = (8, 32)  # pixels of the result per block, one for each of the THREADS
+
+
+def fuse_layers(
+    maps: Any,
+    grids: Sequence[tuple[int, int]],
+    weights: Any,
+    size: Sequence[int],
+    interpolation: str = "bilinear",
+    normalize: bool = False,
+    *,
+    stream: Stream = None,
+) -> Any:
+    """sum_l weight_l up(up(M_l -> the largest height and width of any layer) -> size).
+
+    maps (B, sum h w) float32, finite, layers side by side; weights (B, L) float32 -> (B, *size) float32. normalize: rectify and
+    min-max scale each layer first. ValueError for what does not fit; DeviceError.
+    """
+    with prepared("fuse_layers", stream, maps=maps, weights=weights) as (queue, (maps, weights)):
+        expect_choice("fuse_layers", "interpolation", interpolation, INTERPOLATIONS)
+        if len(grids) == 0:
+            raise ValueError("fuse_layers: no layers")
+        for grid in grids:
+            expect_sides("fuse_layers", grid=grid)
+        expect_sides("fuse_layers", size=size)
+        expect("fuse_layers", "maps", maps, ("B", sum(h * w for h, w in grids)))
+        expect(
+            "fuse_layers",
+            "weights",
+            weights,
+            (maps.shape[0], len(grids)),
+            ("float32",) if queue is not None else ("float32", "float64"),
+        )
+        if queue is None:
+            return _by_numpy(maps, grids, weights, size, interpolation, normalize)
+        images, layers, (height, width) = maps.shape[0], len(grids), size
+        fused = queue.empty((images, height, width))
+        if images == 0:
+            return fused
+        counts = int32s("fuse_layers", images=images, layers=layers, height=height, width=width)
+        offsets = queue.constant(np.cumsum([0, *(h * w for h, w in grids)], dtype=np.int64))
+        scales: Argument = NOTHING
+        if normalize:
+            scales = queue.empty((images, layers, 3))
+            arguments: tuple[Argument, ...] = (maps, offsets, scales, *counts[:2])
+            grid = blocks(images * layers, 1), 1
+            queue.launch(Launch("fuse_layers", "layer_scales", grid, 1024, 0, arguments))
+        described, taps, largest = _layer_tables(tuple(grids), interpolation)
+        to_result = resize_tables(queue, largest, (height, width), interpolation)
+        tables = queue.constant(described), queue.constant(taps), *to_result
+        arguments = (maps, offsets, *tables, weights, scales, fused, *counts)
+        tiles = images * -(-height // TILE[0]) * -(-width // TILE[1])
+        queue.launch(Launch("fuse_layers", "fuse_layers", (blocks(tiles, 1), 1), THREADS, 0, arguments))
+        return fused
+
+
+def _by_numpy(
+    maps: np.ndarray,
+    grids: Sequence[tuple[int, int]],
+    weights: np.ndarray,
+    size: Sequence[int],
+    interpolation: str,
+    normalize: bool,
+) -> np.ndarray:
+    if normalize:
+        maps = normalize_layers(maps, grids)
+    largest = max(h for h, _ in grids), max(w for _, w in grids)
+    ends = _offsets(grids)
+    sums = {grid: np.zeros((len(maps), grid[0] * grid[1]), np.float32) for grid in grids}
+    for grid, start, end, weight in zip(grids, ends[:-1], ends[1:], weights.astype(np.float32).T, strict=True):
+        sums[grid] += weight[:, None] * maps[:, start:end]
+    total = np.zeros((len(maps), *largest), np.float32)
+    for grid, summed in sums.items():
+        total += upsample(summed.reshape(-1, *grid), largest, interpolation)
+    return upsample(total, size, interpolation)
+
+
+def normalize_layers(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Rectified and min-max scaled per layer; a constant layer becomes zeros.
+
+    maps (B, sum h w), layers side by side -> the same shape.
+    """
+    ends = _offsets(grids)
+    result = np.empty_like(maps)
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        result[:, start:end] = minmax(np.maximum(maps[:, start:end], 0), axes=(-1,))
+    return result
+
+
+def _offsets(grids: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.cumsum([0, *(h * w for h, w in grids)])
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_tables(
+    grids: tuple[tuple[int, int], ...], interpolation: str
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Per layer its width and where its taps of rows and columns begin, (L, 3); all taps; the largest grid."""
+    largest = max(h for h, _ in grids), max(w for _, w in grids)
+    begins: dict[tuple[int, int], int] = {}
+    tables: list[np.ndarray] = []
+    for grid in grids:
+        for key in zip(grid, largest, strict=True):
+            if key not in begins:
+                begins[key] = sum(map(len, tables))
+                tables.append(tap_table(*key, interpolation))
+    rows = [(w, begins[h, largest[0]], begins[w, largest[1]]) for h, w in grids]
+    return np.array(rows, np.int32), np.concatenate(tables), largest

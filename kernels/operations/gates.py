@@ -1,0 +1,60 @@
+"""Gates of ScoreCAM++ and Score-CAM, which make masks of maps; min-max scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..gpu.arrays import DeviceArray
+from ..gpu.queue import NOTHING, THREADS, Argument, Launch, Queue, blocks, int32s
+
+GATES = ("tanh", "sigmoid_relu", "minmax", "identity")
+
+
+def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarray:
+    """The factor that a map (K, H, W) gives each pixel of the image: tanh(x), sigmoid(ReLU(x / 2)), minmax over space, or x.
+
+    The first two are ScoreCAM++'s (arXiv 2404.19341), the third Score-CAM's. `out` may be `maps`. ValueError for another kind.
+    """
+    out = np.empty_like(maps) if out is None else out
+    if kind == "tanh":
+        np.tanh(maps, out=out)
+    elif kind == "sigmoid_relu":
+        np.exp(np.minimum(maps / -2, 0, out=out), out=out)
+        np.reciprocal(np.add(out, 1, out=out), out=out)
+    elif kind == "minmax":
+        out[:] = minmax(maps)
+    elif kind == "identity":
+        out[:] = maps
+    else:
+        raise ValueError(f"gate {kind!r}: use {', '.join(GATES)}")
+    return out
+
+
+def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:
+    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay."""
+    low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
+    with np.errstate(over="ignore"):
+        span = high - low
+    if maps.dtype != np.float64 and np.isinf(span).any():  # the difference is beyond the dtype
+        return minmax(maps.astype(np.float64), axes).astype(maps.dtype)
+    return (maps - low) / np.where(span > 0, span, 1)
+
+
+def within_range(resized: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """In place: no rounding beyond the range of the map, or min-max scaling would make a map of a constant's rounding."""
+    low, high = activations.min(axis=(1, 2), keepdims=True), activations.max(axis=(1, 2), keepdims=True)
+    return np.clip(resized, low, high, out=resized)
+
+
+def gate_extremes(queue: Queue, kind: str, maps: DeviceArray, tables: Sequence[DeviceArray]) -> Argument:
+    """Lowest and highest value of each resized map, (K, 2), for the min-max gate; nothing for the others."""
+    if kind != "minmax":
+        return NOTHING
+    count, h, w = maps.shape
+    extremes = queue.empty((count, 2))
+    sides = int32s("mask_batch", maps=count, height=len(tables[0]), width=len(tables[1]), h=h, w=w)
+    arguments = (maps, *tables, extremes, *sides)
+    queue.launch(Launch("extremes", "resized_extremes", (blocks(count, 1), 1), THREADS, 0, arguments))
+    return extremes

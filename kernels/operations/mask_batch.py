@@ -1,0 +1,87 @@
+"""Masked images of the Score-CAM family: cuda/mask_batch.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..call import Stream, prepared
+from ..checks import expect, expect_choice, expect_sides
+from ..gpu.arrays import is_device_array
+from ..gpu.queue import THREADS, Launch, blocks, int32s, is_wide, strips
+from .gates import GATES, gate, gate_extremes, within_range
+from .resizing import INTERPOLATIONS, resize_tables, resized_bands, resized_columns
+
+MAPS_PER_BLOCK = 16  # enough to share the pixels and the positions of the resize
+
+
+def mask_batch(
+    image: Any,
+    activations: Any,
+    kind: str = "tanh",
+    interpolation: str = "bilinear",
+    out: Any = None,
+    gates: Any = None,
+    *,
+    stream: Stream = None,
+) -> Any:
+    """masked[k, c] = image[c] * gate(up(activations[k])).
+
+    image (C, H, W) float32; activations (K, h, w) float32, finite -> masked (K, C, H, W), float32, or in `out`, float32 or 16.
+    gates (K, H, W) float32, where given, receives gate(up(A)); NumPy only. ValueError for what does not fit; DeviceError.
+    """
+    if gates is not None and any(map(is_device_array, (image, activations, out))):
+        raise ValueError("mask_batch: gates are not kept on a GPU, making them again is faster: leave them out")
+    with prepared("mask_batch", stream, "out", image=image, activations=activations, out=out) as (
+        queue,
+        (image, activations, out),
+    ):
+        expect_choice("mask_batch", "gate", kind, GATES)
+        expect_choice("mask_batch", "interpolation", interpolation, INTERPOLATIONS)
+        expect("mask_batch", "image", image, ("C", "H", "W"))
+        expect("mask_batch", "activations", activations, ("K", "h", "w"))
+        expect_sides("mask_batch", image=image.shape[1:], activations=activations.shape[1:])
+        if out is not None:
+            expect("mask_batch", "out", out, (activations.shape[0], *image.shape), ("float32", "float16"))
+        if gates is not None:
+            expect("mask_batch", "gates", gates, (activations.shape[0], *image.shape[1:]))
+        if queue is None:
+            return _by_numpy(image, activations, kind, interpolation, out, gates)
+        (count, h, w), (channels, height, width) = activations.shape, image.shape
+        out = queue.empty((count, *image.shape)) if out is None else out
+        if count == 0 or channels == 0:
+            return out
+        sides = int32s("mask_batch", maps=count, channels=channels, height=height, width=width, h=h, w=w)
+        half = out.dtype == np.float16
+        vector = 8 if half else 4
+        vector = vector if is_wide(vector, width, image, out) else 1
+        tables = resize_tables(queue, (h, w), (height, width), interpolation)
+        extremes = gate_extremes(queue, kind, activations, tables)
+        kernel = f"mask_batch_{'f16' if half else 'f32'}{'_wide' if vector > 1 else ''}"
+        modes = np.int32(GATES.index(kind)), np.int32(MAPS_PER_BLOCK)
+        arguments = (image, activations, *tables, extremes, out, *sides, *modes)
+        grid = strips((height, width), vector), blocks(count, MAPS_PER_BLOCK, 1)
+        queue.launch(Launch("mask_batch", kernel, grid, THREADS, 0, arguments))
+        return out
+
+
+def _by_numpy(
+    image: np.ndarray,
+    activations: np.ndarray,
+    kind: str,
+    interpolation: str,
+    out: np.ndarray | None,
+    gates: np.ndarray | None,
+) -> np.ndarray:
+    count, (height, width) = len(activations), image.shape[1:]
+    out = np.empty((count, *image.shape), np.float32) if out is None else out
+    gates = np.empty((count, height, width), np.float32) if gates is None else gates
+    local = kind != "minmax"  # its extremes are those of the whole resized map
+    for rows in resized_bands(resized_columns(activations, width, interpolation), gates, interpolation):
+        if local:
+            gate(gates[:, rows], kind, out=gates[:, rows])
+            np.multiply(image[:, rows], gates[:, None, rows], out=out[:, :, rows])
+    if not local:
+        np.multiply(image, gate(within_range(gates, activations), kind, out=gates)[:, None], out=out)
+    return out

@@ -1,0 +1,103 @@
+"""Resizing by two taps an axis, as PyTorch's interpolate: what the kernels of maps share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ..gpu.arrays import DeviceArray
+from ..gpu.queue import Queue
+
+INTERPOLATIONS = ("bilinear", "align_corners", "nearest")
+
+
+@functools.lru_cache(maxsize=256)
+def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `target` positions along an axis of `size`: two source positions and the weight of the second.
+
+    bilinear: half-pixel centres, no antialiasing; align_corners: bilinear with the corner pixels' centres on each other;
+    nearest: floor(i size / target). All as PyTorch's interpolate. ValueError for another interpolation or sizes below 1.
+    """
+    if size < 1 or target < 1:
+        raise ValueError(f"cannot resize from {size} to {target}")
+    positions = np.arange(target)
+    if interpolation == "nearest":
+        low = positions * size // target
+        return low, low, np.zeros(target, np.float32)
+    if interpolation == "bilinear":
+        source = np.maximum((positions + 0.5) * size / target - 0.5, 0)
+    elif interpolation == "align_corners":
+        source = positions * ((size - 1) / max(target - 1, 1))
+    else:
+        raise ValueError(f"interpolation {interpolation!r}: use 'bilinear', 'align_corners' or 'nearest'")
+    low = np.minimum(source.astype(np.int64), size - 1)
+    return low, np.minimum(low + 1, size - 1), (source - low).astype(np.float32)
+
+
+def resized_columns(maps: np.ndarray, width: int, interpolation: str) -> np.ndarray:
+    """maps (..., h, w) -> (..., h, width)."""
+    low, high, weight = resize_taps(maps.shape[-1], width, interpolation)
+    return maps[..., low] * (1 - weight) + maps[..., high] * weight
+
+
+_BAND = 16  # rows that are resized together: small enough for the cache, and for a matrix product on one thread
+
+
+@functools.lru_cache(maxsize=64)
+def _band_weights(size: int, target: int, interpolation: str) -> tuple[tuple[slice, slice, np.ndarray], ...]:
+    """Per band of the resized axis: its rows, the source rows that they lie between, and the weights (band, source)."""
+    low, high, weight = resize_taps(size, target, interpolation)
+    bands = []
+    for start in range(0, target, _BAND):
+        rows = slice(start, min(start + _BAND, target))
+        source = slice(int(low[rows][0]), int(high[rows][-1]) + 1)
+        matrix = np.zeros((rows.stop - start, source.stop - source.start), np.float32)
+        positions = np.arange(len(matrix))
+        matrix[positions, low[rows] - source.start] = 1 - weight[rows]
+        matrix[positions, high[rows] - source.start] += weight[rows]
+        bands.append((rows, source, matrix))
+    return tuple(bands)
+
+
+def resized_bands(columns: np.ndarray, out: np.ndarray, interpolation: str) -> Iterator[slice]:
+    """Resizes rows, columns (..., h, W) -> out (..., H, W), and yields bands of rows as they are done."""
+    for rows, source, matrix in _band_weights(columns.shape[-2], out.shape[-2], interpolation):
+        np.matmul(matrix, columns[..., source, :], out=out[..., rows, :])
+        yield rows
+
+
+def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "bilinear") -> np.ndarray:
+    """Resize by `resize_taps` on both axes.
+
+    maps (..., h, w) float32 -> (..., *size) float32. ValueError if size < (1, 1).
+    """
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    columns = resized_columns(maps, size[1], interpolation)
+    result = np.empty((*maps.shape[:-2], *size), columns.dtype)
+    for _ in resized_bands(columns, result, interpolation):
+        pass
+    return result
+
+
+# ---- on a GPU
+
+TAP = np.dtype([("low", np.int32), ("high", np.int32), ("weight", np.float32)])
+
+
+@functools.lru_cache(maxsize=256)
+def tap_table(size: int, target: int, interpolation: str) -> np.ndarray:
+    """resize_taps as the kernels read it, (target,)."""
+    table = np.empty(target, TAP)
+    table["low"], table["high"], table["weight"] = resize_taps(size, target, interpolation)
+    return table
+
+
+def resize_tables(
+    queue: Queue, grid: Sequence[int], size: Sequence[int], interpolation: str
+) -> tuple[DeviceArray, DeviceArray]:
+    """Taps of the rows and of the columns."""
+    rows, columns = (tap_table(s, t, interpolation) for s, t in zip(grid, size, strict=True))
+    return queue.constant(rows), queue.constant(columns)
