@@ -282,10 +282,11 @@ def scores(classes: int, content: str, queue: Any) -> None:
     seeds[2, [0, -1]] = 1, -1
     offset, weights = filled("random", (3,)), filled("random", (5,))
     on_gpu = queue.upload(logits), queue.upload(seeds)
+    extras: list[dict[str, Any]] = [{}, {"offset": offset, "weights": weights}, {"offset": offset}]
     for kind in kernels.PROBABILITIES:
         if content == "huge" and kind == "logits":
             continue  # sums beyond float32
-        for extra in ({}, {"offset": offset, "weights": weights}, {"offset": offset}):
+        for extra in extras:
             want = kernels.class_scores(logits, seeds, kind, **extra)
             sent = {name: queue.upload(array) for name, array in extra.items()}
             got = queue.download(kernels.class_scores(*on_gpu, kind, **sent, stream=queue))

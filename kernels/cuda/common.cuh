@@ -15,7 +15,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int THREADS = 256;  // of most blocks, in gpu/queue.py too
 constexpr int WARPS = THREADS / WARP;
 
-enum Gate { TANH, SIGMOID_RELU, MINMAX, IDENTITY };  // in reference.py: GATES
+enum Gate { TANH, SIGMOID_RELU, MINMAX, IDENTITY };  // in operations/gates.py: GATES
 
 // ---- resizing
 
