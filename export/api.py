@@ -258,10 +258,9 @@ def _write(
         agree(checker, graph)
         scores = values[graph.logits]
         made_of = made_of_probabilities(scores)
-        told = looks_like_probabilities(checker.classifier(folder, complete), images, is_product(scores))
-        told = told or (f"they are made of a {made_of}" if made_of is not None else None)
-        if told is not None:
-            warn_of_probabilities(told)
+        seem = looks_like_probabilities(checker.classifier(folder, complete), images, is_product(scores))
+        if seem is not None or made_of is not None:
+            warn_of_probabilities(seem, made_of)
         progress(f"checked {len(complete.programs)} programs in {time.perf_counter() - started:.1f} s")
 
     return write_bundle(facts.path, manifest, list(programs.values()), facts.overwrite, progress, check)

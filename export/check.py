@@ -68,8 +68,9 @@ class Checker:
         self._accepts_zeros = accepts_zeros
         self._limits = (ROUNDED_LIMIT, ROUNDED_LIMIT) if rounded else (SOURCE_LIMIT, ROWS_LIMIT)
         self.images = images
-        self.gradients: dict[str, np.ndarray] = {}  # of the first image's top class, by layer
-        self.logits: np.ndarray | None = None
+        self.gradients: dict[str, np.ndarray] = {}  # of the first image, by layer
+        self.cotangent: np.ndarray | None = None  # of the source's scores for that image, whose gradient these are
+        self.seed: np.ndarray | None = None  # the same of the logits
 
     def __call__(self, folder: Path, manifest: Manifest) -> None:
         """ExportError names the program; RowsMixed where a batch must not be free."""
@@ -79,9 +80,8 @@ class Checker:
         logits = self._outputs(classify, {"image": images}, run)["logits"]
         self._compare_rows(run, images, logits)
         self._compare_source(manifest, images, logits)
-        self.logits = logits
-        seed = np.eye(manifest.num_classes, dtype=np.float32)[logits.argmax(axis=1)]
-        given = {"image": images, "seed": seed}
+        self.cotangent, self.seed = seeds_through(logits, manifest.final_activation)
+        given = {"image": images, "seed": self.seed}
         for program in manifest.programs:
             if program is classify:
                 continue
@@ -131,7 +131,8 @@ class Checker:
             raise NotFinite(program.kind)
         if bad is not None:
             raise ExportError(
-                f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights"
+                f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights, and "
+                "whether it takes a root, a logarithm or a quotient of what may be 0, as the standard deviation of a constant channel is"
             )
         return out
 
@@ -184,6 +185,28 @@ def finished(logits: np.ndarray, activation: str | None) -> np.ndarray:
     shifted = z - z.max()
     log = shifted - np.log(np.exp(shifted).sum())
     return log if activation == "LogSoftmax" else np.exp(log)
+
+
+def seeds_through(logits: np.ndarray, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Cotangents (B, classes) of the source's scores and of the logits, float32, that mean the same: the top class's, the latter of
+    largest entry 1.
+    """
+    cotangent = np.eye(logits.shape[1])[logits.argmax(axis=1)]
+    if activation is None:
+        return cotangent.astype(np.float32), cotangent.astype(np.float32)
+    seeds = np.zeros(logits.shape)
+    for row, (z, v) in enumerate(zip(logits, cotangent, strict=True)):
+        scores = finished(z, activation)
+        if activation == "Sigmoid":
+            seed = v * scores * (1 - scores)
+        elif activation == "Softmax":
+            seed = scores * (v - v @ scores)
+        else:
+            seed = v - np.exp(scores) * v.sum()
+        largest = np.abs(seed).max()
+        if largest > 0:  # else the scores are saturated
+            seeds[row], cotangent[row] = seed / largest, v / largest
+    return cotangent.astype(np.float32), seeds.astype(np.float32)
 
 
 def zero_gradients(graph: TappedGraph) -> frozenset[str]:
@@ -258,11 +281,16 @@ def looks_like_probabilities(
     return "numbers between 0 and 1" if scores.max() <= 1 + 1e-6 and not behind_product else None
 
 
-def warn_of_probabilities(told: str) -> None:
+def warn_of_probabilities(seem: str | None, made_of: str | None) -> None:
+    """seem: what scores look like; made_of: the operator that they are made of."""
+    told = (
+        f"the scores look like probabilities ({seem}), and what they are made of was not found"
+        if seem is not None
+        else f"the scores are made of a {made_of}, whose own input was not found to be the logits"
+    )
     warnings.warn(
-        f"the scores look like probabilities ({told}), and what they are made of was not found: gradients are of probabilities, which "
-        "flatten where the network is sure, and Score-CAM's weights are a softmax of probabilities; export the model without its "
-        "final activation, or name the output before it",
+        f"{told}: gradients are of these scores, which flatten where the network is sure, and Score-CAM's weights are a softmax of "
+        "them; export the model without its final activation, or name the output before it",
         stacklevel=4,
     )
 

@@ -21,7 +21,7 @@ from .onnx_file import computes_in_half, modernise, read_model
 from .prepare import channels_first, settle, take_numbers_as_float
 from .reads import refuse_unread
 from .tape import dims, made_by
-from .taps import ROLES, choose, feature_maps, is_finished, not_a_map
+from .taps import ROLES, choose, feature_maps, is_finished, not_a_map, warn_of_no_last
 
 
 def read_graph(
@@ -44,6 +44,7 @@ def read_graph(
     names = _layer_names(model.graph)
     rounded = computes_in_half(model)
     model = modernise(model)
+    _leave_unused_inputs(model.graph)
     channels_first(model, input_shape)
     whole_numbers = take_numbers_as_float(model)
     batch = settle(model, input_shape, attempt.pinned)
@@ -73,6 +74,7 @@ def read_graph(
         refuse_unread(name, y, maps.unread)
         norm = "after" if batch_norm_after(y) else "none"
         taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
+    warn_of_no_last(layers, last_name, maps.without_last)
     normalized = normalized_image(model.graph, known, logits)
     return TappedGraph(
         model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch, whole_numbers, rounded
@@ -83,7 +85,10 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
     """What the untouched file gives for an image, by ONNX Runtime; None, with a warning, where that cannot run it."""
     model = onnx.load(str(path), load_external_data=False).graph
     constants = {t.name for t in model.initializer}
-    entry = next(v for v in model.input if v.name not in constants)
+    given = [v for v in model.input if v.name not in constants]
+    used = {name for node in model.node for name in node.input}
+    entry = next((v for v in given if v.name in used), given[0])
+    others = {v.name: _zeros(v) for v in given if v is not entry}  # which nothing reads, but ONNX Runtime asks for
     shape = [d.dim_value if d.dim_value > 0 else None for d in entry.type.tensor_type.shape.dim]
     kind = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
     image_shape = dims(graph.model.graph.inputs[0])
@@ -102,7 +107,7 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
                 opened.append(open_file(path))
             if opened[0] is None:
                 return None
-            scores = opened[0]({entry.name: fed})[wanted]
+            scores = opened[0]({entry.name: fed, **others})[wanted]
             return scores.reshape(1, -1) if len(fed) == 1 else scores[:1]
         except BundleError as error:
             opened[:] = [None]
@@ -120,6 +125,20 @@ def refuse_invalid(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"{path}: not a valid ONNX model ({first_line(error)[:200]})") from error
+
+
+def _zeros(value: onnx.ValueInfoProto) -> np.ndarray:
+    kind = value.type.tensor_type
+    sizes = [d.dim_value if d.dim_value > 0 else 1 for d in kind.shape.dim]
+    return np.zeros(sizes, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+
+
+def _leave_unused_inputs(graph: ir.Graph) -> None:
+    """Inputs that nothing reads are left out, if another is read."""
+    unused = [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]
+    if len(unused) < len(graph.inputs):
+        for value in unused:
+            graph.inputs.remove(value)
 
 
 def _keep_output(model: ir.Model, output: str | None) -> None:

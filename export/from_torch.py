@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
@@ -32,7 +33,8 @@ from .reads import refuse_unread
 from .recording import recording
 from .rewrites import rewrite_operators
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
-from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap
+from .tape import made_by
+from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap, warn_of_no_last
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
@@ -235,6 +237,7 @@ def tap_outputs(
     model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], attempt: Attempt
 ) -> TappedGraph | None:
     """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was not traced."""
+    _name_nodes(model.graph)
     taken = {v.name for v in (*model.graph.inputs, *model.graph.initializers.values())}
     for output, name in zip(model.graph.outputs, ("logits", *traced), strict=True):
         if name not in taken and not output.is_initializer():
@@ -270,7 +273,12 @@ def tap_outputs(
     convolutions = [n for n in convolved if n in forward.modules or tensors[n] not in of_modules]
     left_out, without_gradient, taps = [], [], []
     deeper = _name_of(maps.deeper, tensors, forward) if maps.deeper is not None else None
-    without_last = maps.without_last or "the last tensor on a grid has no name in the model"
+    unread = last is not None and (made_by(last, "StopGradient") or any(v is last for v in tensors.values()))
+    without_last = maps.without_last or (
+        "no gradient reaches the last tensor on a grid, which the logits read through detach or no_grad alone"
+        if unread
+        else "the last tensor on a grid has no name in the model"
+    )
     roles = choose(
         layers, convolutions, last_name, forward.shapes, lambda n: is_finished(tensors[n]), without_last, deeper
     )
@@ -302,8 +310,19 @@ def tap_outputs(
         )
     if not taps:
         raise nothing_to_tap(layers, without_last)
+    warn_of_no_last(layers, last_name, without_last)
     normalized = normalized_image(model.graph, known, logits)
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names nodes by the module that they belong to, for messages: layer1.0.conv1, layer1.0.add."""
+    for node in graph:
+        with contextlib.suppress(ValueError, SyntaxError):
+            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+            modules = [s for s in scopes[:-1] if s]
+            if scopes:
+                node.name = ".".join([*modules[-1:], scopes[-1]]).removeprefix("model.")
 
 
 def _name_of(value: ir.Value, tensors: Mapping[str, ir.Value], forward: Forward) -> str | None:

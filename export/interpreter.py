@@ -320,6 +320,11 @@ def arg_max(attributes, x):
     return x.argmax(attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
 
 
+@operator("ArgMin")
+def arg_min(attributes, x):
+    return x.argmin(attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1)))
+
+
 @operator("CumSum")
 def cum_sum(attributes, x, axis):
     axis = int(axis.item())

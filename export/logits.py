@@ -67,8 +67,13 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
         text = str(output.shape)
         if given.count(None) == 1 and given[0] is not None:
             raise BatchElsewhere(f"output {output.name!r}, {text}, has its batch on another axis than the first")
+        held = (
+            "; where its first axis is the batch that the file was traced with, write the file with a batch of 1"
+            if len(given) == 2 and None not in given
+            else ""
+        )
         raise ExportError(
-            f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is (batch, classes)"
+            f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is (batch, classes){held}"
         )
     first = logits.shape[0] if logits.shape is not None and len(logits.shape) else None
     if isinstance(first, ir.SymbolicDim) and str(first.value) != "batch":

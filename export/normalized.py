@@ -72,7 +72,8 @@ def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> t
         scales = _scales_channels(node)
         if (node.op_type in operators or scales) and logits not in node.outputs:
             inside.update(node.outputs)
-            if node.op_type in _SHIFTS or (scales and len(node.inputs) > 2):
+            of_image_alone = node.op_type in ("Add", "Sub", "Max", "Min") and len(computed) == len(node.inputs)
+            if (node.op_type in _SHIFTS and not of_image_alone) or (scales and len(node.inputs) > 2):
                 shifts.append(node)
     return inside, shifts
 

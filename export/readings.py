@@ -49,8 +49,12 @@ class ReadingsNoted(TorchFunctionMode):
         return output
 
     def _forget(self, written: Sequence[torch.Tensor]) -> None:
-        storages = {x.untyped_storage()._cdata for x in written}
-        self._constants = {i: t for i, t in self._constants.items() if t.untyped_storage()._cdata not in storages}
+        """What shares memory with a tensor that was written to is no constant any more; where that cannot be told, nothing is."""
+        try:
+            storages = {x.untyped_storage()._cdata for x in written}
+            self._constants = {i: t for i, t in self._constants.items() if t.untyped_storage()._cdata not in storages}
+        except NotImplementedError:  # tensors within torch.vmap have no memory of their own
+            self._constants = {}
 
 
 class ReadingsGiven(TorchFunctionMode):

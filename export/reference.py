@@ -151,35 +151,42 @@ def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
     """Compares the bundle's gradients of one image's top class with PyTorch's. ExportError; a warning where the model has backward
     passes of its own, whose gradients camrt does not have.
     """
-    if not checker.gradients or graph.final_activation is not None or checker.logits is None:
+    if not checker.gradients or checker.cotangent is None or checker.seed is None:
         return
     taps = [t for t, _ in graph.taps]
     names = [t.name for t in taps]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    target = int(checker.logits[0].argmax())
+    cotangent, seed = (torch.from_numpy(a[:1]) for a in (checker.cotangent, checker.seed))
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
         with without_autocast():
             image = torch.from_numpy(checker.images[:1]).to(device)
-            recorded = as_maps(record(model, image, target, names), taps)
+            recorded = as_maps(record(model, image, cotangent.to(device), names), taps)
             found = {n: g.cpu().numpy() for n, g in recorded.gradients.items()}
             check_gradients(
-                checker.gradients, found, own_gradients(model, image), lambda: _exact(model, image, target, graph)
+                checker.gradients,
+                found,
+                own_gradients(model, image),
+                lambda: _exact(model, image, cotangent.to(device), seed, graph),
             )
     finally:
         for module in training:
             module.training = True
 
 
-def _exact(model: nn.Module, image: torch.Tensor, target: int, graph: TappedGraph) -> dict[str, float]:
-    """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer."""
+def _exact(
+    model: nn.Module, image: torch.Tensor, cotangent: torch.Tensor, seed: torch.Tensor, graph: TappedGraph
+) -> dict[str, float]:
+    """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer. cotangent: of the model's scores; seed:
+    of the logits.
+    """
     from .interpreter import Interpreter
     from .programs import gradients
 
     taps = [t for t, _ in graph.taps]
     try:
-        want = as_maps(record(model.double(), image.double(), target, [t.name for t in taps]), taps)
+        want = as_maps(record(model.double(), image.double(), cotangent.double(), [t.name for t in taps]), taps)
     except RuntimeError as error:  # code that casts to float32 by itself
         warnings.warn(
             f"the model does not run in float64, so its gradients were compared roughly ({first_line(error)})",
@@ -188,12 +195,10 @@ def _exact(model: nn.Module, image: torch.Tensor, target: int, graph: TappedGrap
         return {}
     finally:
         model.float()
-    seed = torch.zeros_like(want.logits).cpu()
-    seed[:, target] = 1
     program = gradients(replace(graph, precision="float32"))
     names = [f"gradient:{t.name}" for t in taps]
     with torch.no_grad():
-        found = Interpreter(program).run({"image": image.double().cpu(), "seed": seed}, names)
+        found = Interpreter(program).run({"image": image.double().cpu(), "seed": seed.double()}, names)
     return {
         t.name: relative_l2(found[n].numpy(), want.gradients[t.name].cpu().numpy())
         for t, n in zip(taps, names, strict=True)
@@ -335,7 +340,8 @@ def integrative_cam(
         maps.append(minmax(resize(map_.relu(), size)))
         importance.append(gradient.abs().mean((1, 2, 3)) * activation.abs().mean((1, 2, 3)))
     shares = torch.stack(importance, 1)
-    shares = shares / shares.sum(1, keepdim=True)
+    total = shares.sum(1, keepdim=True)
+    shares = torch.where(total > 0, shares / torch.where(total > 0, total, 1), 1 / len(importance))
     return sum(w[:, None, None] * m for w, m in zip(shares.T, maps, strict=True)), shares  # type: ignore[return-value]
 
 

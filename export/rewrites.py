@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ aten = torch.ops.aten
 
 def rewrite_operators(program: torch.export.ExportedProgram) -> None:
     """Rewrites a program in place; what it computes stays."""
-    for rewrite in (_pool_by_mean, _attention, _keep_small_terms):
+    for rewrite in (_pool_by_mean, _pick_first_maximum, _deviate_from_zero, _attention, _keep_small_terms):
         rewrite(program.graph_module.graph)
     program.graph_module.recompile()
 
@@ -35,6 +37,67 @@ def _pool_by_mean(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _pick_first_maximum(graph: torch.fx.Graph) -> None:
+    """Writes a maximum whose position PyTorch knows as what lies there: of equal elements the first has the gradient.
+
+    ONNX's ReduceMax has no position, and shares it among them.
+    """
+    global_pools = {aten.adaptive_max_pool2d.default: 2, aten.adaptive_max_pool1d.default: 1}
+    for node in list(graph.nodes):
+        if node.target not in (aten.max.dim, aten.min.dim, *global_pools):
+            continue
+        values = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+        if not values:
+            continue
+        x = node.args[0]
+        call = _caller(graph, node)
+        if node.target in global_pools:
+            axes = global_pools[node.target]
+            if any(n != 1 for n in node.args[1]):
+                continue
+            flat = call(aten.flatten.using_ints, x, -axes)
+            taken = call(aten.gather.default, flat, -1, call(aten.argmax.default, flat, -1, True))
+            taken = call(aten.unsqueeze.default, taken, -1) if axes == 2 else taken
+        else:
+            axis, keeps = node.args[1], len(node.args) > 2 and node.args[2]
+            position = aten.argmax.default if node.target == aten.max.dim else aten.argmin.default
+            taken = call(aten.gather.default, x, axis, call(position, x, axis, True))
+            taken = taken if keeps else call(aten.squeeze.dim, taken, axis)
+        for value in values:
+            value.replace_all_uses_with(taken)
+            graph.erase_node(value)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _deviate_from_zero(graph: torch.fx.Graph) -> None:
+    """Writes a standard deviation as a root that has no gradient where it is 0, as PyTorch's has none."""
+    variances = {aten.std.dim: aten.var.dim, aten.std.correction: aten.var.correction}
+    for node in list(graph.nodes):
+        if node.target not in variances:
+            continue
+        call = _caller(graph, node)
+        variance = call(variances[node.target], *node.args, **node.kwargs)
+        varies = call(aten.gt.Scalar, variance, 0)
+        safe = call(aten.sqrt.default, call(aten.where.ScalarOther, varies, variance, 1.0))
+        root = call(aten.where.ScalarOther, varies, safe, 0.0)
+        node.replace_all_uses_with(root)
+        graph.erase_node(node)
+
+
+def _caller(graph: torch.fx.Graph, before: torch.fx.Node) -> Callable[..., torch.fx.Node]:
+    """What puts a call before a node: (operator, *arguments) -> the new node, with its shape."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        with graph.inserting_before(before):
+            new = graph.call_function(target, args, kwargs)
+        new.meta.update({k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack")})
+        new.meta["val"] = target(*(a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in args), **kwargs)
+        return new
+
+    return call
+
+
 def _attention(graph: torch.fx.Graph) -> None:
     """Writes attention over other than four axes as products and a softmax: ONNX's form of it has four."""
     for node in list(graph.nodes):
@@ -46,14 +109,7 @@ def _attention(graph: torch.fx.Graph) -> None:
             continue  # the exporter's error says which operator it is
         query, mask = given["query"], given.get("attn_mask")
         scale = given.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
-
-        def call(target: Any, *args: Any, before: torch.fx.Node = node) -> torch.fx.Node:
-            with graph.inserting_before(before):
-                new = graph.call_function(target, args)
-            new.meta.update({k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack")})
-            new.meta["val"] = target(*(a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in args))
-            return new
-
+        call = _caller(graph, node)
         scores = call(
             aten.matmul.default, call(aten.mul.Tensor, query, scale), call(aten.transpose.int, given["key"], -2, -1)
         )

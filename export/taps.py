@@ -77,6 +77,7 @@ def feature_maps(graph: ir.Graph, logits: ir.Value, without_gradient: Container[
         if last is not None
         and v in behind
         and v in known
+        and 1 not in known[v].grid
         and 1 < math.prod(known[v].grid) < math.prod(known[last].grid)
     ]
     return FeatureMaps(known, unread, reachable, last, why, coarser[-1] if coarser else None)
@@ -99,6 +100,8 @@ def last_on_grid(
     earlier one would pass for the last; and where the network ends in several branches that no tensor feeds.
     """
     grids = [v for v in order if v in known and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None]
+    if any(_pooled_to_strip(v, known) for v in grids):  # what follows has the rows or the columns of the picture alone
+        grids = [v for v in grids if 1 not in known[v].grid]
     behind = order[order.index(grids[-1]) + 1 :] if grids else order
     lost = next((v for v in behind if _unusable(v, known, followed)), None)
     if lost is not None and lost in followed and not followed[lost].lies_over_image:
@@ -110,7 +113,9 @@ def last_on_grid(
     if lost is not None:
         node = lost.producer()
         assert node is not None
-        raise NoLastLayer(f"what {node.op_type} (node {node.name!r}) computes is not known to be a feature map")
+        raise NoLastLayer(
+            f"what {node.op_type} (node {node.name!r}) computes could not be followed back to the rows and columns of the picture"
+        )
     if not grids:
         raise NoLastLayer("no tensor that the logits read is known to be a feature map on a grid")
     deepest = grids[-1]
@@ -130,6 +135,13 @@ def last_on_grid(
             break
         last = before  # type: ignore[assignment]
     return last
+
+
+def _pooled_to_strip(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
+    """Whether a pooling over all rows or all columns made the tensor."""
+    node = made_by(value, *_POOLINGS, "MaxPool", "ReduceMax")
+    before = known.get(node.inputs[0]) if node is not None and node.inputs[0] is not None else None
+    return before is not None and 1 in known[value].grid and 1 not in before.grid
 
 
 def _raises(node: ir.Node, value: ir.Value) -> bool:
@@ -159,7 +171,14 @@ def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mappi
         return False
     axes = followed.get(value)
     on_grid = axes is None or any(piece.of in ("row", "column") for axis in axes.axes for piece in axis)
-    return on_grid and _has_positions(value)
+    return on_grid and (_has_positions(value) or _sums_on_grid(value, known))
+
+
+def _sums_on_grid(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
+    """Whether a sum over other axes left numbers with the rows and columns of a map, as kernels that vary by position do."""
+    return made_by(value, "ReduceSum", "ReduceMean") is not None and tuple(dims(value)[-2:]) in {
+        layout.grid for layout in known.values() if 1 not in layout.grid
+    }
 
 
 def _has_positions(value: ir.Value) -> bool:
@@ -183,16 +202,33 @@ def _is_activated_product(value: ir.Value) -> bool:
 
 
 def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
-    """The norm that a token tensor is a projection of, as attention's keys and values are; else the tensor itself."""
+    """The norm that a token tensor is a projection of; for attention's keys and values without a norm, the tensor that they project;
+    else the tensor itself.
+    """
     inner = value
     while (node := inner.producer()) is not None:
         if node.op_type in _NORMS:
             return inner if inner in known else value
         computed = [x for x in node.inputs if x is not None and x in followed]
         if node.op_type not in _PROJECTION or len(computed) != 1:
-            return value
+            break
         inner = computed[0]
-    return value
+    return inner if inner in known and _is_attended(value) else value
+
+
+def _is_attended(value: ir.Value) -> bool:
+    """Whether a tensor is multiplied by other computed numbers, as attention's keys and values are."""
+    pending, seen = [value], set()
+    while pending:
+        x = pending.pop()
+        for node in x.consumers():
+            products = node.op_type in ("MatMul", "Einsum")
+            if products and all(y is None or constant_of(y) is None for y in node.inputs):
+                return True
+            if node not in seen and node.op_type in _PROJECTION and not products:
+                seen.add(node)
+                pending += node.outputs
+    return False
 
 
 def is_finished(value: ir.Value) -> bool:
@@ -237,11 +273,6 @@ def choose(
         wanted = list(layers)
     if not wanted and isinstance(layers, str):
         raise nothing_to_tap(layers, without_last)
-    if last is None and layers in ("last", "default"):
-        warnings.warn(
-            f"{without_last}; so the bundle has no last layer for the methods that explain it: name a layer",
-            stacklevel=6,
-        )
     if deeper is not None and last in wanted:
         warnings.warn(
             f"the logits read {last!r} past the deeper {deeper!r} as well: the former is the last layer, since it carries all that they "
@@ -254,9 +285,9 @@ def choose(
     if named and last not in chosen:
         stand_in = next((n for n in reversed(chosen) if finished(n)), None)
         if stand_in is not None:
+            own = f"the network's own is {last!r}" if last is not None else f"the network has none: {without_last}"
             warnings.warn(
-                f"layer {stand_in!r} stands for the last layer, the deepest of those named that lies behind its norm and activation; "
-                f"the network's own is {last!r}",
+                f"layer {stand_in!r} stands for the last layer, the deepest of those named that lies behind its norm and activation; {own}",
                 stacklevel=6,
             )
     roles = {}
@@ -264,6 +295,14 @@ def choose(
         is_last = name == (stand_in if stand_in is not None else last)
         roles[name] = tuple(role for role, holds in (("conv", name in convolutions), ("last", is_last)) if holds)
     return roles
+
+
+def warn_of_no_last(layers: object, last: str | None, without_last: str) -> None:
+    if last is None and layers in ("last", "default"):
+        warnings.warn(
+            f"{without_last}; so the bundle has no last layer for the methods that explain it: name a layer",
+            stacklevel=5,
+        )
 
 
 def nothing_to_tap(layers: object, without_last: str) -> ExportError:

@@ -238,11 +238,12 @@ class Explainer:
             names = tuple(t.name for t in self.manifest.taps if wanted in t.roles)
             if not names:
                 own = self.manifest.last_layer
-                add = (
-                    f"export it with --layers {wanted}"
-                    if wanted == "conv" or own is None
-                    else f"export it with layer {own!r} as well"
-                )
+                if wanted == "conv":
+                    add = "export it with --layers conv"
+                elif own is None:
+                    add = "export it with --layers last, which says so where the network has no such layer"
+                else:
+                    add = f"export it with layer {own!r} as well"
                 raise UnknownLayer(
                     f"{method.name} needs the layers {wanted!r}, which this bundle lacks: {add}, or name layers, it has "
                     f"{', '.join(self.layers[:5])}"

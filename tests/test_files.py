@@ -560,7 +560,7 @@ def test_scores_made_of_probabilities_are_warned_of(kind: str, tmp_path: Path) -
     else:
         g.op("Sub" if kind == "both signs" else "Mul", inner, hundred, out="p")
     _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
-    assert any("look like probabilities (they are made of a S" in s for s in said), said
+    assert any("the scores are made of a S" in s for s in said), said
 
 
 def test_scores_of_a_product_may_lie_between_0_and_1(tmp_path: Path) -> None:
@@ -734,6 +734,28 @@ def test_masks_multiply_what_the_first_convolution_reads(kind: str, tmp_path: Pa
     for method in ("score_cam_pp", "score_cam", "grad_cam", "ablation_cam"):
         got, want = explainer.explain(images, method, 1).maps, plain.explain(normalised, method, 1).maps
         np.testing.assert_allclose(got, want, atol=1e-4, err_msg=method)
+
+
+def test_an_input_that_nothing_reads_is_left_out(tmp_path: Path) -> None:
+    source = classifier(tmp_path / "model.onnx", opset=17, softmax=False)
+    model = onnx.load(str(source))
+    model.graph.input.insert(0, helper.make_tensor_value_info("mask", TensorProto.INT64, ["batch", 10]))
+    onnx.save(model, str(source))
+    explainer, said = exported(source)
+    plain, _ = exported(classifier(tmp_path / "plain.onnx", opset=17, softmax=False))
+    assert not said
+    np.testing.assert_allclose(explainer.classify(IMAGES), plain.classify(IMAGES), rtol=1e-6)
+
+
+def test_a_grey_picture_made_inside_moves_no_zero(tmp_path: Path) -> None:
+    g = Graph()
+    bounds = [ints(g, f"bound{i}", i) for i in range(4)]
+    planes = [g.op("Slice", "data", bounds[i], bounds[i + 1], bounds[1], out=f"plane{i}") for i in range(3)]
+    grey = g.op("Add", g.op("Add", planes[0], planes[1], out="two"), planes[2], out="grey")
+    g.op("GlobalAveragePool", trunk(g, g.op("Concat", grey, grey, grey, out="colour", axis=1)), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    explainer, said = exported(saved(g, tmp_path / "model.onnx"))
+    assert explainer.manifest.normalized is None and not any("masks cannot follow" in s for s in said)
 
 
 def test_a_mere_scale_inside_needs_no_programs_of_its_own(tmp_path: Path) -> None:

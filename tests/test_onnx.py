@@ -234,6 +234,13 @@ def first(graph: onnx.GraphProto, kind: str, name: str, value: object) -> None:
     node.attribute.extend([*kept, helper.make_attribute(name, value)])
 
 
+def second_input(graph: onnx.GraphProto) -> None:
+    graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+    for node in graph.node:
+        node.input[:] = ["both" if name == "data" else name for name in node.input]
+    graph.node.insert(0, helper.make_node("Add", ["data", "more"], ["both"]))
+
+
 def test_an_operator_without_a_rule_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(RULES, "Sigmoid")
     with pytest.raises(
@@ -259,7 +266,7 @@ def test_an_operator_without_a_rule_is_named(tmp_path: Path, monkeypatch: pytest
         (changed(lambda g: g.initializer[0].dims.append(7)), {}, r"its tensor '.*' is damaged"),
         (changed(lambda g: g.node[1].ClearField("output")), {}, "could not be converted to 18: Input b0 is undefined"),
         (
-            changed(lambda g: g.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))),
+            changed(second_input),
             {},
             r"the model has 2 inputs \(data \[N,3,20,18\], more \[1\]\): camrt explains models with one image input",
         ),

@@ -278,6 +278,99 @@ def test_calls_on_the_same_tensor_stay_apart(tmp_path: Path) -> None:
     assert_verified(explainer, model)
 
 
+class _Scores(Net):
+    """A network that returns probabilities."""
+
+    def __init__(
+        self, middle: Callable[..., torch.Tensor] | None, scores: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__(middle)
+        self.scores = scores
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores(super().forward(x))
+
+
+@pytest.mark.parametrize("scores", [torch.sigmoid, lambda z: z.softmax(1), lambda z: z.log_softmax(1)])
+def test_gradients_are_compared_through_a_final_activation(
+    scores: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    exported(_Scores(None, scores).eval(), tmp_path / "net.camrt")
+    with pytest.raises(ExportError, match="the gradients of first are not PyTorch's"):
+        exported(_Scores(hooked, scores).eval(), tmp_path / "hooked.camrt")
+
+
+def dead_channels(net: Net, h: torch.Tensor) -> torch.Tensor:
+    """Behind the rectifier two channels are 0 everywhere: all of their elements are the largest."""
+    return net.second(h).sub(torch.tensor([99.0, 99, 0, 0, 0, 0, 0, 0])[:, None, None]).relu()
+
+
+POOLINGS = {
+    "adaptive": lambda h: F.adaptive_max_pool2d(h, 1).flatten(1),
+    "max": lambda h: h.flatten(2).max(-1)[0],
+    "max of max": lambda h: h.max(-1, keepdim=True).values.max(2)[0][:, :, 0],
+    "min": lambda h: -(-h).flatten(2).min(-1)[0],
+    "amax": lambda h: h.amax((2, 3)),
+    "deviation": lambda h: h.std((2, 3)) + h.flatten(2).std(2, correction=0),
+    "vmap": lambda h: torch.vmap(lambda part: part.mean((1, 2)))(h),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_equal_elements_have_pytorchs_gradient(pooling: str, tmp_path: Path) -> None:
+    model = Net(dead_channels).eval()
+    model.forward = lambda x: model.fc(POOLINGS[pooling](model.features(x)))  # type: ignore[method-assign]
+    explainer, _ = exported(model, tmp_path / "net.camrt")
+    assert_verified(explainer, model)
+
+
+def test_a_layer_that_gradients_do_not_reach_is_no_last_layer(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match="no gradient reaches the last tensor on a grid, which the logits read through"
+    ):
+        camrt.export_model(Net(lambda net, h: net.second(h).relu().detach()).eval(), tmp_path / "net.camrt", SHAPE)
+
+
+def strips(net: Net, h: torch.Tensor) -> torch.Tensor:
+    """As in re-identification: what each stripe of a person shows."""
+    return F.adaptive_avg_pool2d(net.second(h).relu(), (4, 1)) * torch.tensor([1.0, 2, 3, 4])[:, None]
+
+
+def involution(net: Net, h: torch.Tensor) -> torch.Tensor:
+    windows = F.unfold(h, 3, padding=1).reshape(-1, 8, 9, 16, 20)
+    return (net.second(h)[:, :, None] * windows).sum(2)
+
+
+def key_and_value(net: Net, h: torch.Tensor) -> torch.Tensor:
+    tokens = h.flatten(2).transpose(1, 2)
+    keys, values = (tokens @ torch.cat([net.fc.weight.T, net.fc.weight.T], 1)).chunk(2, -1)
+    mixed = (net.fc.bias[None, None] @ keys.transpose(1, 2)).softmax(-1) @ values
+    return (mixed @ net.fc.weight)[:, 0, :, None, None]
+
+
+@pytest.mark.parametrize(
+    ("middle", "last"), [(strips, "relu_1"), (involution, None), (key_and_value, "relu")], ids=lambda v: str(v)[:20]
+)
+@pytest.mark.parametrize("source", ["torch", "onnx"])
+def test_the_last_layer_before_unusual_ends(middle: Callable, last: str | None, source: str, tmp_path: Path) -> None:
+    model = Net(middle).eval()
+    if source == "torch":
+        explainer, said = exported(model, tmp_path / "net.camrt")
+        assert explainer.manifest.last_layer == last
+    else:
+        file = str(tmp_path / "net.onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (torch.zeros(1, *SHAPE),), file, dynamo=False)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            explainer = camrt.load(camrt.export_onnx(file, tmp_path / "net.camrt"))
+        said = "\n".join(str(w.message) for w in seen)
+        assert (explainer.manifest.last_layer is None) == (last is None)
+        assert last is None or "Relu" in str(explainer.manifest.last_layer)
+    assert ("so the bundle has no last layer" in said) == (last is None) and "past the deeper" not in said
+
+
 def other_for_one(net: Net, h: torch.Tensor) -> torch.Tensor:
     return net.second(2 * h if h.shape[0] == 1 else h).relu()
 

@@ -20,7 +20,9 @@ def resize_matrix(size, out, scale, node, start=0.0, end=1.0):
     antialias = bool(attribute(node, "antialias", 0)) and scale < 1 and mode != "nearest"
     where = attribute(node, "coordinate_transformation_mode", "half_pixel")
     matrix = np.zeros((out, size))
-    for i, x in enumerate(_positions(size, out, scale, where, start, end)):
+    # float32 for the nearest, as engines compute it, so that ties fall as there; else rounding would be all of a gradient's error
+    one = np.float32 if mode == "nearest" else np.float64
+    for i, x in enumerate(_positions(size, out, scale, where, start, end, one)):
         if where == "tf_crop_and_resize" and not 0 <= x <= size - 1:
             continue  # the extrapolation value
         if mode == "nearest":
@@ -35,9 +37,8 @@ def resize_matrix(size, out, scale, node, start=0.0, end=1.0):
     return matrix
 
 
-def _positions(size, out, scale, mode, start, end):
-    """Where each output element lies on the input's axis; in float32, as engines compute it, so that ties fall as there."""
-    one = np.float32
+def _positions(size, out, scale, mode, start, end, one):
+    """Where each output element lies on the input's axis, computed in the precision `one`."""
     i, scale, half = np.arange(out, dtype=one), one(scale), one(0.5)
     if mode == "align_corners":
         found = i * one(size - 1) / one(out - 1) if out > 1 else np.zeros(1, one)
