@@ -208,6 +208,9 @@ Stop-gradient (`detach`, straight-through estimators) is part of PyTorch's gradi
 PyTorch it is honoured, with a warning; from an ONNX file the gradient is that of the forward pass. A `torch.autograd.Function` with a
 backward pass of its own is differentiated through its forward pass, with a warning that names it.
 
+Which of several equal elements is the largest: `max_pool2d`, `adaptive_max_pool2d` and `max(dim)` give the gradient to the first,
+`amax` shares it. From PyTorch each is kept; an ONNX file writes `max(dim)` and `amax` alike (ReduceMax), and there it is shared.
+
 ## The last layer
 
 The role "last" belongs to the last tensor on a spatial grid that the logits read before the grid is pooled or flattened, behind its
