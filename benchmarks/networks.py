@@ -92,14 +92,14 @@ def _measured(path: Path, backend: str, precision: str, expected: Any, runs: int
         return {"distances": distances, "problem": f"not timed, because it is wrong: {wrong or 'another top class'}"}
     masks = int(explainer.explain(image, "score_cam_pp", target).details["masked_runs"][0])
     batch = np.repeat(image, 64, axis=0)
-    programs = explainer._runs
-    with programs.alone():
-        chunks = [programs.memory.put(batch[: min(64, masks - i)]) for i in range(0, masks, 64)]
+    session = explainer.session
+    with session.exclusive():
+        chunks = [session.memory.put(batch[: min(64, masks - i)]) for i in range(0, masks, 64)]
 
     def passes() -> None:
-        with programs.alone():
+        with session.exclusive():
             for chunk in chunks:
-                programs.logits(chunk)
+                session.logits(chunk)
 
     result = {
         "distances": distances,

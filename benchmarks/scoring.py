@@ -30,7 +30,8 @@ import camrt
 from camrt.compare import largest_difference
 from camrt.export.probes import smooth_images
 from camrt.kernels import mask_batch
-from camrt.runtime.cams import Lane
+from camrt.runtime.cams import Lane, MaskedRuns
+from camrt.runtime.session.batches import Batch
 
 
 def open_model(name: str) -> tuple[nn.Module, str, np.ndarray]:
@@ -66,8 +67,8 @@ def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
         if distance > 1e-3:
             raise SystemExit(f"not timed, because it is wrong: {distance:.1e} from the peer's map")
         found = explainer.explain(image, "score_cam_pp", target)
-        (part,) = explainer._runs.parts(image, np.zeros((1, 1, found.logits.shape[1]), np.float32), by_image=True)
-        prepared = explainer._runs._masked_runs(part, [layer])
+        batch = Batch(0, image, np.zeros((1, found.logits.shape[1]), np.float32))
+        prepared = MaskedRuns.read(explainer.session, batch, [layer], {})
         count = int(found.details["masked_runs"][0])
 
         masks = mask_batch(image[0], prepared.activations[0][:16])

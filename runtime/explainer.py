@@ -14,12 +14,14 @@ from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
 from .bundle.manifest import Manifest
 from .bundle.reading import Bundle, read_bundle
-from .cams import Method, join, method_named
+from .cams import GRADIENT_AGGREGATIONS, Method, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .images.preprocess import Opened
 from .scores import probabilities
-from .session.session import GRADIENT_AGGREGATIONS, Runs, check_finite, top_class_where_zero
+from .session.batches import batches, check_finite, top_class_where_zero
+from .session.explaining import explain_batch
+from .session.session import Session
 from .session.timing import Stages
 
 
@@ -33,7 +35,7 @@ class Targets:
 
 
 class Explainer:
-    """Explains images with the programs of one bundle. May be used from several threads."""
+    """Explains images with the programs of one bundle. May be used from several threads. session: what runs the programs."""
 
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16, precision: str | None = None):
         if max_batch < 1:
@@ -47,7 +49,7 @@ class Explainer:
         self.backend = backend
         self.manifest: Manifest = bundle.manifest
         self.precision = precision or bundle.precisions[0]
-        self._runs = Runs(bundle, backend, max_batch, self.precision)
+        self.session = Session(bundle, backend, max_batch, self.precision)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ class Explainer:
     def classify(self, images: Any) -> np.ndarray:
         """Logits (B, classes) float32."""
         opened = Opened(images, self.manifest)
-        return self._within_memory(lambda: self._runs.logits(self._placed(opened)[0]))
+        return self._within_memory(lambda: self.session.logits(self._placed(opened)[0]))
 
     def explain(
         self,
@@ -80,7 +82,7 @@ class Explainer:
         chosen = method_named(method)
         chosen.check_options(options)
         names = self._layers(chosen, layers)
-        with self._runs.stage("preprocess"):
+        with self.session.stage("preprocess"):
             opened = Opened(images, self.manifest)
         targets = self.targets(target, len(opened))
         aggregation = str(options.get("gradient_aggregation", "mean"))
@@ -91,17 +93,17 @@ class Explainer:
     def _explained(
         self, opened: Opened, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
     ) -> Explanation:
-        with self._runs.stage("preprocess"):
-            batch, draw = self._placed(opened)
+        with self.session.stage("preprocess"):
+            images, draw = self._placed(opened)
         seeds = targets.seeds
         if method.seeds is not None:
-            seeds = self._seeds_of(method, batch, seeds, options)
+            seeds = self._seeds_of(method, images, seeds, options)
 
         logits = np.empty((len(opened), self.manifest.num_classes), np.float32)
         results = []
-        for part in self._runs.parts(batch, seeds, method.by_image):
-            result, found = self._runs.explained(method, part, names, options)
-            logits[part.first : part.first + len(part.images)] = found[: len(part.images)]
+        for batch in batches(images, seeds, method.by_image, self.session.max_batch):
+            result, found = explain_batch(self.session, method, batch, names, options)
+            logits[batch.first : batch.first + len(batch.images)] = found[: len(batch.images)]
             results.append(result)
         result = join(results)
         check_finite(result.maps)
@@ -128,18 +130,18 @@ class Explainer:
 
     def _placed(self, opened: Opened) -> tuple[Any, Callable[[], list[np.ndarray]]]:
         """The network's input where the backend runs, and what draws the pictures that maps cover."""
-        memory = self._runs.memory
+        memory = self.session.memory
         return opened.on_host() if memory.stream is None else opened.on_gpu(memory)
 
     def _within_memory(self, work: Callable[[], Any]) -> Any:
         """work(), again with half as much at a time where a GPU's memory does not suffice. CamrtError."""
         while True:
             try:
-                with self._runs.alone(halving=True):
+                with self.session.exclusive(halving=True):
                     return work()
             except OutOfMemory as error:
                 problem = CamrtError(str(error))
-            if not self._runs.make_room():
+            if not self.session.make_room():
                 raise problem
 
     @contextmanager
@@ -148,12 +150,12 @@ class Explainer:
 
         On a GPU each stage is waited for and nothing is replayed: such a call takes longer than others.
         """
-        stream = self._runs.memory.stream
-        self._runs.stages = stages = Stages() if stream is None else Stages(lambda: stream.event().synchronize())
+        stream = self.session.memory.stream
+        self.session.stages = stages = Stages() if stream is None else Stages(lambda: stream.event().synchronize())
         try:
             yield stages
         finally:
-            self._runs.stages = None
+            self.session.stages = None
 
     def probabilities(self, images: Any) -> np.ndarray:
         """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one class."""
@@ -164,18 +166,18 @@ class Explainer:
         first layer reads.
         """
         opened = Opened(images, self.manifest)
-        return self._within_memory(lambda: self._runs.memory.get(self._runs.normalized(self._placed(opened)[0]))[0])
+        return self._within_memory(lambda: self.session.memory.get(self.session.normalized(self._placed(opened)[0]))[0])
 
     def normalized_probabilities(self, normalized: np.ndarray) -> np.ndarray:
         """`probabilities` of what `normalized` gives, (B, C', H, W)."""
         if self.manifest.normalized is None:
             return self.probabilities(normalized)
-        return probabilities(self._within_memory(lambda: self._runs.scored(normalized)), self.manifest)
+        return probabilities(self._within_memory(lambda: self.session.scored(normalized)), self.manifest)
 
-    def _seeds_of(self, method: Method, batch: Any, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    def _seeds_of(self, method: Method, images: Any, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
         """The seeds of a method that makes its own from the logits, (B, K, classes)."""
         assert method.seeds is not None
-        logits = np.repeat(self._runs.logits(batch), seeds.shape[1], axis=0)
+        logits = np.repeat(self.session.logits(images), seeds.shape[1], axis=0)
         given = top_class_where_zero(seeds.reshape(logits.shape), logits)
         return method.seeds(logits, given, **options).reshape(seeds.shape)
 

@@ -16,7 +16,7 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.export.reference import grad_cam, record, winsor_cam
 from camrt.kernels import layer_importance
-from camrt.runtime.session.session import GRADIENT_AGGREGATIONS
+from camrt.runtime.cams import GRADIENT_AGGREGATIONS
 
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
 IMAGES = smooth_images((3, 32, 32), 4)
@@ -50,7 +50,7 @@ def test_without_a_target_each_image_explains_its_top_class(explainer: camrt.Exp
 
 def test_several_targets_of_one_image_share_its_forward_pass(explainer: camrt.Explainer, monkeypatch) -> None:
     batches = []
-    run = explainer._runs._open(explainer.bundle.program("layer_maps", CONVOLUTIONS))
+    run = explainer.session.open(explainer.bundle.program("layer_maps", CONVOLUTIONS))
     original = type(run).run
     monkeypatch.setattr(type(run), "run", lambda self, feeds: batches.append(feeds) or original(self, feeds))
     result = explainer.explain(IMAGES[:2], target=[[0, 3, 4], [1, 1, 2]])
@@ -86,7 +86,7 @@ def test_batches_of_any_size_give_the_same(exported: Path, explainer: camrt.Expl
 def test_retuning_is_explaining_anew_without_the_network(explainer: camrt.Explainer, monkeypatch) -> None:
     result = explainer.explain(IMAGES, target=1, percentile=90)
     wanted = explainer.explain(IMAGES, target=1, percentile=20, layer_aggregation="max", interpolation="nearest")
-    monkeypatch.setattr(explainer._runs, "_run", None)  # the network cannot run any more
+    monkeypatch.setattr(explainer.session, "run", None)  # the network cannot run any more
     tuned = result.retune(percentile=20).retune(layer_aggregation="max", interpolation="nearest")
     np.testing.assert_array_equal(tuned.maps, wanted.maps)
     np.testing.assert_array_equal(tuned.layer_weights, wanted.layer_weights)

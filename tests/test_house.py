@@ -162,12 +162,14 @@ def test_versions_agree() -> None:
 
 
 def test_a_second_method_of_a_name_is_refused() -> None:
-    from camrt.runtime.cams import cam
+    from camrt.runtime.cams import Gradients, LayerMaps, cam
 
     with pytest.raises(ValueError, match="registered already"):
-        cam("grad_cam", needs="layer_maps", layers="last", source="none")(lambda layers: layers)
-    with pytest.raises(ValueError, match="use layer_maps, gradients"):
-        cam("new", needs="weather", layers="last", source="none")(lambda layers: layers)
+        cam("grad_cam", needs=LayerMaps, layers="last", source="none")(lambda layers: layers)
+    with pytest.raises(ValueError, match="use LayerMaps, Gradients"):
+        cam("new", needs=str, layers="last", source="none")(lambda layers: layers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="new: on_gpu, but Gradients lies on the host"):
+        cam("new", needs=Gradients, layers="last", source="none", on_gpu=True)(lambda layers: layers)
 
 
 def test_ruff_is_clean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ import camrt
 from camrt.compare import largest_difference
 from camrt.export import reference, reference_runs
 from camrt.export.probes import smooth_images
-from camrt.runtime.cams import METHODS
+from camrt.runtime.cams import METHODS, MaskedRuns
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
-from camrt.runtime.session.session import Runs
+from camrt.runtime.session.batches import batches
+from camrt.runtime.session.explaining import read
 
 IMAGES = smooth_images((3, 32, 32), 3)
 TARGETS = [1, 4, 0]
@@ -202,7 +204,7 @@ def test_dead_channels_never_run_and_change_nothing(
     image = smooth_images((3, 32, 32), 1)
     result = dying.explain(image, method, 1)
     assert result.details["channels"][0] == 16 and result.details["masked_runs"][0] == 8
-    backend = dying._runs.backend
+    backend = dying.backend
     program = backend.open(dying.bundle, dying.bundle.program("activations", ["body"])).run({"image": image})
     activation = program["activation:body"][0]
     assert (activation.max((1, 2)) == 0).sum() == 8
@@ -252,22 +254,24 @@ def unnormalised(explainer: camrt.Explainer, image: np.ndarray, max_error: float
 def test_masks_do_not_outlive_their_batch(explainer: camrt.Explainer) -> None:
     """The buffers of a lane hold one batch of masks, whatever the number of channels."""
     held: list[int] = []
-    small = camrt.Explainer(explainer.bundle, explainer._runs.backend, max_batch=2)
-    data = {}
-    read = Runs.read
+    small = camrt.Explainer(explainer.bundle, explainer.backend, max_batch=2)
+    whole = MaskedRuns.read
 
-    def spy(self: Runs, *arguments: Any) -> Any:
-        data["runs"] = read(self, *arguments)
-        batches = data["runs"].batches
+    def spy(*arguments: Any) -> Any:
+        runs = whole(*arguments)
 
         def counted(count: int, work: Any) -> None:
-            batches(count, lambda part, lane: (held.append(lane.masked.nbytes + lane.gates.nbytes), work(part, lane)))
+            def noted(part: slice, lane: Lane) -> None:
+                assert lane.gates is not None
+                held.append(lane.masked.nbytes + lane.gates.nbytes)
+                work(part, lane)
 
-        object.__setattr__(data["runs"], "batches", counted)
-        return data["runs"]
+            runs.batches(count, noted)
+
+        return dataclasses.replace(runs, batches=counted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runs, "read", spy)
+        patch.setattr(MaskedRuns, "read", spy)
         result = small.explain(IMAGES[:1], "score_cam_pp", 1)
     assert len(held) == 6 and set(held) == {2 * 4 * 32 * 32 * 4}
     assert largest_difference(result.maps, explainer.explain(IMAGES[:1], "score_cam_pp", 1).maps) < 1e-5
@@ -294,8 +298,8 @@ def test_a_layer_sums_to_the_smooth_score(smooth: Any, explainer: camrt.Explaine
 def gradients_of(explainer: camrt.Explainer) -> Any:
     method = METHODS["integrative_cam"]
     seeds = np.eye(5, dtype=np.float32)[TARGETS][:, None]
-    (part,) = explainer._runs.parts(IMAGES, seeds, by_image=False)
-    return explainer._runs.read(method, part, CONVOLUTIONS, {})
+    (batch,) = batches(IMAGES, seeds, False, 16)
+    return read(explainer.session, method, batch, CONVOLUTIONS, {})
 
 
 class Rescaled(nn.Module):

@@ -118,7 +118,7 @@ def test_the_emulated_gpu_is_a_queue(emulated: EmulatedGpu) -> None:
 def test_every_method_gives_the_maps_of_the_cpu(name: str, on_gpu: Explainer, explainer: camrt.Explainer) -> None:
     """On batches that the largest does not divide, twice, so that graphs are captured, and once more, replayed."""
     want = explainer.explain(IMAGES, name)
-    for _ in range(3 if METHODS[name].needs == "layer_maps" else 1):
+    for _ in range(3 if METHODS[name].needs.captured else 1):
         assert_same(on_gpu.explain(IMAGES, name), want)
     classes = np.array([[0, 3], [1, 2], [4, 4]])
     assert_same(on_gpu.explain(IMAGES, name, classes), explainer.explain(IMAGES, name, classes))
@@ -312,4 +312,4 @@ def test_what_is_kept_for_later_is_given_back_before_batches_are_halved(
     backend.room = 0
     monkeypatch.setattr(EmulatedGpu, "give_back", lambda _: setattr(backend, "room", 1000))
     assert_same(on_gpu.explain(IMAGES, percentile=10), explainer.explain(IMAGES, percentile=10))
-    assert on_gpu._runs.max_batch == 2
+    assert on_gpu.session.max_batch == 2

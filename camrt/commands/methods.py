@@ -47,18 +47,20 @@ def _value(text: str) -> Any:
 
 def methods(options: argparse.Namespace) -> int:
     """Lists the methods, or explains one."""
-    from ..runtime.cams import METHODS, NEEDS, method_named
+    from ..runtime.cams import METHODS, method_named
 
     if options.name is not None:
         method = method_named(options.name)
         text = (method.function.__doc__ or "").strip().splitlines()
         print(f"{method.name}: {method.source}")
         print("\n".join(line.strip() for line in text))
-        print(f"layers: {method.layers or 'the whole network'}; programs: {NEEDS[method.needs]}")
+        print(f"layers: {method.layers or 'the whole network'}; programs: {', '.join(method.needs.kinds)}")
         print(f"options: {', '.join(f'{k}={v}' for k, v in method.options.items()) or 'none'}")
         return 0
     for method in sorted(METHODS.values(), key=lambda m: LEADING.index(m.name) if m.name in LEADING else len(LEADING)):
         formula = (method.function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         print(f"{method.name:16} {' '.join(formula.split())}")
-        print(f"{'':16} on {method.layers or 'the whole network'}, from {NEEDS[method.needs]}; {method.source}")
+        print(
+            f"{'':16} on {method.layers or 'the whole network'}, from {', '.join(method.needs.kinds)}; {method.source}"
+        )
     return 0

@@ -1,13 +1,15 @@
 """CAM methods: one pure function each, registered with what it reads; importing this package registers them all."""
 
 from . import gradient, integrative, masking, perturbing, winsor
-from .data import Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns
+from .data import Activations, Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, MethodData
+from .data.layer_maps import GRADIENT_AGGREGATIONS
 from .integrative import Smooth
-from .registry import METHODS, NEEDS, Method, Result, cam, join, method_named
+from .registry import METHODS, Method, Result, cam, join, method_named
 
 __all__ = [
+    "GRADIENT_AGGREGATIONS",
     "METHODS",
-    "NEEDS",
+    "Activations",
     "Gradients",
     "GridMaps",
     "Heads",
@@ -15,6 +17,7 @@ __all__ = [
     "LayerMaps",
     "MaskedRuns",
     "Method",
+    "MethodData",
     "Result",
     "Smooth",
     "cam",

@@ -7,7 +7,7 @@ import numpy as np
 from ...kernels import upsample
 from ..errors import InputError
 from .baseline import combined, scale
-from .data import Gradients, GridMaps, LayerMaps
+from .data import Activations, Gradients, GridMaps, LayerMaps
 from .registry import Result, cam
 
 
@@ -16,13 +16,13 @@ def _weighted(weights: np.ndarray, activation: np.ndarray) -> np.ndarray:
     return np.einsum("sk,skhw->shw", weights, activation)
 
 
-@cam("grad_cam", needs="layer_maps", layers="last", source="Selvaraju et al., arXiv 1610.02391")
+@cam("grad_cam", needs=LayerMaps, layers="last", source="Selvaraju et al., arXiv 1610.02391")
 def grad_cam(layers: LayerMaps) -> Result:
     """ReLU(sum_k alpha_k A_k), alpha_k = mean over the grid of g."""
     return combined(layers.map_of_layers(), layers.size)
 
 
-@cam("grad_cam_pp", needs="gradients", layers="last", source="Chattopadhyay et al., Grad-CAM++, arXiv 1710.11063")
+@cam("grad_cam_pp", needs=Gradients, layers="last", source="Chattopadhyay et al., Grad-CAM++, arXiv 1710.11063")
 def grad_cam_pp(layers: Gradients) -> Result:
     """ReLU(sum_k w_k A_k), w_k = sum ReLU(g) a, a = g^2 / (2 g^2 + g^3 sum(A_k) + 1e-6), 0 where g = 0."""
 
@@ -35,7 +35,7 @@ def grad_cam_pp(layers: Gradients) -> Result:
     return combined([layer(a, g) for a, g in layers.pairs()], layers.size)
 
 
-@cam("x_grad_cam", needs="gradients", layers="last", source="Fu et al., XGrad-CAM, arXiv 2008.02312")
+@cam("x_grad_cam", needs=Gradients, layers="last", source="Fu et al., XGrad-CAM, arXiv 2008.02312")
 def x_grad_cam(layers: Gradients) -> Result:
     """ReLU(sum_k w_k A_k), w_k = sum(g A_k) / (sum(A_k) + 1e-7)."""
 
@@ -46,20 +46,20 @@ def x_grad_cam(layers: Gradients) -> Result:
     return combined([layer(a, g) for a, g in layers.pairs()], layers.size)
 
 
-@cam("layer_cam", needs="gradients", layers="last", source="Jiang et al., LayerCAM, IEEE TIP 2021")
+@cam("layer_cam", needs=Gradients, layers="last", source="Jiang et al., LayerCAM, IEEE TIP 2021")
 def layer_cam(layers: Gradients) -> Result:
     """ReLU(sum_k ReLU(g) A_k)."""
     return combined([(np.maximum(g, 0) * a).sum(axis=1) for a, g in layers.pairs()], layers.size)
 
 
-@cam("hires_cam", needs="gradients", layers="last", source="Draelos and Carin, HiResCAM, arXiv 2011.08891")
+@cam("hires_cam", needs=Gradients, layers="last", source="Draelos and Carin, HiResCAM, arXiv 2011.08891")
 def hires_cam(layers: Gradients) -> Result:
     """ReLU(sum_k g A_k)."""
     return combined([(g * a).sum(axis=1) for a, g in layers.pairs()], layers.size)
 
 
-@cam("eigen_cam", needs="activations", layers="last", source="Muhammad and Yeasin, Eigen-CAM, arXiv 2008.00299")
-def eigen_cam(layers: Gradients) -> Result:
+@cam("eigen_cam", needs=Activations, layers="last", source="Muhammad and Yeasin, Eigen-CAM, arXiv 2008.00299")
+def eigen_cam(layers: Activations) -> Result:
     """ReLU(X v), X the centred (h w, K) activations, v their first right singular vector; it looks at no class.
 
     A singular vector's sign is arbitrary: here it is the one by which the map correlates with the mean activation.
@@ -81,7 +81,7 @@ def eigen_cam(layers: Gradients) -> Result:
     return combined([layer(a) for a in layers.activations], layers.size)
 
 
-@cam("full_grad", needs="full_grad", layers=None, source="Srinivas and Fleuret, FullGrad, arXiv 1905.00780")
+@cam("full_grad", needs=GridMaps, layers=None, source="Srinivas and Fleuret, FullGrad, arXiv 1905.00780")
 def full_grad(grids: GridMaps) -> Result:
     """sum_c minmax|x_c g_c| + sum over biases b of sum_k up(minmax|b_k g_k|), over the image x and every convolution and batch
     norm that adds a constant; biases of linear and layer norm layers, which have no grid, are left out.
@@ -133,7 +133,7 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
 
 @cam(
     "finer_cam",
-    needs="layer_maps",
+    needs=LayerMaps,
     layers="last",
     source="Zhang et al., Finer-CAM, arXiv 2501.11309",
     seeds=finer_seeds,

@@ -104,7 +104,7 @@ def layer_map(activation: np.ndarray, gradient: np.ndarray, smooth: Terms) -> np
 
 @cam(
     "integrative_cam",
-    needs="gradients",
+    needs=Gradients,
     layers="conv",
     source="a reconstruction from the abstract of Integrative CAM, arXiv 2412.01354",
 )

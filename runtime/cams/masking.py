@@ -131,7 +131,7 @@ def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: 
     return np.sort(candidates[order[~dropped]]), float(size[order[dropped]].sum())
 
 
-@cam("score_cam_pp", needs="masked_runs", layers="last", source="ScoreCAM++, arXiv 2404.19341", on_gpu=True)
+@cam("score_cam_pp", needs=MaskedRuns, layers="last", source="ScoreCAM++, arXiv 2404.19341", on_gpu=True)
 def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none", max_error: float = 0.0) -> Result:
     """minmax(ReLU(sum_k s_k H_k)), H_k = tanh(up(A_k)), s_k = the class's probability for the masked input x H_k.
 
@@ -165,7 +165,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     return _result(_finished(runs, totals), runs, count, max(bounds))
 
 
-@cam("score_cam", needs="masked_runs", layers="last", source="Wang et al., Score-CAM, arXiv 1910.01279", on_gpu=True)
+@cam("score_cam", needs=MaskedRuns, layers="last", source="Wang et al., Score-CAM, arXiv 1910.01279", on_gpu=True)
 def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
     """minmax(ReLU(sum_k s_k up(A_k))), s_k = the class's probability for the input masked by minmax(up(A_k)).
 

@@ -25,7 +25,7 @@ def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], co
     return heads.seeds @ heads.probabilities(out).T + complements(heads.seeds)[:, None]
 
 
-@cam("ablation_cam", needs="heads", layers="last", source="Desai and Ramaswamy, Ablation-CAM, WACV 2020")
+@cam("ablation_cam", needs=Heads, layers="last", source="Desai and Ramaswamy, Ablation-CAM, WACV 2020")
 def ablation_cam(heads: Heads) -> Result:
     """ReLU(sum_k w_k A_k), w_k = (S - S_k) / S, S_k the logit when channel k is set to zero.
 
@@ -55,7 +55,7 @@ def ablation_cam(heads: Heads) -> Result:
     return combined(per_layer, heads.size)
 
 
-@cam("recipro_cam", needs="heads", layers="last", source="Byun and Lee, Recipro-CAM, arXiv 2209.14074")
+@cam("recipro_cam", needs=Heads, layers="last", source="Byun and Lee, Recipro-CAM, arXiv 2209.14074")
 def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original") -> Result:
     """M_ij = the class's probability when the tap keeps its activation at position (i, j) alone.
 

@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnknownMethod, near
-
-NEEDS = {
-    "layer_maps": "layer_maps",
-    "gradients": "gradients",
-    "activations": "activations",
-    "full_grad": "full_grad",
-    "masked_runs": "activations, classify",
-    "heads": "trunk, head",
-}  # what a method reads -> the programs that give it
+from .data import DATA, MethodData
 
 
 @dataclass(frozen=True)
@@ -54,13 +46,13 @@ def join(results: Sequence[Result]) -> Result:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: what it reads (a key of NEEDS), the role of its default layers (None: it takes none), its
+    """A registered method: the class of data that it reads, the role of its default layers (None: it takes none), its
     function, where it comes from, and for a method that explains another score than the class's, (logits (S, classes), seeds
     (S, classes), options) -> the seeds to explain. on_gpu: its function also takes a GPU's arrays, and leaves them there.
     """
 
     name: str
-    needs: str
+    needs: type[MethodData]
     layers: str | None
     function: Callable[..., Result]
     source: str
@@ -75,7 +67,7 @@ class Method:
     @property
     def by_image(self) -> bool:
         """Whether one image with all of its targets is a part of its own."""
-        return self.needs in ("masked_runs", "heads")
+        return self.needs.by_image
 
     def check_options(self, options: dict[str, object]) -> None:
         """UnknownMethod names an option that the method does not have."""
@@ -92,19 +84,23 @@ Function = Callable[..., Result]
 
 def cam(
     name: str,
-    needs: str,
+    needs: type[MethodData],
     layers: str | None,
     source: str,
     seeds: Callable[..., np.ndarray] | None = None,
     on_gpu: bool = False,
 ) -> Callable[[Function], Function]:
-    """Registers a method under `name`; ValueError if the name is taken or `needs` is unknown."""
+    """Registers a method under `name`. ValueError if the name is taken, `needs` is no class of cams/data, or is one whose data never lie
+    on a GPU where on_gpu says that the method runs there.
+    """
 
     def register(function: Function) -> Function:
         if name in METHODS:
             raise ValueError(f"a method {name!r} is registered already")
-        if needs not in NEEDS:
-            raise ValueError(f"needs {needs!r}: use {', '.join(NEEDS)}")
+        if needs not in DATA:
+            raise ValueError(f"needs {needs!r}: use {', '.join(data.__name__ for data in DATA)}")
+        if on_gpu and not needs.on_gpu:
+            raise ValueError(f"{name}: on_gpu, but {needs.__name__} lies on the host: leave it out")
         METHODS[name] = Method(name, needs, layers, function, source, seeds, on_gpu)
         return function
 

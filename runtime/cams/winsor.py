@@ -13,7 +13,7 @@ from .data import LayerMaps
 from .registry import Result, cam, chosen
 
 
-@cam("winsor_cam", needs="layer_maps", layers="conv", source="Winsor-CAM, arXiv 2507.10846", on_gpu=True)
+@cam("winsor_cam", needs=LayerMaps, layers="conv", source="Winsor-CAM, arXiv 2507.10846", on_gpu=True)
 def winsor_cam(
     layers: LayerMaps,
     percentile: float = 90,

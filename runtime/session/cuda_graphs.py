@@ -17,14 +17,14 @@ MOST = 16  # graphs that are kept; each holds the memory that its work uses
 
 
 @dataclass
-class _Replay:
+class _Kept:
     inputs: list[Any]
     graph: Any = None
     eager: bool = False
     result: Any = None
 
 
-class Replays:
+class CudaGraphs:
     """For one stream. The second run of a key is captured as well, every later one replayed.
 
     What a run returns lies in memory that the next run of its key writes again: read or copy it before.
@@ -32,41 +32,41 @@ class Replays:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._kept: OrderedDict[Hashable, _Replay] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
 
     def run(self, key: Hashable, inputs: Sequence[Any], work: Callable[..., Any]) -> Any:
         """work(*inputs), its inputs first taken to memory of the GPU that stays theirs. Errors of `work`."""
-        replay = self._kept.pop(key, None)
-        first = replay is None
-        if replay is None:
-            replay = _Replay([self._stream.empty(a.shape) for a in inputs])
-        for given, place in zip(inputs, replay.inputs, strict=True):
+        kept = self._kept.pop(key, None)
+        first = kept is None
+        if kept is None:
+            kept = _Kept([self._stream.empty(a.shape) for a in inputs])
+        for given, place in zip(inputs, kept.inputs, strict=True):
             if isinstance(given, np.ndarray):
                 self._stream.upload(given, out=place)
             else:
                 self._stream.copy(given, place)
-        if replay.graph is not None:
-            replay.graph.launch()
-            result = replay.result
+        if kept.graph is not None:
+            kept.graph.launch()
+            result = kept.result
         else:  # loads kernels and engines, uploads constants, sets an engine's shapes: what cannot be captured
-            result = work(*replay.inputs)
-            if not first and not replay.eager:
-                self._capture(replay, work)
-        self._kept[key] = replay
+            result = work(*kept.inputs)
+            if not first and not kept.eager:
+                self._capture(kept, work)
+        self._kept[key] = kept
         while len(self._kept) > MOST:
             self._kept.popitem(last=False)
         return result
 
-    def _capture(self, replay: _Replay, work: Callable[..., Any]) -> None:
+    def _capture(self, kept: _Kept, work: Callable[..., Any]) -> None:
         """Right after the same work was run. What an engine cannot have captured is run as it is from now on."""
         try:
             with self._stream.capture() as graph:
-                replay.result = work(*replay.inputs)
-            replay.graph = graph
+                kept.result = work(*kept.inputs)
+            kept.graph = graph
         except OutOfMemory:
             raise
         except (DeviceError, EngineError) as error:
-            replay.eager, replay.result = True, None
+            kept.eager, kept.result = True, None
             warnings.warn(f"not replayed as a CUDA graph, and so slower: {error}", stacklevel=2)
 
     def clear(self) -> bool:

@@ -1,0 +1,12 @@
+"""What methods read, a class each, which reads itself from a session; importing this package imports them all."""
+
+from .base import MethodData
+from .grid_maps import GridMaps
+from .heads import Heads
+from .layer_maps import LayerMaps
+from .masked_runs import Lane, MaskedRuns
+from .tensors import Activations, Gradients
+
+DATA: tuple[type[MethodData], ...] = (LayerMaps, Gradients, Activations, GridMaps, MaskedRuns, Heads)
+
+__all__ = ["DATA", "Activations", "Gradients", "GridMaps", "Heads", "Lane", "LayerMaps", "MaskedRuns", "MethodData"]

@@ -1,0 +1,114 @@
+"""What the layer_maps program gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...bundle.kinds import Kind
+from ...bundle.manifest import Tap
+from ...session.batches import check_finite, scores_of
+from ...session.memory import HOST, Memory
+from .base import MethodData
+
+if TYPE_CHECKING:
+    from ...session.batches import Batch
+    from ...session.session import Session
+
+
+GRADIENT_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda g: g.mean(axis=(2, 3)),
+    "max": lambda g: g.max(axis=(2, 3)),
+    "min": lambda g: g.min(axis=(2, 3)),
+    "absmean": lambda g: np.abs(g).mean(axis=(2, 3)),
+    "absmax": lambda g: np.abs(g).max(axis=(2, 3)),
+    "sum": lambda g: g.sum(axis=(2, 3)),
+    "l2": lambda g: np.sqrt((g * g).sum(axis=(2, 3))),
+}
+
+
+@dataclass(frozen=True)
+class LayerMaps(MethodData):
+    """What the layer_maps program gives for L layers, side by side in the order of `taps`.
+
+    logits (S, classes); seeds (S, classes), the explained combination of logits; alphas (S, sum K): mean over the grid of the
+    gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input. memory: where logits,
+    alphas and maps are; on a GPU a seed of zeros is left as it is.
+    """
+
+    kinds = (Kind.LAYER_MAPS,)
+    on_gpu = True
+    captured = True
+
+    taps: tuple[Tap, ...]
+    logits: np.ndarray
+    seeds: np.ndarray
+    alphas: Any
+    maps: Any
+    size: tuple[int, int]
+    memory: Memory = HOST
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        return [t.grid for t in self.taps]
+
+    def map_of_layers(self) -> list[np.ndarray]:
+        """(S, h, w) per layer."""
+        parts = np.split(self.maps, np.cumsum([h * w for h, w in self.grids])[:-1], axis=1)
+        return [p.reshape(-1, *grid) for p, grid in zip(parts, self.grids, strict=True)]
+
+    def select(self, layers: Sequence[str]) -> LayerMaps:
+        """The same for some of the layers, in their order here."""
+        if len(layers) == len(self.taps):
+            return self
+        kept = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
+        channels, pixels = [t.channels for t in self.taps], [h * w for h, w in self.grids]
+        return replace(
+            self,
+            taps=tuple(self.taps[i] for i in kept),
+            alphas=self.memory.columns(self.alphas, _columns(channels, kept)),
+            maps=self.memory.columns(self.maps, _columns(pixels, kept)),
+        )
+
+    @classmethod
+    def read(
+        cls, session: Session, batch: Batch, layers: Sequence[str], options: Mapping[str, Any], on_gpu: bool = False
+    ) -> LayerMaps:
+        """An aggregation of gradients other than the mean takes whole gradients out of the network. On a GPU all of the program's
+        layers are read.
+        """
+        aggregation = str(options.get("gradient_aggregation", "mean"))
+        mean = aggregation == "mean"
+        program = session.program(Kind.LAYER_MAPS if mean else Kind.GRADIENTS, layers)
+        out = session.run(program, batch, session.manifest.seeds_share_image, on_gpu)
+        taps = session.taps(program.taps)
+        if on_gpu:
+            return cls(taps, out["logits"], batch.seeds, out["alphas"], out["maps"], session.size, session.memory)
+        if mean:
+            alphas, maps = out["alphas"], out["maps"]
+        else:
+            weighed = [_weigh(out, name, aggregation) for name in program.taps]
+            alphas, maps = (np.concatenate(parts, axis=1) for parts in zip(*weighed, strict=True))
+        check_finite(alphas, maps)
+        return cls(taps, *scores_of(out, batch), alphas, maps, session.size).select(layers)
+
+    @classmethod
+    def stays_on_gpu(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("gradient_aggregation", "mean") == "mean"
+
+
+def _columns(widths: Sequence[int], kept: Sequence[int]) -> np.ndarray:
+    """Of arrays side by side, the columns of those that are kept."""
+    ends = np.cumsum([0, *widths])
+    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in kept])
+
+
+def _weigh(out: Mapping[str, np.ndarray], name: str, aggregation: str) -> tuple[np.ndarray, np.ndarray]:
+    """alpha (S, K) = aggregate over the grid of the gradient, and sum_k alpha_k A_k (S, h w)."""
+    gradient, activation = out[f"gradient:{name}"], out[f"activation:{name}"]
+    alpha = GRADIENT_AGGREGATIONS[aggregation](gradient)
+    flat = activation.reshape(*activation.shape[:2], -1)
+    return alpha, (alpha[:, None] @ flat)[:, 0]

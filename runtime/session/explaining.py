@@ -1,0 +1,87 @@
+"""One batch by one method: on the host, or on a GPU from its images to its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...kernels import check_finite as check_finite_on_gpu
+from ..cams import Method, Result
+from ..errors import CamrtError
+from .batches import NOT_FINITE, Batch, check_finite, repeated
+from .session import Session
+
+
+def explain_batch(
+    session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]
+) -> tuple[Result, np.ndarray]:
+    """What the method says of a batch, and the logits of its images (or of each seed), on the host.
+
+    CamrtError if the network gives NaN or infinity.
+    """
+    on_gpu = session.memory.stream is not None and method.on_gpu and method.needs.stays_on_gpu(options)
+    if on_gpu and method.needs.captured:
+        return _explain_captured(session, method, batch, layers, options)
+    data = read(session, method, batch, layers, options)
+    with session.stage("method"):
+        result = method.function(data, **options)
+        return (_fetched(session, result)[0] if on_gpu else result), data.logits
+
+
+def read(session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]) -> Any:
+    """What the method's function takes first. CamrtError if the network gives NaN or infinity."""
+    data = method.needs.read(session, batch, layers, options)
+    check_finite(data.logits)
+    return data
+
+
+def _explain_captured(
+    session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]
+) -> tuple[Result, np.ndarray]:
+    """As `explain_batch`, on a GPU, by a CUDA graph from the second run of the same shapes on."""
+    memory = session.memory
+
+    def work(images: Any, seeds: Any) -> tuple[Any, Result]:
+        data: Any = method.needs.read(session, Batch(batch.first, images, seeds), layers, options, on_gpu=True)
+        for values in (data.logits, data.alphas, data.maps):
+            check_finite_on_gpu(values, stream=memory.stream)
+        with session.stage("method"):
+            data = data.select(layers)
+            return data, method.function(data, **options)
+
+    if session.cuda_graphs is None:
+        data, result = work(batch.images, memory.put(batch.seeds))
+    else:
+        key = (method.name, *layers, repr(sorted(options.items())), batch.images.shape, batch.seeds.shape)
+        data, result = session.cuda_graphs.run(key, (batch.images, batch.seeds), work)
+    # what a later replay writes again: the result is read now, and what it is retuned from copied
+    kept = replace(data, alphas=memory.copied(data.alphas), maps=memory.copied(data.maps))
+    fetched, (logits,) = _fetched(session, result, data.logits)
+
+    def retune(**changes: Any) -> Result:
+        with session.exclusive():
+            again = method.function(kept, **options).retune
+            assert again is not None
+            return _fetched(session, again(**changes))[0]
+
+    return replace(fetched, retune=retune), repeated(logits[: len(batch.seeds)], len(batch.seeds))
+
+
+def _fetched(session: Session, result: Result, *others: Any) -> tuple[Result, list[np.ndarray]]:
+    """The result, and what else is named, on the host."""
+    try:
+        maps, weights, *rest = session.memory.get(result.maps, result.layer_weights, *others)
+    except ValueError as error:  # from a kernel that looked for NaN
+        raise CamrtError(NOT_FINITE) from error
+    again = result.retune
+    if again is None:
+        return replace(result, maps=maps, layer_weights=weights), rest
+
+    def retune(**changes: Any) -> Result:
+        with session.exclusive():
+            return _fetched(session, again(**changes))[0]
+
+    return replace(result, maps=maps, layer_weights=weights, retune=retune), rest
