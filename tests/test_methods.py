@@ -19,7 +19,7 @@ import camrt
 from camrt.compare import largest_difference
 from camrt.export import reference, reference_runs
 from camrt.export.probes import smooth_images
-from camrt.runtime.cams import METHODS, MaskedRuns
+from camrt.runtime.cams import METHODS, Lane, MaskedRuns
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
 from camrt.runtime.session.batches import batches
 from camrt.runtime.session.explaining import read
