@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +154,13 @@ def check(explainer: Explainer, contenders: Sequence[Contender], image: Any) -> 
 
 
 def memory(explainer: Explainer) -> dict[str, float]:
-    """MB: the most that this process has held; what is used of the GPU, by whomever."""
-    found = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    """MB: the most that this process has held, where the system counts it; what is used of the GPU, by whomever."""
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes, or kilobytes
+        found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if explainer.backend.gpu is not None:
         free, total = explainer.backend.gpu.stream.device.memory()
         found["gpu_used_mb"] = (total - free) / 1e6

@@ -138,10 +138,13 @@ def last_on_grid(
 
 
 def _pooled_to_strip(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
-    """Whether a pooling over all rows or all columns made the tensor."""
+    """Whether a pooling over all rows or all columns made the tensor; not one of a window as wide as high."""
     node = made_by(value, *_POOLINGS, "MaxPool", "ReduceMax")
     before = known.get(node.inputs[0]) if node is not None and node.inputs[0] is not None else None
-    return before is not None and 1 in known[value].grid and 1 not in before.grid
+    if before is None or 1 not in known[value].grid or 1 in before.grid:
+        return False
+    rows, columns = (n // m for n, m in zip(before.grid, known[value].grid, strict=True))
+    return rows != columns
 
 
 def _raises(node: ir.Node, value: ir.Value) -> bool:

@@ -23,21 +23,18 @@ from support import small_net
 
 import camrt
 from camrt.cli import main
+from camrt.commands import engines
 from camrt.kernels import DeviceArray, OutOfMemory
 from camrt.runtime.backends import Settings, create
-from camrt.runtime.backends.engine_cache import EngineCache
 from camrt.runtime.backends.gpu import Gpu
 from camrt.runtime.backends.ort import OrtCudaEngine
-from camrt.runtime.backends.tensorrt import (
-    Library,
-    Shapes,
-    Target,
-    TensorRtBackend,
-    TensorRtEngine,
-    build_engine,
-    engine_key,
-    find_library,
-)
+from camrt.runtime.backends.tensorrt import backend as backend_module
+from camrt.runtime.backends.tensorrt.backend import TensorRtBackend
+from camrt.runtime.backends.tensorrt.build import build_engine
+from camrt.runtime.backends.tensorrt.cache import EngineCache
+from camrt.runtime.backends.tensorrt.engine import TensorRtEngine
+from camrt.runtime.backends.tensorrt.library import Library, find_library
+from camrt.runtime.backends.tensorrt.target import Shapes, Target, engine_key
 from camrt.runtime.bundle.onnx_symbols import rename_symbol
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.errors import EngineError
@@ -66,6 +63,30 @@ def never() -> bytes:
 
 
 # ---- the cache
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (9, 0), (12, 0)])
+def test_a_machine_builds_the_engines_that_it_looks_up(
+    name: str, capability: tuple[int, int], exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`camrt build` and the backend have the same key for this machine's GPU."""
+    members = {f"SM{a}{b}": None for a, b in [(7, 5), (8, 7), (9, 0), (12, 0)]}
+    trt = SimpleNamespace(__version__="10.9.0", ComputeCapability=SimpleNamespace(__members__=members, **members))
+    library = Library(name, trt)
+    card = SimpleNamespace(compute_capability=capability, name="Orin", model="Orin, 16 multiprocessors, 30000 MiB")
+    monkeypatch.setattr(backend_module, "find_library", lambda: library)
+    monkeypatch.setattr(backend_module, "open_gpu", lambda *_, **__: Gpu(SimpleNamespace(device=card), True))
+    monkeypatch.setattr(backend_module, "logger", lambda trt: None)
+    monkeypatch.setattr("camrt.kernels.gpu.device.device", lambda: card)
+    bundle = read_bundle(exported)
+    program, shapes = bundle.manifest.programs[0], Shapes("single")
+    (target,) = engines._targets(library, None)
+    found = backend_module.create(Settings())
+    assert engine_key(library, bundle, program, target, shapes) == engine_key(
+        library, bundle, program, found.target, shapes
+    )
+    assert (target.gpu is None) == (name == "tensorrt_rtx")
 
 
 def test_an_engine_is_built_once_for_its_key() -> None:

@@ -103,9 +103,9 @@ def test_importing_camrt_is_quick_and_light() -> None:
     assert not set(loaded) & {*HEAVY, "numpy", "PIL"}
 
 
-def test_the_runtime_lives_without_the_heavy_packages() -> None:
-    """Every module of the runtime, the kernels and the front door but `verify`'s oracle imports with all of them blocked."""
-    modules = [
+def light_modules() -> list[str]:
+    """Every module of the runtime, the kernels and the front door."""
+    return [
         ".".join(["camrt", *file.relative_to(folder if name == "camrt" else ROOT).with_suffix("").parts]).removesuffix(
             ".__init__"
         )
@@ -114,10 +114,22 @@ def test_the_runtime_lives_without_the_heavy_packages() -> None:
         for file in sorted(folder.rglob("*.py"))
         if file.name != "__main__.py"
     ]
+
+
+def test_the_runtime_lives_without_the_heavy_packages() -> None:
+    modules = light_modules()
     assert "camrt.runtime.backends.ort" in modules and "camrt.demo.run" in modules
     python(
         f"import sys, importlib\nfor name in {sorted(HEAVY)!r}: sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)"
+    )
+
+
+def test_no_module_needs_what_only_linux_has() -> None:
+    python(
+        "import sys, importlib, numpy, PIL.Image, tqdm, concurrent.futures, tempfile\n"
+        "for name in ('fcntl', 'pwd', 'grp', 'resource', 'termios'): sys.modules[name] = None\n"
+        f"for name in {light_modules()!r}: importlib.import_module(name)"
     )
 
 

@@ -23,7 +23,9 @@ from camrt.export import reference_runs
 from camrt.export.probes import smooth_images
 from camrt.export.reference import LAYER_METHODS
 from camrt.oracle import module_oracle
-from camrt.runtime.backends.tensorrt import Shapes, Target, build_engine, find_library
+from camrt.runtime.backends.tensorrt.build import build_engine
+from camrt.runtime.backends.tensorrt.library import find_library
+from camrt.runtime.backends.tensorrt.target import Shapes, Target
 from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.verify import Report, verify, verify_bundle
 

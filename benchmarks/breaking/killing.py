@@ -23,7 +23,7 @@ from tqdm import tqdm
 import camrt
 from camrt.demo.run import BUNDLE
 from camrt.demo.scenes import draw_scene
-from camrt.runtime.backends.engine_cache import EngineCache
+from camrt.runtime.backends.tensorrt.cache import EngineCache
 
 from . import damage
 

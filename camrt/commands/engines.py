@@ -12,14 +12,16 @@ from ..runtime.errors import EngineError, InputError, UnknownMethod, near
 from .stages import Stages
 
 if TYPE_CHECKING:
-    from ..runtime.backends.tensorrt import Capability, Library, Shapes, Target
+    from ..runtime.backends.tensorrt.library import Capability, Library
+    from ..runtime.backends.tensorrt.target import Shapes, Target
     from ..runtime.bundle.manifest import Program
     from ..runtime.bundle.reading import Bundle
 
 
 def build(options: argparse.Namespace) -> int:
-    from ..runtime.backends.engine_cache import EngineCache
-    from ..runtime.backends.tensorrt import Target, engine_key, find_library
+    from ..runtime.backends.tensorrt.cache import EngineCache
+    from ..runtime.backends.tensorrt.library import find_library
+    from ..runtime.backends.tensorrt.target import engine_key
     from ..runtime.bundle.reading import read_bundle
 
     if options.max_batch < 1:
@@ -29,9 +31,8 @@ def build(options: argparse.Namespace) -> int:
     library = find_library("tensorrt_rtx" if options.compute_capability else None)
     cache = EngineCache()
     warned: dict[str, None] = {}
-    for capability, gpu in _gpus(library, options.compute_capability):
-        target = Target(capability, gpu)
-        whom = f"compute capability {_dotted(capability)}" if gpu is None else gpu
+    for target in _targets(library, options.compute_capability):
+        whom = str(target)
         for program, shapes in itertools.product(programs, _shapes(options)):
             if shapes.kind == "targets" and "seed" not in program.inputs:
                 continue
@@ -58,7 +59,7 @@ def _make(
     whom: str,
     warned: dict[str, None],
 ) -> bytes:
-    from ..runtime.backends.tensorrt import build_engine
+    from ..runtime.backends.tensorrt.build import build_engine
 
     with Stages() as stages:
         stages(f"building {program.file} ({shapes.kind}) for {whom}")
@@ -68,7 +69,7 @@ def _make(
 
 
 def _shapes(options: argparse.Namespace) -> list[Shapes]:
-    from ..runtime.backends.tensorrt import Shapes
+    from ..runtime.backends.tensorrt.target import Shapes
 
     return [Shapes.of_kind(kind, options.max_batch) for kind in dict.fromkeys(options.shapes)]
 
@@ -98,8 +99,10 @@ def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
     return [known[name] for name in dict.fromkeys(options.programs)]
 
 
-def _gpus(library: Library, wanted: list[str] | None) -> list[tuple[Capability, str | None]]:
-    """Compute capability of each GPU to build for, and its name where the engine is for that model alone."""
+def _targets(library: Library, wanted: list[str] | None) -> list[Target]:
+    """What to build for: this machine's GPU, or every GPU of the compute capabilities that are named."""
+    from ..runtime.backends.tensorrt.target import Target
+
     if wanted is None:
         from ..kernels import DeviceError
         from ..kernels.gpu.device import device
@@ -113,15 +116,16 @@ def _gpus(library: Library, wanted: list[str] | None) -> list[tuple[Capability, 
                 else ": TensorRT builds on the GPU that it is for"
             )
             raise EngineError(f"{error}{hint}") from None
-        return [(card.compute_capability, None if library.ahead_of_time else card.name)]
-    found: list[tuple[Capability, str | None]] = []
+        return [Target.of(library, card)]
+    found: list[Target] = []
     for text in dict.fromkeys(wanted):
         major, _, minor = text.partition(".")
         capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
         if capability not in library.capabilities:
             known = ", ".join(map(_dotted, library.capabilities))
             raise InputError(f"--compute-capability {text}: {library.name} {library.version} builds for {known}")
-        found.append((capability, None))
+        assert capability is not None
+        found.append(Target(capability, None))
     return found
 
 
@@ -130,7 +134,7 @@ def _dotted(capability: Capability) -> str:
 
 
 def cache(options: argparse.Namespace) -> int:
-    from ..runtime.backends.engine_cache import EngineCache
+    from ..runtime.backends.tensorrt.cache import EngineCache
 
     engines = EngineCache()
     if options.action == "clear":

@@ -13,7 +13,7 @@ from ..errors import BackendUnavailable, UnknownMethod
 from .gpu import Gpu
 
 BACKENDS = {  # the best first: module, function
-    "tensorrt": ("tensorrt", "create"),
+    "tensorrt": ("tensorrt.backend", "create"),
     "onnxruntime-cuda": ("ort", "create_cuda"),
     "onnxruntime": ("ort", "create"),
 }

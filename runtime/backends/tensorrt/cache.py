@@ -7,7 +7,6 @@ are those that were written for exactly this program, GPU, library and profile.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError, first_line
+from ...errors import EngineError, first_line
 
 FOLDER_VARIABLE = "CAMRT_CACHE"
 LIMIT_VARIABLE = "CAMRT_CACHE_GB"
@@ -191,7 +190,7 @@ class EngineCache:
         path = self.path(key).with_suffix(".lock")
         while True:
             with path.open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _wait_for_lock(file)
                 try:
                     ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
                 except FileNotFoundError:
@@ -203,8 +202,23 @@ class EngineCache:
                 try:
                     yield
                 finally:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                        path.unlink(missing_ok=True)
                 return
+
+
+def _wait_for_lock(file: Any) -> None:
+    """Locks an open file against other processes, waiting for them."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        while True:
+            with contextlib.suppress(OSError):  # after ten seconds of waiting
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+                return
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _header(file: Any) -> tuple[dict[str, Any], str]:
@@ -219,5 +233,7 @@ def _header(file: Any) -> tuple[dict[str, Any], str]:
 
 
 def _own(status: os.stat_result) -> bool:
-    """Whether this user, and nobody else, may write."""
+    """Whether this user, and nobody else, may write. Windows has no such bits: there a user's own folder is theirs."""
+    if not hasattr(os, "geteuid"):
+        return True
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

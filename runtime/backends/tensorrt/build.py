@@ -1,0 +1,110 @@
+"""A program becomes an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...bundle.manifest import Program
+from ...bundle.onnx_symbols import rename_symbol
+from ...errors import EngineError, first_line
+from .library import Library, compute_capability_member, first_line_of, logger
+from .target import Shapes, Target
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class BuiltEngine:
+    """An engine's bytes, and what the library warned of while it was built."""
+
+    engine: bytes
+    warnings: list[str] = field(default_factory=list)
+
+
+def build_engine(
+    library: Library,
+    file: Path,
+    program: Program,
+    target: Target,
+    shapes: Shapes,
+    progress: Progress = lambda _: None,
+) -> BuiltEngine:
+    """Builds a program's engine; TensorRT for RTX needs no GPU for it. progress is called with what is being done.
+
+    float32 stays float32: TF32 is off. EngineError names the layer that it fails at.
+    """
+    trt = library.trt
+    log = logger(trt)
+    try:
+        builder = trt.Builder(log)
+    except (RuntimeError, TypeError) as error:
+        raise EngineError(
+            f"{library.name} {library.version} cannot build here: {log.problem() or first_line(error)}"
+        ) from error
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # from TensorRT 11 on they all are
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, log)
+    model = file.read_bytes()
+    if shapes.kind == "batch":  # then the builder knows that they are equal
+        model = rename_symbol(model, "seeds", "batch")
+    if not parser.parse(model, str(file)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = [f"{e.node_operator() or 'node'} {e.node_name()!r}: {first_line_of(e.desc())}" for e in errors]
+        raise EngineError(
+            f"{file}: {library.name} {library.version} does not take it: {'; '.join(said) or log.problem()}"
+        )
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # what allocates while it runs cannot be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if library.ahead_of_time:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(compute_capability_member(library, target.capability), 0)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        least, most = shapes.of_input(program.inputs[tensor.name])
+        if least[0] == most[0]:
+            tensor.shape = least
+        profile.set_shape(tensor.name, least, most, most)
+    config.add_optimization_profile(profile)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    engine = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if engine is None:
+        raise EngineError(f"{file}: {library.name} {library.version} could not build it: {log.problem()}")
+    return BuiltEngine(bytes(engine), log.warned)
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """Passes the builder's phases on; an interruption ends the build at its next step."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted = False
+            self.steps: dict[str, int] = {}
+
+        def _tell(self, text: str) -> None:
+            try:
+                progress(text)
+            except KeyboardInterrupt:  # not through the library's own code
+                self.interrupted = True
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            self._tell(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tell(f"{phase_name} {step + 1}/{self.steps.get(phase_name, 0)}")
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()

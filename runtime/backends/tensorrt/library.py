@@ -1,0 +1,92 @@
+"""The library: which of the two is installed, what it can build for, what it says."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import BackendUnavailable, EngineError, first_line
+
+# a library's name -> modules to import, the last of which is the library; the ones before it load its libraries
+_MODULES = {
+    "tensorrt": [("tensorrt",)],
+    "tensorrt_rtx": [("tensorrt_rtx",), ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings")],
+}
+_OLDEST = (10, 1)  # TensorRT whose Python API is as here
+_INSTALL = "pip install 'camrt[tensorrt-rtx]', or on datacentre GPUs and Jetson NVIDIA's tensorrt"
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Library:
+    """name: tensorrt or tensorrt_rtx; trt: its module."""
+
+    name: str
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        return self.trt.__version__
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds engines for GPUs that are not here."""
+        return self.name == "tensorrt_rtx"
+
+    @property
+    def capabilities(self) -> list[Capability]:
+        """Compute capabilities that it can be told to build for."""
+        members = self.trt.ComputeCapability.__members__ if self.ahead_of_time else ()
+        return [(int(m[2:-1]), int(m[-1])) for m in members if m.startswith("SM")]
+
+
+def find_library(name: str | None = None) -> Library:
+    """TensorRT where it is installed, else TensorRT for RTX; or the named one. BackendUnavailable."""
+    problems = []
+    for candidate in _MODULES if name is None else [name]:
+        for modules in _MODULES[candidate]:
+            try:
+                library = Library(candidate, [importlib.import_module(m) for m in modules][-1])
+            except (ImportError, OSError) as error:
+                problems.append(first_line(error))
+                continue
+            if candidate == "tensorrt_rtx" or tuple(map(int, library.version.split(".")[:2])) >= _OLDEST:
+                return library
+            problems.append(f"tensorrt {library.version} is older than {_OLDEST[0]}.{_OLDEST[1]}")
+    raise BackendUnavailable(f"TensorRT cannot be used ({'; '.join(problems)}): {_INSTALL}")
+
+
+def compute_capability_member(library: Library, capability: Capability) -> Any:
+    if capability not in library.capabilities:
+        known = ", ".join(f"{a}.{b}" for a, b in library.capabilities)
+        raise EngineError(
+            f"{library.name} {library.version} has no compute capability {capability[0]}.{capability[1]}, only {known}: on such a "
+            "GPU use NVIDIA's tensorrt, or backend='onnxruntime-cuda'"
+        )
+    return getattr(library.trt.ComputeCapability, "SM{}{}".format(*capability))
+
+
+def logger(trt: Any) -> Any:
+    """A logger that keeps warnings and errors."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.warned: list[str] = []
+            self.failed: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.failed.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warned.append(message)
+
+        def problem(self) -> str:
+            return first_line_of(self.failed[0]) if self.failed else ""
+
+    return Log()
+
+
+def first_line_of(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[0]

@@ -1,0 +1,96 @@
+"""What an engine is built for: a GPU, the sizes of a run; and the key that tells engines apart."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...bundle.manifest import Program
+from ...bundle.reading import Bundle
+from .library import Capability, Library
+
+_RECIPE = 2  # of engines: to be raised with every change of build_engine that changes what it builds
+
+
+class Card(Protocol):
+    """A GPU that is here. model: tells cards apart that need engines of their own."""
+
+    @property
+    def compute_capability(self) -> Capability: ...
+
+    @property
+    def model(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom engines are built for: a model of GPU, None for any of its compute capability."""
+
+    capability: Capability
+    gpu: str | None
+
+    @classmethod
+    def of(cls, library: Library, card: Card) -> Target:
+        """The GPU of this machine."""
+        return cls(card.compute_capability, None if library.ahead_of_time else card.model)
+
+    def __str__(self) -> str:
+        return "compute capability {}.{}".format(*self.capability) if self.gpu is None else self.gpu
+
+
+SHAPES = ("single", "batch", "targets")  # one image; as many images as seeds; one image with several seeds
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """For which sizes an engine is: a kind of SHAPES, and where they vary the largest.
+
+    An engine for each, because one that must allow image and seed to differ in size, or to be one, takes many times as long
+    to build and is slower.
+    """
+
+    kind: str
+    largest: int = 1
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], max_batch: int) -> Shapes:
+        """What a run needs; sizes: of the program's symbols."""
+        if all(size == 1 for size in sizes.values()):
+            return cls("single")
+        return cls.of_kind("targets" if "seeds" in sizes and sizes.get("batch", 1) == 1 else "batch", max_batch)
+
+    @classmethod
+    def of_kind(cls, kind: str, max_batch: int) -> Shapes:
+        """Largest sizes go in steps, so that an engine serves more than one setting."""
+        largest = 1 if kind == "single" else 16
+        while largest < max_batch and kind != "single":
+            largest *= 2
+        return cls(kind, largest)
+
+    def of_input(self, shape: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The smallest and the largest shape of an input."""
+
+        def sized(batch: int, seeds: int) -> tuple[int, ...]:
+            return tuple(batch if d == "batch" else seeds if d == "seeds" else d for d in shape)
+
+        return sized(1, 1), sized(1 if self.kind == "targets" else self.largest, self.largest)
+
+
+def engine_key(library: Library, bundle: Bundle, program: Program, target: Target, shapes: Shapes) -> dict[str, Any]:
+    """All that determines an engine."""
+    return {
+        "recipe": _RECIPE,
+        "program": program.sha256,
+        "weights": bundle.manifest.weights["sha256"],
+        "model": bundle.manifest.name,
+        "file": program.file,
+        "precision": program.precision,
+        "library": f"{library.name} {library.version}",
+        "platform": f"{platform.system()} {platform.machine()}".lower(),
+        "compute_capability": list(target.capability),
+        "gpu": target.gpu,
+        "shapes": shapes.kind,
+        "largest": shapes.largest,
+    }
