@@ -29,7 +29,8 @@ def build(name: str, size: int) -> nn.Module:
 
 
 def winsor_cam_peer(model: nn.Module, folder: Path | None = None) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90: image (1, C, H, W), class -> (H, W).
+    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90: image (1, C, H, W), class ->
+    (H, W).
 
     folder: a checkout of its repository; without one, the installed package. It leaves hooks on the model. ImportError.
     """

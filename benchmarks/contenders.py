@@ -1,7 +1,8 @@
 """The public implementations that benchmarks/peers.py runs, each as its documentation shows it: float32, whole maps.
 
-Each function takes a model of its own (libraries leave hooks on it) and gives (camrt's method, its name there, what to run). The
-maps of libraries that return the layer's grid are resized to the image bilinearly, as they leave it to their users.
+Each function takes a model of its own (libraries leave hooks on it) and gives (camrt's method, its name there, what to
+run). The maps of libraries that return the layer's grid are resized to the image bilinearly, as they leave it to their
+users.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 python benchmarks/gpu.py [--out gpu.json] [--check-only] [--sanitize] [--repeats 30] [--networks FOLDER] [--peer FOLDER]
 
-Needs camrt with its cuda extra and compiled kernels (python -m camrt.kernels.build). First every row of tests/kernel_table.py
-is compared with the NumPy specification; nothing is timed if one differs. Then each kernel is timed as a CUDA graph of ten
-launches, beside a device-to-device copy of as many bytes in the same run. Bandwidth counts the bytes that a kernel must read
-and write once; a copy's counts both its directions. --sanitize repeats a part of the table under compute-sanitizer's memcheck,
-racecheck, synccheck and initcheck. --networks: what networks.py prepared, explained by every backend that is here, compared
-with the CPU's maps, timed beside PyTorch; --peer: a checkout of Winsor-CAM's public repository.
+Needs camrt with its cuda extra and compiled kernels (python -m camrt.kernels.build). First every row of
+tests/kernel_table.py is compared with the NumPy specification; nothing is timed if one differs. Then each kernel is
+timed as a CUDA graph of ten launches, beside a device-to-device copy of as many bytes in the same run. Bandwidth
+counts the bytes that a kernel must read and write once; a copy's counts both its directions. --sanitize repeats a part
+of the table under compute-sanitizer's memcheck, racecheck, synccheck and initcheck. --networks: what networks.py
+prepared, explained by every backend that is here, compared with the CPU's maps, timed beside PyTorch; --peer: a
+checkout of Winsor-CAM's public repository.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ SIDE = 224
 
 @dataclass
 class Case:
-    """make gives what queues the work once, on arrays of its own; moved: bytes that it must read and write; aim: what the
-    project wants of it.
+    """make gives what queues the work once, on arrays of its own; moved: bytes that it must read and write; aim: what
+    the project wants of it.
     """
 
     name: str
@@ -161,8 +162,8 @@ def measure(stream: gpu.Stream, repeats: int) -> list[dict[str, Any]]:
             row["reads"] = middle / (copy / 2)  # its bytes counted are one read and one write
         measured.append(row)
         print(
-            f"{case.name:46}{middle * 1e6:10.1f} us  {row['gb_per_s']:7.0f} GB/s  {row['of_the_copy']:6.1%} of the copy"
-            f"{'  ' + format(row['reads'], '.1f') + ' reads' if 'reads' in row else ''}  {case.aim}",
+            f"{case.name:46}{middle * 1e6:10.1f} us  {row['gb_per_s']:7.0f} GB/s  {row['of_the_copy']:6.1%} of the "
+            f"copy{'  ' + format(row['reads'], '.1f') + ' reads' if 'reads' in row else ''}  {case.aim}",
             flush=True,
         )
     return measured
@@ -173,7 +174,11 @@ def sanitize() -> dict[str, str]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "no compute-sanitizer on the PATH"}
-    code = "from kernel_table import everything\nfrom camrt.kernels.gpu.device import device\neverything(device().stream())"
+    code = (
+        "from kernel_table import everything\n"
+        "from camrt.kernels.gpu.device import device\n"
+        "everything(device().stream())"
+    )
     found = {}
     for check_name in ("memcheck", "racecheck", "synccheck", "initcheck"):
         command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, "-c", code]

@@ -1,9 +1,10 @@
-"""Whole explanations on a GPU, beside forward passes, PyTorch and the public implementations; `gpu.py --networks` runs it.
+"""Whole explanations on a GPU, beside forward passes, PyTorch and the public implementations; `gpu.py --networks` runs
+it.
 
 python benchmarks/networks.py FOLDER [--models resnet18 resnet50 vgg16 mobilenet_v2]
 
-Run like this it prepares the folder, on any machine with the test extra: for each network a bundle in float32 and float16,
-verified against PyTorch in float64, its weights for PyTorch, an image, and the maps that the CPU gives.
+Run like this it prepares the folder, on any machine with the test extra: for each network a bundle in float32 and
+float16, verified against PyTorch in float64, its weights for PyTorch, an image, and the maps that the CPU gives.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def measure(folder: Path, runs: int, peer: Path | None = None) -> list[dict[str,
 
 
 def _measured(path: Path, backend: str, precision: str, expected: Any, runs: int) -> dict[str, Any]:
-    """Correct first: then milliseconds of whole calls for one image, from the array to the map, and images per second."""
+    """Correct first: then milliseconds of whole calls for one image, from the array to the map, and images per
+    second.
+    """
     image, target = expected["image"], int(expected["target"])
     explainer = camrt.load(path, backend, max_batch=64, precision=precision)
     distance, limit = LIMITS[precision]
@@ -144,8 +147,8 @@ def _times(run: Callable[[], Any], runs: int) -> dict[str, float]:
 
 
 def _peers(name: str, folder: Path, expected: Any, runs: int, peer: Path | None) -> dict[str, Any]:
-    """PyTorch eager and compiled, pytorch-grad-cam's ScoreCAM and Winsor-CAM's public implementation; what is not installed is
-    named.
+    """PyTorch eager and compiled, pytorch-grad-cam's ScoreCAM and Winsor-CAM's public implementation; what is not
+    installed is named.
     """
     try:
         import torch

@@ -1,13 +1,15 @@
-"""camrt beside the public implementations of the same methods: the same model, images and machine, in one run, in turns.
+"""camrt beside the public implementations of the same methods: the same model, images and machine, in one run, in
+turns.
 
 make peers        installs them into .venv-peers, runs this and writes docs/benchmarks.json and docs/benchmarks.md
-python benchmarks/peers.py [--models resnet50 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15] [--images 3] [--out peers.json]
+python benchmarks/peers.py [--models resnet50 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15]
+    [--images 3] [--out peers.json]
 
-Every map is compared with camrt's before anything is timed. Where both follow one definition they must agree within 1e-3 after
-min-max, Winsor-CAM's within twice PyTorch's own spread where that is more; a peer that does not is reported and not timed.
-mobilenet is the network of the data folder (see tests/support.py) on its photos; the others are torchvision's, with random
-weights and warmed-up batch norm. One image a call; a turn is one call of each contender on the same image; ratios are medians
-over turns. Score-CAM runs on the smaller networks alone, a fifth of the turns.
+Every map is compared with camrt's before anything is timed. Where both follow one definition they must agree within
+1e-3 after min-max, Winsor-CAM's within twice PyTorch's own spread where that is more; a peer that does not is reported
+and not timed. mobilenet is the network of the data folder (see tests/support.py) on its photos; the others are
+torchvision's, with random weights and warmed-up batch norm. One image a call; a turn is one call of each contender on
+the same image; ratios are medians over turns. Score-CAM runs on the smaller networks alone, a fifth of the turns.
 """
 
 from __future__ import annotations
@@ -66,9 +68,7 @@ DEFINITIONS = (
     Definition(
         "winsor_cam",
         {"percentile": 90},
-        {
-            "Winsor-CAM on mobilenet_v3_small": "reads the 1 x 1 grids of squeeze-and-excitation as grids of 1 x channels"
-        },
+        {"Winsor-CAM on mobilenet_v3_small": "reads the 1 x 1 grids of squeeze-and-excitation as 1 x channels"},
     ),
     Definition("grad_cam"),
     Definition("grad_cam_pp", {}, {"torchcam": "leaves g^2 undivided: the division works on a copy"}),
@@ -84,9 +84,11 @@ DEFINITIONS = (
 
 @dataclass(frozen=True)
 class Photo:
-    """An image (1, 3, 224, 224), its class, and how far PyTorch's float32 Winsor-CAM maps of it are from the float64 one.
+    """An image (1, 3, 224, 224), its class, and how far PyTorch's float32 Winsor-CAM maps of it are from the float64
+    one.
 
-    The last is chance where the input of a rectifier is within rounding of zero: implementations may then differ as much.
+    The last is chance where the input of a rectifier is within rounding of zero: implementations may then differ as
+    much.
     """
 
     image: np.ndarray
@@ -110,7 +112,9 @@ def photograph(path: Path) -> np.ndarray:
 
 
 def target_and_spread(model: nn.Module, image: np.ndarray) -> tuple[int, float]:
-    """The top class, and the largest distance of float32 maps, of the image and copies that differ in their last bits."""
+    """The top class, and the largest distance of float32 maps, of the image and copies that differ in their
+    last bits.
+    """
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     target = int(model(torch.from_numpy(image)).argmax())
 

@@ -1,16 +1,18 @@
-"""What could break camrt: damaged files by the hundred thousand, ten thousand explanations side by side, kill -9 at random moments.
+"""What could break camrt: damaged files by the hundred thousand, ten thousand explanations side by side, kill -9 at
+random moments.
 
-python benchmarks/reliability.py fuzz [--inputs 100000]         bundles' manifests and programs, ONNX models, pictures, damaged
-python benchmarks/reliability.py soak [--explanations 10000]    2 processes of 4 threads each; their results and memory
-python benchmarks/reliability.py kill [--rounds 60]             export, build and evaluate, killed and run again
-python benchmarks/reliability.py networks [--examples 2000]     random networks of all operators against float64 autograd
-python benchmarks/reliability.py coverage                       what `make coverage` measured, of all files and of those without a GPU
-    [--seed 0] [--out docs/reliability.json]                    each writes its part of the file
+python benchmarks/reliability.py COMMAND [--seed 0] [--out docs/reliability.json]    each writes its part of the file
+    fuzz [--inputs 100000]        bundles' manifests and programs, ONNX models, pictures, damaged
+    soak [--explanations 10000]   2 processes of 4 threads each; their results and memory
+    kill [--rounds 60]            export, build and evaluate, killed and run again
+    networks [--examples 2000]    random networks of all operators against float64 autograd
+    coverage                      what `make coverage` measured, of all files and of those without a GPU
 
-fuzz: an input must be refused by a CamrtError or be explained by finite maps. The death of the process, 20 seconds, 6 GiB of
-memory or any other exception is a finding; `fuzz --only NUMBER` makes and runs one input again. kill: after each kill the bundle
-that was there, or the new one, must load and give the same logits, and no engine may be damaged; at the end each command must
-run through and leave what it leaves undisturbed. Exit code 1 if anything was found. Needs the test extra.
+fuzz: an input must be refused by a CamrtError or be explained by finite maps. The death of the process, 20 seconds, 6
+GiB of memory or any other exception is a finding; `fuzz --only NUMBER` makes and runs one input again. kill: after
+each kill the bundle that was there, or the new one, must load and give the same logits, and no engine may be damaged;
+at the end each command must run through and leave what it leaves undisturbed. Exit code 1 if anything was found. Needs
+the test extra.
 """
 
 from __future__ import annotations

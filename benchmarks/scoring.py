@@ -2,10 +2,10 @@
 
 python benchmarks/scoring.py [--models mobilenet resnet18] [--threads 2] [--runs 7] [--out scoring.json]
 
-mobilenet is the network of the data folder (see tests/support.py), on the zebra; resnet18 has random weights with warmed-up
-batch norm. First camrt's score_cam in the peer's convention must equal the peer's map within 1e-3; then the contenders take
-turns. `network` runs ready-made masks through the same lanes, as many and in the same batches: what the rest of ScoreCAM++
-costs is the difference. Needs the test extra.
+mobilenet is the network of the data folder (see tests/support.py), on the zebra; resnet18 has random weights with
+warmed-up batch norm. First camrt's score_cam in the peer's convention must equal the peer's map within 1e-3; then the
+contenders take turns. `network` runs ready-made masks through the same lanes, as many and in the same batches: what
+the rest of ScoreCAM++ costs is the difference. Needs the test extra.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 python benchmarks/speed.py [--model resnet50] [--size 224] [--threads 2] [--runs 30] [--peer FOLDER] [--out speed.json]
 
 Random weights with warmed-up batch norm: the arithmetic is the same. The bundle is verified against PyTorch in float64
-before anything is timed; the contenders take turns; a ratio is the median of the ratios of each turn. --peer is a checkout
-of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers. Needs the test extra.
+before anything is timed; the contenders take turns; a ratio is the median of the ratios of each turn. --peer is a
+checkout of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -34,16 +34,12 @@ from camrt.verify import verify_bundle
 def export_memory(name: str, size: int) -> dict[str, float]:
     """Peak memory of an export in a process of its own, and what PyTorch and the model take before it, in MB."""
     code = (
-        "import resource, sys, tempfile, pathlib, camrt\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        "import common\n"
-        "torchvision = common.import_torchvision()\n"
-        f"model = torchvision.models.get_model({name!r}, weights=None).eval()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "with tempfile.TemporaryDirectory() as folder:\n"
-        f"    camrt.export_model(model, pathlib.Path(folder) / 'x.camrt', (3, {size}, {size}))\n"
-        "weights = sum(t.nbytes for t in model.state_dict().values())\n"
-        "print(weights / 1e6, before / 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)\n"
+        f"import resource, sys, tempfile, pathlib, camrt\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\nimport "
+        f"common\ntorchvision = common.import_torchvision()\nmodel = torchvision.models.get_model({name!r}, "
+        "weights=None).eval()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nwith "
+        "tempfile.TemporaryDirectory() as folder:\n    camrt.export_model(model, pathlib.Path(folder) / 'x.camrt', "
+        f"(3, {size}, {size}))\nweights = sum(t.nbytes for t in model.state_dict().values())\nprint(weights / 1e6, "
+        "before / 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     weights, before, peak = map(float, done.stdout.split())
@@ -116,11 +112,13 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{arguments.model}, {result['layers']} convolutions, batch 1, {arguments.threads} threads, {result['machine']['cpu']}"
+        f"{arguments.model}, {result['layers']} convolutions, batch 1, {arguments.threads} threads, "
+        f"{result['machine']['cpu']}"
     )
     print_times(result["times"], result["ratios"])
     print(
-        f"export: peak {memory['peak_mb']} MB, {memory['before_mb']} MB of it before it began; limit {memory['limit_mb']} MB"
+        f"export: peak {memory['peak_mb']} MB, {memory['before_mb']} MB of it before it began; limit "
+        f"{memory['limit_mb']} MB"
     )
 
 

@@ -1,6 +1,7 @@
 """camrt: explanations of vision models at production speed.
 
-Heavy packages are imported when they are used: `load` needs a backend (onnxruntime), `export_model` torch, `export_onnx` onnx.
+Heavy packages are imported when they are used: `load` needs a backend (onnxruntime), `export_model` torch,
+`export_onnx` onnx.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ class Measured:
     memory: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Of what has been timed: milliseconds, images per second, the median over turns of the ratio to the forward pass."""
+        """Of what has been timed: milliseconds, images per second, the median over turns of the ratio to the forward
+        pass.
+        """
         found = []
         for (name, batch), times in self.times.items():
             if not times:
@@ -76,9 +78,10 @@ def measure(
 ) -> Iterator[str]:
     """Fills `measured`, and says before each step what it is; may be stopped at any of them.
 
-    images: pictures as `explain` takes them, or network inputs; used in turn. Stages are of calls with them. Latency and
-    throughput are from the network's input to the map, so that the ratio to the forward pass says what explaining adds.
-    Contenders take turns, after three calls each; `seconds`: after which a batch size has had enough turns, at least three.
+    images: pictures as `explain` takes them, or network inputs; used in turn. Stages are of calls with them. Latency
+    and throughput are from the network's input to the map, so that the ratio to the forward pass says what explaining
+    adds. Contenders take turns, after three calls each; `seconds`: after which a batch size has had enough turns, at
+    least three.
 
     CamrtError if the maps are not those of the CPU in float32.
     """
@@ -128,7 +131,9 @@ def stages(explainer: Explainer, contender: Contender, image: Any, runs: int) ->
 
 
 def check(explainer: Explainer, contenders: Sequence[Contender], image: Any) -> str:
-    """Compares maps with those of ONNX Runtime on the CPU in float32. CamrtError where they differ; says what was found."""
+    """Compares maps with those of ONNX Runtime on the CPU in float32. CamrtError where they differ; says what was
+    found.
+    """
     half = explainer.precision == "fp16"
     if explainer.backend.name == "onnxruntime" and not half:
         return (
@@ -148,9 +153,13 @@ def check(explainer: Explainer, contenders: Sequence[Contender], image: Any) -> 
         worst = max(worst, found)
         if not found <= LIMIT:
             raise CamrtError(
-                f"{contender.name}: not timed, because its map is wrong: {found:.2g} from the CPU's in float32, allowed {LIMIT}"
+                f"{contender.name}: not timed, because its map is wrong: {found:.2g} from the CPU's in float32, "
+                f"allowed {LIMIT}"
             )
-    return f"maps at most {worst:.1e} from ONNX Runtime's on the CPU in float32 ({'1 - cosine' if half else 'largest difference'})"
+    return (
+        f"maps at most {worst:.1e} from ONNX Runtime's on the CPU in float32 "
+        f"({'1 - cosine' if half else 'largest difference'})"
+    )
 
 
 def memory(explainer: Explainer) -> dict[str, float]:

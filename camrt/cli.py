@@ -1,4 +1,6 @@
-"""The command line: camrt export | recipe | info | build | cache | methods | explain | evaluate | verify | bench | demo."""
+"""The command line: camrt export | recipe | info | build | cache | methods | explain | evaluate | verify | bench |
+demo.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--target",
         nargs="+",
-        help="class numbers or names, or 'not' for what speaks against a network's single class (default: each image's top class)",
+        help="class numbers or names, or "
+        "'not' for what speaks against a network's single class (default: each image's top class)",
     )
     explain.add_argument("--percentile", type=float, help="Winsor-CAM's percentile, 0..100 (default: 90)")
     explain.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")

@@ -33,7 +33,9 @@ def largest_difference(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def cosine_distance(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest 1 - cosine of the rows along the first axis; 0 where both are zero, 1 where one is. ValueError as `comparable`."""
+    """The largest 1 - cosine of the rows along the first axis; 0 where both are zero, 1 where one is. ValueError as
+    `comparable`.
+    """
     comparable(got, want)
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, want))
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

@@ -44,10 +44,11 @@ class Row:
     """One comparison: its distance from the float64 reference, PyTorch float32's own, and what is allowed.
 
     A rectifier whose input is within rounding of 0 may fall to either side, and one that does moves early gradients by
-    1e-3 and more. Which ones fall is chance, so for gradients and maps PyTorch float32's own distance is the largest of
-    several runs, whose images differ in their last bits, and of a quantised network that fails so by about a thousandth, since engines
-    that compute with its integers round elsewhere. Chance hides no error: the gradient program is also run as it
-    stands by PyTorch operators in float64, where rectifiers fall as they do in the reference.
+    1e-3 and more. Which ones fall is chance, so for gradients and maps PyTorch float32's own distance is the largest
+    of several runs, whose images differ in their last bits, and of a quantised network that fails so by about a
+    thousandth, since engines that compute with its integers round elsewhere. Chance hides no error: the gradient
+    program is also run as it stands by PyTorch operators in float64, where rectifiers fall as they do in the
+    reference.
     """
 
     program: str

@@ -50,9 +50,9 @@ class Mask:
 
 
 def read_mask(path: Path, image: Path, explainer: Explainer, void: int | None = None) -> Mask:
-    """A mask of the image's size: 0 is background, anything else the object, and `void` neither: by default 255 in a palette
-    picture, as in Pascal VOC, and nothing in a grey one. InputError if it cannot be read, fits not the image, or holds no
-    object where the network looks.
+    """A mask of the image's size: 0 is background, anything else the object, and `void` neither: by default 255 in a
+    palette picture, as in Pascal VOC, and nothing in a grey one. InputError if it cannot be read, fits not the image,
+    or holds no object where the network looks.
     """
     try:
         with Image.open(path) as opened:
@@ -116,9 +116,10 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Measures every method on every image's top class and returns the records, one per image and method.
 
-    Each record is appended to out/results.jsonl at once; records of an earlier run with the same settings are not made again.
-    masks: a folder of object masks; images without one are measured without the localisation metrics. wanted: metrics, by
-    default all that apply. progress() is called per image and method, problem(line) for an image that cannot be used.
+    Each record is appended to out/results.jsonl at once; records of an earlier run with the same settings are not made
+    again. masks: a folder of object masks; images without one are measured without the localisation metrics. wanted:
+    metrics, by default all that apply. progress() is called per image and method, problem(line) for an image that
+    cannot be used.
     """
     names = list(METRICS if masks is not None else FAITHFULNESS) if wanted is None else list(wanted)
     for name in names:

@@ -100,8 +100,9 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
 
 
 def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
-    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, for a PyTorch
-    model that ends in a Softmax or Sigmoid, whose logits no module returns, and for one that does not run in float64.
+    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, for
+    a PyTorch model that ends in a Softmax or Sigmoid, whose logits no module returns, and for one that does not run in
+    float64.
 
     CamrtError if the source's weights are not those of the bundle.
     """

@@ -1,5 +1,5 @@
-"""A backend that rounds to float16 after every operator, as a GPU does whose units add in float32: mixed programs checked on
-any machine. ONNX Runtime's CPU provider computes in float32 between its casts and rounds less.
+"""A backend that rounds to float16 after every operator, as a GPU does whose units add in float32: mixed programs
+checked on any machine. ONNX Runtime's CPU provider computes in float32 between its casts and rounds less.
 """
 
 from __future__ import annotations

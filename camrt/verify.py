@@ -41,8 +41,8 @@ FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled
 
 @dataclass(frozen=True)
 class Report:
-    """oracle: what was compared with. rows: one per program and tap or method; own_backward: parts of the model whose backward pass is
-    not their forward pass's derivative, so that gradients before them may differ.
+    """oracle: what was compared with. rows: one per program and tap or method; own_backward: parts of the model whose
+    backward pass is not their forward pass's derivative, so that gradients before them may differ.
     """
 
     oracle: str
@@ -63,9 +63,9 @@ def verify(
 ) -> Report:
     """Compares every program of a bundle with the reference in float64.
 
-    source: as for `camrt export`; by default what the bundle records. images: float32 (B, C, H, W); by default two smooth
-    random ones. Limits: 1e-5 relative L2 for activations and gradients and 1e-3 for maps, after min-max, or twice PyTorch
-    float32's own distance where that is more; 1e-6 for the gradient program's arithmetic in float64.
+    source: as for `camrt export`; by default what the bundle records. images: float32 (B, C, H, W); by default two
+    smooth random ones. Limits: 1e-5 relative L2 for activations and gradients and 1e-3 for maps, after min-max, or
+    twice PyTorch float32's own distance where that is more; 1e-6 for the gradient program's arithmetic in float64.
     """
     bundle = read_bundle(path)
     oracle = open_oracle(bundle, source)
@@ -100,7 +100,9 @@ def _compared(
     precisions: Sequence[str] | None,
     steps: bool,
 ) -> Report:
-    """steps: whether small changes of the images count as rounding, because activations are no continuous function of them."""
+    """steps: whether small changes of the images count as rounding, because activations are no continuous function of
+    them.
+    """
     from .export.reference import as_maps
 
     manifest = bundle.manifest

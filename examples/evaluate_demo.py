@@ -1,4 +1,5 @@
-"""Measures every method on the demo network's own test scenes, whose object masks are known, and writes docs/evaluation.md.
+"""Measures every method on the demo network's own test scenes, whose object masks are known, and writes
+docs/evaluation.md.
 
 python examples/evaluate_demo.py [--scenes 100] [--work FOLDER] [--out docs/evaluation.md]
 

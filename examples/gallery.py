@@ -2,9 +2,9 @@
 
 python examples/gallery.py [--out gallery.png] [--data FOLDER]
 
-With the data folder (real ImageNet weights and photos; by default where the tests look for it) the images are photos and the
-network is its MobileNet, exported from the ONNX file beside it; without it they are two scenes of the demo. The real network's
-bundle is made in a temporary folder, which needs the export extra.
+With the data folder (real ImageNet weights and photos; by default where the tests look for it) the images are photos
+and the network is its MobileNet, exported from the ONNX file beside it; without it they are two scenes of the demo.
+The real network's bundle is made in a temporary folder, which needs the export extra.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def main() -> None:
             schedule.step()
             progress.set_postfix(loss=f"{loss.item():.3f}")
         print(
-            f"epoch {epoch + 1}: test accuracy {accuracy(model, test_pictures, test_labels):.4f}, {time.time() - started:.0f} s"
+            f"epoch {epoch + 1}: test accuracy {accuracy(model, test_pictures, test_labels):.4f}, "
+            f"{time.time() - started:.0f} s"
         )
 
     preprocess = camrt.Preprocess(resize=(SIZE, SIZE), mean=(MEAN,) * 3, std=(STD,) * 3)

@@ -1,1 +1,3 @@
-"""Trained model -> bundle: ONNX programs that expose activations and gradients. Needs onnx; torch for PyTorch sources."""
+"""Trained model -> bundle: ONNX programs that expose activations and gradients. Needs onnx; torch for PyTorch
+sources.
+"""

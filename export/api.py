@@ -45,16 +45,17 @@ def export_model(
 ) -> Path:
     """Exports a PyTorch classifier, in eval mode and float32, and returns the bundle's path.
 
-    input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last", or names:
-    modules', and those of functions that modules call, as torchvision's feature extraction has them (layer4.2.relu_2). precision:
-    "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses. output: the attribute, key or position of the
-    logits, where the model returns several things. activation: "softmax" or "sigmoid", what makes probabilities of the logits.
-    classes: names in logit order. preprocess: how a picture becomes the input; without it the bundle takes preprocessed arrays
-    only. progress is called with a line for every stage.
+    input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last",
+    or names: modules', and those of functions that modules call, as torchvision's feature extraction has them
+    (layer4.2.relu_2). precision: "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses.
+    output: the attribute, key or position of the logits, where the model returns several things. activation: "softmax"
+    or "sigmoid", what makes probabilities of the logits. classes: names in logit order. preprocess: how a picture
+    becomes the input; without it the bundle takes preprocessed arrays only. progress is called with a line for every
+    stage.
 
-    Ends by opening every program with ONNX Runtime and running it on two images; what differs from the model is not put in place.
-    ExportError: the output is no list of classes, or PyTorch cannot export the model. UnsupportedOperator: no gradient rule.
-    UnknownLayer. BundleError: `path` exists or cannot be written.
+    Ends by opening every program with ONNX Runtime and running it on two images; what differs from the model is not
+    put in place. ExportError: the output is no list of classes, or PyTorch cannot export the model.
+    UnsupportedOperator: no gradient rule. UnknownLayer. BundleError: `path` exists or cannot be written.
     """
     check_packages("torch", "onnx", "onnxscript")
     from .check import RowsMixed
@@ -101,8 +102,8 @@ def export_onnx(
     """Exports an ONNX classifier (opset 9 or later) and returns the bundle's path. PyTorch is not needed.
 
     layers: "default", "conv", "last", or names of nodes or tensors. input_shape: (channels, height, width), for a file
-    whose sizes are dynamic. output: which of several outputs holds the logits. A final Softmax, Sigmoid or LogSoftmax is set aside:
-    gradients are of the logits before it. Other arguments and errors as export_model.
+    whose sizes are dynamic. output: which of several outputs holds the logits. A final Softmax, Sigmoid or LogSoftmax
+    is set aside: gradients are of the logits before it. Other arguments and errors as export_model.
     """
     check_packages("onnx", "onnxscript")
     from .from_onnx import read_graph, refuse_invalid, source_logits
@@ -162,8 +163,9 @@ def _export(
     agree: Callable[[Checker, TappedGraph], None],
     progress: Progress,
 ) -> Path:
-    """build: the graph, in the light of earlier attempts: with batch 1 where a free batch fails, and without a last layer that the
-    logits turn out not to read; source: what the model gives for an image; agree: compares more, once the programs have run.
+    """build: the graph, in the light of earlier attempts: with batch 1 where a free batch fails, and without a last
+    layer that the logits turn out not to read; source: what the model gives for an image; agree: compares more, once
+    the programs have run.
     """
     from .check import NotFinite, NothingRead, RowsMixed, zero_gradients
     from .graph import Attempt

@@ -30,8 +30,8 @@ _QUANTISED = {
 def vjp(*op_types: str, shares_image: bool = True) -> Callable[[Rule], Rule]:
     """Registers a rule: (tape, node, cotangent of the node's first output) -> one cotangent or None per input.
 
-    A rule for a node with several outputs receives a tuple with None for the outputs that nothing needs. shares_image: whether what
-    it emits also works for several seeds of one image, the image's tensors being broadcast.
+    A rule for a node with several outputs receives a tuple with None for the outputs that nothing needs. shares_image:
+    whether what it emits also works for several seeds of one image, the image's tensors being broadcast.
     """
 
     def register(rule: Rule) -> Rule:
@@ -49,8 +49,8 @@ def vjp(*op_types: str, shares_image: bool = True) -> Callable[[Rule], Rule]:
 def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value, past_stops: bool = False) -> set[ir.Value]:
     """Values that depend on one of `sources`, smoothly or but for rounding, and that `target` depends on.
 
-    Quantised numbers stand for real ones and are on the path; what a StopGradient gives is not. past_stops: what lies behind one
-    as well, which has a gradient of its own but gives the sources none.
+    Quantised numbers stand for real ones and are on the path; what a StopGradient gives is not. past_stops: what lies
+    behind one as well, which has a gradient of its own but gives the sources none.
     """
     reached = set(sources)
     for node in graph:
@@ -80,8 +80,8 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
     for source in sources:
         if source not in path:
             raise UnsupportedOperator(
-                f"no gradient reaches {_label(source)!r}: the logits read it through detach or no_grad alone, or not at all: choose "
-                "another layer"
+                f"no gradient reaches {_label(source)!r}: the logits read it through detach or no_grad alone, or not "
+                "at all: choose another layer"
             )
     tape.needed = path
     forward = list(graph)
@@ -92,8 +92,8 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
         rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if rule is None:
             raise UnsupportedOperator(
-                f"no gradient rule for {node.op_type} (node {node.name!r}, between "
-                f"{_nearest_source(node, sources)!r} and the logits): tap a later layer, or add a rule in export/vjp/"
+                f"no gradient rule for {node.op_type} (node {node.name!r}, between {_nearest_source(node, sources)!r} "
+                "and the logits): tap a later layer, or add a rule in export/vjp/"
             )
         given = [cotangents.get(y) for y in node.outputs]
         contributions = rule(tape, node, given[0] if len(given) == 1 else tuple(given))  # type: ignore[arg-type]
@@ -108,8 +108,8 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
     for source in sources:
         if source not in cotangents:
             raise UnsupportedOperator(
-                f"no gradient reaches {_label(source)!r}: {_decision(target)} decides rather than scores: name the output before it, or "
-                "export the model without it"
+                f"no gradient reaches {_label(source)!r}: {_decision(target)} decides rather than scores: name the "
+                "output before it, or export the model without it"
             )
     return [cotangents[source] for source in sources]
 

@@ -1,8 +1,8 @@
 """What the axes of a tensor are made of, and what becomes of them.
 
-Every axis is followed as the pieces that it is made of: the batch, channels, rows and columns of the image's grid. A Reshape splits and
-joins pieces, a Transpose exchanges axes, padding and cropping move the grid away from the image. So a map is known again behind windows,
-attention and channel shuffles, and never taken for one because of its sizes.
+Every axis is followed as the pieces that it is made of: the batch, channels, rows and columns of the image's grid. A
+Reshape splits and joins pieces, a Transpose exchanges axes, padding and cropping move the grid away from the image. So
+a map is known again behind windows, attention and channel shuffles, and never taken for one because of its sizes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .tape import attribute, constant_of, dims
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an axis. of: "batch" (whose size is not a number), "channel", "row" or "column"; step: how far apart in the grid
-    neighbours are.
+    """Part of an axis. of: "batch" (whose size is not a number), "channel", "row" or "column"; step: how far apart in
+    the grid neighbours are.
     """
 
     of: str
@@ -36,8 +36,9 @@ _BORDER_LIMIT = 0.05  # of the image: a grid that is moved by more does not lie 
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a tensor, of a grid (height, width). prefix: how many tokens come before the grid's on `token_axis`; border: how
-    far the grid reaches beyond the image, ((above, below), (left, right)) in heights and widths of it, negative where it is cropped.
+    """The axes of a tensor, of a grid (height, width). prefix: how many tokens come before the grid's on `token_axis`;
+    border: how far the grid reaches beyond the image, ((above, below), (left, right)) in heights and widths of it,
+    negative where it is cropped.
     """
 
     axes: tuple[Axis, ...]
@@ -68,7 +69,9 @@ ELEMENTWISE = {
 
 
 def grid_of(axes: Axes, channel: int, row_axis: int, column_axis: int) -> tuple[int, int] | None:
-    """(height, width) where those axes are whole rows and columns, coarser ones where finer pieces lie among the channels."""
+    """(height, width) where those axes are whole rows and columns, coarser ones where finer pieces lie among the
+    channels.
+    """
     height, width = axes.grid
     on_grid = axes.axes[row_axis] + axes.axes[column_axis] if row_axis != column_axis else axes.axes[row_axis]
     inner = axes.axes[channel]

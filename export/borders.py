@@ -1,4 +1,6 @@
-"""How far a grid reaches beyond the image, or is cropped, behind operators that join, resize or read windows of maps."""
+"""How far a grid reaches beyond the image, or is cropped, behind operators that join, resize or read windows
+of maps.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ _SMALL_STRIDE = 3  # windows further apart take a picture to patches
 
 
 def joint_border(known: Sequence[Axes]) -> Border:
-    """The border of tensors that are joined: of those that have positions, that of the one that lies over the image best; but that
-    of one that shows another part of the picture, as a crop beside the whole does. A shift by one cell is none.
+    """The border of tensors that are joined: of those that have positions, that of the one that lies over the image
+    best; but that of one that shows another part of the picture, as a crop beside the whole does. A shift by one cell
+    is none.
     """
     placed = [k for k in known if any(p.of in ("row", "column") for axis in k.axes for p in axis)] or known
 
@@ -32,9 +35,9 @@ def joint_border(known: Sequence[Axes]) -> Border:
 def border_behind_window(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Border:
     """The border behind a convolution or pooling of a map of `sizes` (height, width).
 
-    What pads the map beyond what such windows ordinarily do widens it; one that pads less takes up a border that was padded before.
-    Ordinary is half a window that overlaps its neighbours, and what completes the last of small ones. Rows or columns that a large
-    stride leaves unread are cropped.
+    What pads the map beyond what such windows ordinarily do widens it; one that pads less takes up a border that was
+    padded before. Ordinary is half a window that overlaps its neighbours, and what completes the last of small ones.
+    Rows or columns that a large stride leaves unread are cropped.
     """
     kernel = attribute(node, "kernel_shape")
     if kernel is None and node.op_type in ("Conv", "ConvTranspose") and node.inputs[1] is not None:

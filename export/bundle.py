@@ -63,9 +63,8 @@ def write_bundle(
 ) -> Path:
     """Writes everything beside `path`, then puts it there: a bundle is there whole or not at all.
 
-    `manifest` comes without its programs and weights. check(folder, manifest): raises for a bundle that must not be put in place.
-    BundleError if `path` exists (and may not be overwritten, or is not
-    a bundle) or cannot be written.
+    `manifest` comes without its programs and weights. check(folder, manifest): raises for a bundle that must not be
+    put in place. BundleError if `path` exists (and may not be overwritten, or is not a bundle) or cannot be written.
     """
     path = Path(path)
     check_target(path, overwrite)

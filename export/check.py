@@ -56,8 +56,9 @@ class NothingRead(CamrtError):
 class Checker:
     """Checks the programs of one bundle as they lie in its folder.
 
-    source: what the untouched model gives for an image, comparable with the scores that the bundle's logits make; rounded: whether
-    the source computes in less than float32; accepts_zeros: whether a network may pass all of whose gradients are zero.
+    source: what the untouched model gives for an image, comparable with the scores that the bundle's logits make;
+    rounded: whether the source computes in less than float32; accepts_zeros: whether a network may pass all of whose
+    gradients are zero.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class Checker:
         if bad is not None:
             raise ExportError(
                 f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights, and "
-                "whether it takes a root, a logarithm or a quotient of what may be 0, as the standard deviation of a constant channel is"
+                "whether it takes a root, a logarithm or a quotient of what may be 0, as the standard deviation of a "
+                "constant channel is"
             )
         return out
 
@@ -155,8 +157,8 @@ class Checker:
                 again = self._source(image[None])
                 if again is not None and relative_l2(again, want) > limit:
                     raise ExportError(
-                        "the model gives other logits for the same image every time it runs: it draws random numbers (dropout or noise "
-                        "that eval() does not turn off): leave them out of what is explained"
+                        "the model gives other logits for the same image every time it runs: it draws random numbers "
+                        "(dropout or noise that eval() does not turn off): leave them out of what is explained"
                     )
                 said = (
                     f"its logits for one image are {distance:.1e} from the source's, relative L2, allowed {limit:.0e}"
@@ -188,8 +190,8 @@ def finished(logits: np.ndarray, activation: str | None) -> np.ndarray:
 
 
 def seeds_through(logits: np.ndarray, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Cotangents (B, classes) of the source's scores and of the logits, float32, that mean the same: the top class's, the latter of
-    largest entry 1.
+    """Cotangents (B, classes) of the source's scores and of the logits, float32, that mean the same: the top class's,
+    the latter of largest entry 1.
     """
     cotangent = np.eye(logits.shape[1])[logits.argmax(axis=1)]
     if activation is None:
@@ -210,8 +212,8 @@ def seeds_through(logits: np.ndarray, activation: str | None) -> tuple[np.ndarra
 
 
 def zero_gradients(graph: TappedGraph) -> frozenset[str]:
-    """Names of the maps of tokens behind a prefix of which no gradient of an ordinary image reaches the grid; none where it reaches no
-    map at all.
+    """Names of the maps of tokens behind a prefix of which no gradient of an ordinary image reaches the grid; none
+    where it reaches no map at all.
     """
     known = layouts(graph.model.graph)
     computed = [v for v in known if v.producer() is not None and v.dtype == ir.DataType.FLOAT]
@@ -267,7 +269,8 @@ def first_mixing(graph: TappedGraph, images: np.ndarray) -> str:
 def looks_like_probabilities(
     run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, behind_product: bool
 ) -> str | None:
-    """What scores seem to be, in words, if they seem to be probabilities; judged by images that are far from ordinary as well.
+    """What scores seem to be, in words, if they seem to be probabilities; judged by images that are far from ordinary
+    as well.
 
     behind_product: whether a product of matrices or a convolution gives them, whose numbers may lie in any range.
     """
@@ -289,8 +292,8 @@ def warn_of_probabilities(seem: str | None, made_of: str | None) -> None:
         else f"the scores are made of a {made_of}, whose own input was not found to be the logits"
     )
     warnings.warn(
-        f"{told}: gradients are of these scores, which flatten where the network is sure, and Score-CAM's weights are a softmax of "
-        "them; export the model without its final activation, or name the output before it",
+        f"{told}: gradients are of these scores, which flatten where the network is sure, and Score-CAM's weights are "
+        "a softmax of them; export the model without its final activation, or name the output before it",
         stacklevel=4,
     )
 
@@ -318,6 +321,6 @@ def check_gradients(
         )
         return
     raise ExportError(
-        f"{said}: the model's backward pass differs from its forward pass's derivative (hooks on gradients, code that torch.export does "
-        "not see, or a sort or topk of equal numbers, whose order is open); tap layers behind it"
+        f"{said}: the model's backward pass differs from its forward pass's derivative (hooks on gradients, code that "
+        "torch.export does not see, or a sort or topk of equal numbers, whose order is open); tap layers behind it"
     )

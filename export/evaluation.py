@@ -18,7 +18,9 @@ _MOST_GIVEN = 4096  # numbers of an input's contents that shape inference is giv
 
 
 def evaluate_node(node: ir.Node, names: Sequence[str], feeds: dict, opset: int, ir_version: int) -> list[np.ndarray]:
-    """What ONNX's reference evaluator gives for one node. names: of its inputs, "" for one that is left out. ExportError."""
+    """What ONNX's reference evaluator gives for one node. names: of its inputs, "" for one that is left out.
+    ExportError.
+    """
     proto = ir.serde.serialize_node(node)
     del proto.input[:]
     proto.input.extend(names)
@@ -55,8 +57,8 @@ class NodeInference:
     def __call__(
         self, shapes: Sequence[Shape | None], contents: Sequence[np.ndarray | None]
     ) -> list[tuple[int, Shape | None] | None]:
-        """Per output its ONNX type and its shape, which is None where it is not determined. shapes, contents: of the inputs, None for
-        those that are left out, or whose numbers are not known.
+        """Per output its ONNX type and its shape, which is None where it is not determined. shapes, contents: of the
+        inputs, None for those that are left out, or whose numbers are not known.
         """
         types, data = {}, {}
         for k, (x, shape, array) in enumerate(zip(self._node.inputs, shapes, contents, strict=True)):
@@ -86,14 +88,14 @@ def unknown_operator(node: ir.Node) -> str:
     )
     if node.domain in ("com.microsoft", "com.microsoft.nchwc", "com.microsoft.experimental"):
         return (
-            f"{where} is ONNX Runtime's own, written by its optimiser: export the file that the optimiser was given, or one "
-            "without fusions"
+            f"{where} is ONNX Runtime's own, written by its optimiser: export the file that the optimiser was given, "
+            "or one without fusions"
         )
     if node.domain not in ("", "ai.onnx"):
         return f"{where} is a custom one: camrt differentiates ONNX's own operators; export the model with those"
     return (
-        f"{where} is none of ONNX's at this opset, nor of the installed onnx {onnx.__version__}: a converter left it as it was; convert "
-        "the model with a newer converter, or with the operator written in others"
+        f"{where} is none of ONNX's at this opset, nor of the installed onnx {onnx.__version__}: a converter left it "
+        "as it was; convert the model with a newer converter, or with the operator written in others"
     )
 
 

@@ -13,8 +13,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one value: its shape at each batch size, and its contents where they are known; of_image: whether it is computed from
-    the image's numbers, not merely from its sizes.
+    """Of one value: its shape at each batch size, and its contents where they are known; of_image: whether it is
+    computed from the image's numbers, not merely from its sizes.
     """
 
     shapes: tuple[Shape, ...]

@@ -40,7 +40,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether the folder is locked now, by this process: not if another holds it, or where file systems know no locks."""
+    """Whether the folder is locked now, by this process: not if another holds it, or where file systems know
+    no locks.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

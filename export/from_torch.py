@@ -41,8 +41,8 @@ _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are loo
 
 
 class _Recorder(nn.Module):
-    """Runs a model and returns (output, *tensors of the given names), each as it was when it was computed. readings: what an eager
-    run read of numbers that are the same for every image.
+    """Runs a model and returns (output, *tensors of the given names), each as it was when it was computed. readings:
+    what an eager run read of numbers that are the same for every image.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], readings: Sequence[Reading]):
@@ -69,10 +69,11 @@ class _Recorder(nn.Module):
 class Forward:
     """What an eager run of a model computes.
 
-    shapes: of every tensor that may hold a feature map, by name, in the order in which they are computed; convolutions: those of
-    modules and calls that convolve; modules: those that a module returns; blocks: those that a module with children returns; read:
-    those that the output's gradient reaches; own_gradients: classes of torch.autograd.Function with a backward pass of their own;
-    readings: what its code read of numbers that are the same for every image.
+    shapes: of every tensor that may hold a feature map, by name, in the order in which they are computed;
+    convolutions: those of modules and calls that convolve; modules: those that a module returns; blocks: those that a
+    module with children returns; read: those that the output's gradient reaches; own_gradients: classes of
+    torch.autograd.Function with a backward pass of their own; readings: what its code read of numbers that are the
+    same for every image.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -129,7 +130,8 @@ def trace_module(
     progress: Callable[[str], None] = lambda _: None,
     attempt: Attempt = FIRST,
 ) -> TappedGraph:
-    """Exports a module, in eval mode and float32, with the tapped tensors as outputs. attempt: what earlier ones showed.
+    """Exports a module, in eval mode and float32, with the tapped tensors as outputs. attempt: what earlier ones
+    showed.
 
     ExportError if its output is not a list of classes; UnknownLayer.
     """
@@ -142,8 +144,8 @@ def trace_module(
             forward = run_forward(model, image)
         for name in forward.own_gradients:
             warnings.warn(
-                f"{name} has a backward pass of its own: camrt differentiates its forward pass; where those differ, as in a "
-                "straight-through estimator, so do the maps (camrt verify shows it)",
+                f"{name} has a backward pass of its own: camrt differentiates its forward pass; where those differ, "
+                "as in a straight-through estimator, so do the maps (camrt verify shows it)",
                 stacklevel=4,
             )
         check_names(layers, forward.shapes)
@@ -200,7 +202,9 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
 
 
 def _simplified(model: ir.Model) -> ir.Model:
-    """What the exporter's own optimisation does, except that calls of one module on one tensor stay apart, as their gradients are."""
+    """What the exporter's own optimisation does, except that calls of one module on one tensor stay apart, as their
+    gradients are.
+    """
     optimizer.inline(model)
     for _ in range(2):
         optimizer.fold_constants(model)
@@ -236,7 +240,9 @@ def quiet() -> Iterator[None]:
 def tap_outputs(
     model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], attempt: Attempt
 ) -> TappedGraph | None:
-    """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was not traced."""
+    """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was
+    not traced.
+    """
     _name_nodes(model.graph)
     taken = {v.name for v in (*model.graph.inputs, *model.graph.initializers.values())}
     for output, name in zip(model.graph.outputs, ("logits", *traced), strict=True):
@@ -249,7 +255,8 @@ def tap_outputs(
     stops = [n for n in model.graph if n.op_type == "StopGradient" and not n.inputs[0].is_initializer()]  # type: ignore[union-attr]
     if stops:
         warnings.warn(
-            f"the model stops gradients (detach, no_grad or .data) in {len(stops)} places: camrt's stop there as PyTorch's do",
+            f"the model stops gradients (detach, no_grad or .data) in {len(stops)} places: camrt's stop there as "
+            "PyTorch's do",
             stacklevel=4,
         )
     batch = settle(model, None, attempt.pinned)
@@ -292,8 +299,8 @@ def tap_outputs(
         if value not in maps.reachable or name not in forward.read:
             if name in named:
                 raise UnsupportedOperator(
-                    f"no gradient reaches layer {name!r}: the logits read it through detach or no_grad alone, or not at all: choose "
-                    "another layer"
+                    f"no gradient reaches layer {name!r}: the logits read it through detach or no_grad alone, or not "
+                    "at all: choose another layer"
                 )
             without_gradient.append(name)
             continue
@@ -304,7 +311,7 @@ def tap_outputs(
         warnings.warn(f"left out, because they are not known to be feature maps: {', '.join(left_out)}", stacklevel=4)
     if without_gradient:
         warnings.warn(
-            f"left out, because no gradient reaches them (the logits read them through detach or no_grad alone): "
+            "left out, because no gradient reaches them (the logits read them through detach or no_grad alone): "
             f"{', '.join(without_gradient)}",
             stacklevel=4,
         )

@@ -15,9 +15,9 @@ from .tape import attribute, constant_of, initializer
 
 @dataclass(frozen=True)
 class Attempt:
-    """What earlier attempts at an export showed. pinned: the batch must be 1; left_out: kinds of program that do not work;
-    without_gradient: names of the graph's values whose grid the logits do not read, though the graph's structure does not show it;
-    None before that was looked for.
+    """What earlier attempts at an export showed. pinned: the batch must be 1; left_out: kinds of program that do not
+    work; without_gradient: names of the graph's values whose grid the logits do not read, though the graph's structure
+    does not show it; None before that was looked for.
     """
 
     pinned: bool = False
@@ -32,10 +32,10 @@ FIRST = Attempt()
 class TappedGraph:
     """A prepared model. Values are referred to by name, so that the graph can be cloned for each program.
 
-    `model` has input `image` (batch, C, H, W) float32; `logits` (batch, classes); `taps` pairs each tap with its value. last: the
-    layer that the role "last" belongs to, tapped or not. normalized: the value that the first layer reads, where the graph
-    normalises the image itself. batch: "dynamic", or 1. whole_numbers: the source takes pixels as whole numbers; rounded: it computes
-    in less than float32. precision: of the programs that are built from it.
+    `model` has input `image` (batch, C, H, W) float32; `logits` (batch, classes); `taps` pairs each tap with its
+    value. last: the layer that the role "last" belongs to, tapped or not. normalized: the value that the first layer
+    reads, where the graph normalises the image itself. batch: "dynamic", or 1. whole_numbers: the source takes pixels
+    as whole numbers; rounded: it computes in less than float32. precision: of the programs that are built from it.
     """
 
     model: ir.Model
@@ -101,8 +101,8 @@ def batch_norm_affine(norm: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
 def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
     """Folds every BatchNormalization into the Conv before it, in place.
 
-    Returns for each folded convolution's output A its successor y and the channel vectors of y = scale A + shift, float64,
-    from which everything linear in A and its gradient is recovered without a division.
+    Returns for each folded convolution's output A its successor y and the channel vectors of y = scale A + shift,
+    float64, from which everything linear in A and its gradient is recovered without a division.
     """
     graph = model.graph
     folded = {}

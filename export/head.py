@@ -115,7 +115,9 @@ def _moved(tape: Tape, value: ir.Value, axis: int, to: int) -> ir.Value:
 
 
 def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> dict[ir.Value, int] | None:
-    """Values of the image that the logits read past the tap -> the axis of their batch; None if one has no batch of its own."""
+    """Values of the image that the logits read past the tap -> the axis of their batch; None if one has no batch of
+    its own.
+    """
     after = _downstream(graph, tapped)
     inside = {tapped, *(y for node in after for y in node.outputs)}
     if logits not in inside:
@@ -141,8 +143,8 @@ def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> dict[ir.Val
 
 
 def _batch_axis(graph: ir.Graph, value: ir.Value, layout: Layout | None) -> int | None:
-    """The axis with one row for each image, all others having static sizes; None where there is none, as where heads of attention
-    are counted with the batch.
+    """The axis with one row for each image, all others having static sizes; None where there is none, as where heads
+    of attention are counted with the batch.
     """
     sizes = list(value.shape or ())
     if layout is not None:

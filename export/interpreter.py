@@ -342,7 +342,8 @@ def top_k(attributes, x, k):
     )
 
 
-# ---- quantised numbers, which stand for real ones: held as floats, so that autograd passes straight through their rounding
+# ---- quantised numbers, which stand for real ones: held as floats, so that autograd passes straight through their
+# rounding
 
 _RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int16: (-32768, 32767)}
 
@@ -690,7 +691,9 @@ def global_max_pool(attributes, x):
 
 @operator("BatchNormalization")
 def batch_normalization(attributes, x, scale, bias, mean, variance):
-    """Written out: the backward pass of F.batch_norm is wrong for one image's channels-last gradients (PyTorch 2.13)."""
+    """Written out: the backward pass of F.batch_norm is wrong for one image's channels-last gradients (PyTorch
+    2.13).
+    """
     sizes = (1, -1, *(1,) * (x.dim() - 2))
     mean, variance, scale, bias = (c.reshape(sizes) for c in (mean, variance, scale, bias))
     return (x - mean) * (scale / (variance + attributes.get("epsilon", 1e-5)).sqrt()) + bias

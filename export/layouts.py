@@ -18,8 +18,8 @@ from .tape import Tape, dims
 class Layout:
     """How a tensor holds a feature map of a grid (height, width), one row of the batch for each image.
 
-    kind: NCHW; NHWC; tokens: (batch, prefix + height * width, channels), the prefix being class and register tokens; or LND, tokens
-    with the batch on the second axis, as PyTorch's transformers hold them unless told otherwise.
+    kind: NCHW; NHWC; tokens: (batch, prefix + height * width, channels), the prefix being class and register tokens;
+    or LND, tokens with the batch on the second axis, as PyTorch's transformers hold them unless told otherwise.
     """
 
     kind: str
@@ -47,8 +47,8 @@ class Layout:
 def layouts(graph: ir.Graph) -> dict[ir.Value, Layout]:
     """The values that are known to hold feature maps, not merely shaped as if they did.
 
-    What mixes or exchanges positions (rolling, products over positions) loses them, until a sum with a known map of the same shape,
-    a residual connection, says what they are again.
+    What mixes or exchanges positions (rolling, products over positions) loses them, until a sum with a known map of
+    the same shape, a residual connection, says what they are again.
     """
     return named_layouts(follow(graph))
 

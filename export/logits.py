@@ -28,11 +28,11 @@ class BatchElsewhere(ExportError):
 
 
 def find_logits(graph: ir.Graph) -> tuple[ir.Value, str | None]:
-    """The logits (batch, classes) behind the graph's only output, and the activation that was set aside: Softmax, Sigmoid,
-    LogSoftmax or None.
+    """The logits (batch, classes) behind the graph's only output, and the activation that was set aside: Softmax,
+    Sigmoid, LogSoftmax or None.
 
-    Set aside where nothing but a change of type or shape, or a Clip to [0, 1], follows; also where it is written out. ExportError
-    for an output that is no list of classes.
+    Set aside where nothing but a change of type or shape, or a Clip to [0, 1], follows; also where it is written out.
+    ExportError for an output that is no list of classes.
     """
     output = graph.outputs[0]
     if output.producer() is None:
@@ -73,27 +73,32 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
             else ""
         )
         raise ExportError(
-            f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is (batch, classes){held}"
+            f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is "
+            f"(batch, classes){held}"
         )
     first = logits.shape[0] if logits.shape is not None and len(logits.shape) else None
     if isinstance(first, ir.SymbolicDim) and str(first.value) != "batch":
         raise BatchElsewhere(
-            f"output {output.name!r} has {first.value} rows: camrt explains classifiers, which give one row for each image"
+            f"output {output.name!r} has {first.value} rows: camrt explains classifiers, which give one row for each "
+            "image"
         )
     if made_by(logits, "TopK") is not None:
         raise ExportError(
-            f"output {output.name!r} holds the highest scores in order of their rank (TopK), not each class's: "
-            "name the output that holds the logits, or export the model without its TopK"
+            f"output {output.name!r} holds the highest scores in order of their rank (TopK), not each class's: name "
+            "the output that holds the logits, or export the model without its TopK"
         )
     if logits.dtype is not None and not logits.dtype.is_floating_point():
         raise ExportError(
-            f"output {output.name!r} is {logits.dtype}, whole numbers: camrt needs the scores of all classes, not the class chosen"
+            f"output {output.name!r} is {logits.dtype}, whole numbers: camrt needs the scores of all classes, not the "
+            "class chosen"
         )
     return math.prod(d for d in inner if d is not None)
 
 
 def made_of_probabilities(logits: ir.Value) -> str | None:
-    """The Softmax or Sigmoid, by its operator, that scores are made of by operators on single numbers or a choice among them."""
+    """The Softmax or Sigmoid, by its operator, that scores are made of by operators on single numbers or a choice
+    among them.
+    """
     value: ir.Value | None = logits
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in ("Softmax", "LogSoftmax", "Sigmoid"):
@@ -118,7 +123,9 @@ def _is_rows(value: ir.Value) -> bool:
 
 
 def _same_numbers(value: ir.Value) -> ir.Value:
-    """The value behind changes of type, and a rounding of the scores to quantised numbers, whose range would cut off gradients."""
+    """The value behind changes of type, and a rounding of the scores to quantised numbers, whose range would cut off
+    gradients.
+    """
     node = value.producer()
     passed = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear")
     while node is not None and node.op_type in passed and node.inputs[0] is not None:

@@ -28,7 +28,9 @@ class Selected(nn.Module):
 
 
 def module_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The module that a recorded tensor's name belongs to, which has _1, _2 behind it from the second call on; None for a function."""
+    """The module that a recorded tensor's name belongs to, which has _1, _2 behind it from the second call on; None
+    for a function.
+    """
     return modules.get(name) or modules.get(name.rstrip("0123456789").removesuffix("_"))
 
 
@@ -62,8 +64,8 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
     scripted = isinstance(model, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
     if scripted:
         raise ExportError(
-            "the model is, or holds, TorchScript, which torch.export does not trace: pass the nn.Module that it was made from, or export it to "
-            "ONNX with torch.onnx.export(..., dynamo=False) and pass the .onnx file"
+            "the model is, or holds, TorchScript, which torch.export does not trace: pass the nn.Module that it was "
+            "made from, or export it to ONNX with torch.onnx.export(..., dynamo=False) and pass the .onnx file"
         )
     if not isinstance(model, nn.Module):
         raise ExportError(f"export_model takes a torch.nn.Module, not {type(model).__name__}")
@@ -81,16 +83,17 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
         compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
         if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
             raise ExportError(
-                f"{f'layer {name!r}' if name else 'forward'} is compiled (torch.compile), which torch.export cannot look into: pass the "
-                "model as it is before that"
+                f"{f'layer {name!r}' if name else 'forward'} is compiled (torch.compile), which torch.export cannot "
+                "look into: pass the model as it is before that"
             )
     if any(torch.nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
         raise ExportError("the model has lazy layers without weights yet: run it on an image once, then export it")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ExportError(
-                f"layer {name!r} normalises each image by its whole batch (track_running_stats=False), so that one image's logits depend "
-                "on the others: train with running statistics, or explain one image at a time from an ONNX file with batch 1"
+                f"layer {name!r} normalises each image by its whole batch (track_running_stats=False), so that one "
+                "image's logits depend on the others: train with running statistics, or explain one image at a time "
+                "from an ONNX file with batch 1"
             )
     kinds = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     if kinds - {torch.float32}:
@@ -101,7 +104,9 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
 
 
 def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
-    """ExportError, with the names of its parts, where a model returns something else than one tensor, or does not run."""
+    """ExportError, with the names of its parts, where a model returns something else than one tensor, or does
+    not run.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = [m for m in model.modules() if m.training]
     model.eval()
@@ -112,7 +117,8 @@ def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
         raise
     except Exception as error:  # models check their input in many ways
         raise ExportError(
-            f"the model does not run on images of shape {tuple(input_shape)}: {type(error).__name__}: {first_line(error)[:300]}"
+            f"the model does not run on images of shape {tuple(input_shape)}: {type(error).__name__}: "
+            f"{first_line(error)[:300]}"
         ) from error
     finally:
         for module in training:
@@ -120,7 +126,8 @@ def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
     if isinstance(given, torch.Tensor):
         return
     raise ExportError(
-        f"the model returns a {type(given).__name__} of {_listed(given)}: name the one that holds the logits with output=, --output"
+        f"the model returns a {type(given).__name__} of {_listed(given)}: name the one that holds the logits with "
+        "output=, --output"
     )
 
 
@@ -161,7 +168,9 @@ def without_autocast() -> Iterator[None]:
 
 
 def own_gradients(model: nn.Module, image: torch.Tensor) -> list[str]:
-    """Classes of torch.autograd.Function, with a backward pass of their own, that a model's gradient passes, by name."""
+    """Classes of torch.autograd.Function, with a backward pass of their own, that a model's gradient passes,
+    by name.
+    """
     with torch.enable_grad():
         return backward_functions(model(image.detach().clone().requires_grad_()))
 

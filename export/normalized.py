@@ -1,7 +1,7 @@
 """Where a graph that normalises its own image has finished doing so: what masks must multiply.
 
-A mask lets through part of the input that the network's first layer reads. Where the graph subtracts a mean, a raw pixel that is
-multiplied by 0 is black, not nothing.
+A mask lets through part of the input that the network's first layer reads. Where the graph subtracts a mean, a raw
+pixel that is multiplied by 0 is black, not nothing.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _PREPARES = {"Resize", "AveragePool", "Pad", "ReduceMean", "ReduceSum", "ReduceM
 
 
 def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: ir.Value) -> str | None:
-    """The tensor (batch, C', H, W) that the network's first layer reads; None where masks may multiply the image itself.
+    """The tensor (batch, C', H, W) that the network's first layer reads; None where masks may multiply the image
+    itself.
 
-    That is where the graph does nothing to the image that moves zero, or where it reads the image elsewhere as well. Warns where zero
-    is moved and masks multiply the image all the same.
+    That is where the graph does nothing to the image that moves zero, or where it reads the image elsewhere as well.
+    Warns where zero is moved and masks multiply the image all the same.
     """
     image = graph.inputs[0]
     inside, shifted = _prepared(graph, logits, _ARITHMETIC | _MOVES)
@@ -54,9 +55,9 @@ def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: 
     unfollowed = beyond or (shifted if found is None else [])
     if unfollowed:
         warnings.warn(
-            f"{unfollowed[0].op_type} (node {unfollowed[0].name!r}) changes the picture within the network where masks cannot follow, so "
-            "those of the Score-CAM family multiply its raw numbers, of which 0 may be black rather than nothing: prepare the picture "
-            "outside the model",
+            f"{unfollowed[0].op_type} (node {unfollowed[0].name!r}) changes the picture within the network where "
+            "masks cannot follow, so those of the Score-CAM family multiply its raw numbers, of which 0 may be black "
+            "rather than nothing: prepare the picture outside the model",
             stacklevel=5,
         )
     return found
@@ -79,7 +80,9 @@ def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> t
 
 
 def _scales_channels(node: ir.Node) -> bool:
-    """Whether a node is a convolution that gives each channel a factor and a bias of its own, as a folded normalisation does."""
+    """Whether a node is a convolution that gives each channel a factor and a bias of its own, as a folded
+    normalisation does.
+    """
     weight = constant_of(node.inputs[1]) if node.op_type == "Conv" else None
     if weight is None or weight.shape[2:] != (1, 1) or any(n != 1 for n in attribute(node, "strides", (1, 1))):
         return False

@@ -1,4 +1,6 @@
-"""An ONNX file as users bring it -> a model in today's opset, float32, without functions: nothing about sizes is decided here."""
+"""An ONNX file as users bring it -> a model in today's opset, float32, without functions: nothing about sizes is
+decided here.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ _WORDS = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT16: "float16", ir.Data
 
 
 def read_model(path: Path) -> ir.Model:
-    """Reads a file, its weights from beside it, whichever the current folder is. ExportError if it is not a usable model."""
+    """Reads a file, its weights from beside it, whichever the current folder is. ExportError if it is not a usable
+    model.
+    """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     try:
@@ -74,8 +78,8 @@ def _unreadable(path: Path, error: Exception) -> str:
     listed = [v.name for v in outputs if v.type.WhichOneof("value") not in ("tensor_type", None)]
     if listed:
         return (
-            f"{path}: its outputs {', '.join(listed)} are sequences or maps: camrt needs the tensor of the scores; export the model "
-            "without what makes lists of them (zipmap=False)"
+            f"{path}: its outputs {', '.join(listed)} are sequences or maps: camrt needs the tensor of the scores; "
+            "export the model without what makes lists of them (zipmap=False)"
         )
     return f"{path}: not readable as ONNX ({first_line(error)[:200]})"
 
@@ -83,8 +87,8 @@ def _unreadable(path: Path, error: Exception) -> str:
 def _check_versions(path: Path, model: ir.Model) -> None:
     if model.ir_version > onnx.IR_VERSION:
         raise ExportError(
-            f"{path}: IR version {model.ir_version}, the installed onnx {onnx.__version__} knows {onnx.IR_VERSION}: install a "
-            "newer onnx, or write the file with an older one"
+            f"{path}: IR version {model.ir_version}, the installed onnx {onnx.__version__} knows {onnx.IR_VERSION}: "
+            "install a newer onnx, or write the file with an older one"
         )
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     newest = onnx.defs.onnx_opset_version()
@@ -92,8 +96,8 @@ def _check_versions(path: Path, model: ir.Model) -> None:
         raise ExportError(f"{path}: imports no ONNX operators (only {', '.join(model.opset_imports) or 'none'})")
     if opset > newest:
         raise ExportError(
-            f"{path}: opset {opset}, the installed onnx {onnx.__version__} knows {newest}: install a newer onnx, or export the "
-            f"model with opset {newest}"
+            f"{path}: opset {opset}, the installed onnx {onnx.__version__} knows {newest}: install a newer onnx, or "
+            f"export the model with opset {newest}"
         )
     if opset < OLDEST:
         raise ExportError(f"{path}: opset {opset}, camrt reads opset {OLDEST} and later: export the model again")
@@ -109,8 +113,9 @@ def _check_beside(path: Path, location: str) -> None:
 
 
 def modernise(model: ir.Model) -> ir.Model:
-    """The same model in opset 18 or later and float32, without local functions, Constant nodes, initializers among the inputs,
-    or imports that nothing uses. Integer arithmetic becomes QuantizeLinear and DequantizeLinear where that is exact.
+    """The same model in opset 18 or later and float32, without local functions, Constant nodes, initializers among the
+    inputs, or imports that nothing uses. Integer arithmetic becomes QuantizeLinear and DequantizeLinear where that is
+    exact.
 
     ExportError names an operator that cannot be taken.
     """
@@ -150,24 +155,26 @@ def _with_short_domain(model: ir.Model) -> None:
 
 
 def _as_evaluated(graph: ir.Graph) -> None:
-    """Dropout that a training file left active is made inactive, with a warning. ExportError for what else only training does.
+    """Dropout that a training file left active is made inactive, with a warning. ExportError for what else only
+    training does.
 
-    Only of what is computed from the image: a weight that is standardised by a batch norm in training mode is a constant.
+    Only of what is computed from the image: a weight that is standardised by a batch norm in training mode is a
+    constant.
     """
     active, of_image = [], set(graph.inputs)
     for node in graph:
         if node.op_type in RANDOM:
             raise ExportError(
-                f"{label(node)} draws random numbers, so that no two runs score an image alike: export the model in evaluation mode "
-                "(model.eval(), training=False)"
+                f"{label(node)} draws random numbers, so that no two runs score an image alike: export the model in "
+                "evaluation mode (model.eval(), training=False)"
             )
         if not any(x in of_image for x in node.inputs):
             continue
         of_image.update(node.outputs)
         if node.op_type == "BatchNormalization" and (attribute(node, "training_mode", 0) or len(node.outputs) > 1):
             raise ExportError(
-                f"{label(node)} normalises by the batch that it is given, as in training: export the model in evaluation mode "
-                "(model.eval(), training=False)"
+                f"{label(node)} normalises by the batch that it is given, as in training: export the model in "
+                "evaluation mode (model.eval(), training=False)"
             )
         training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
         if training is not None:
@@ -188,11 +195,13 @@ def _refuse_foreign(model: ir.Model) -> None:
             raise ExportError(unknown_operator(node))
         if node.op_type in ("Loop", "Scan"):
             raise ExportError(
-                f"control flow: {label(node)} repeats a part of the graph: camrt needs a fixed graph; export the model without loops"
+                f"control flow: {label(node)} repeats a part of the graph: camrt needs a fixed graph; export the model "
+                "without loops"
             )
         if node.op_type.startswith(("Sequence", "SplitToSequence", "ConcatFromSequence", "Optional")):
             raise ExportError(
-                f"a sequence: {label(node)} works on a list of tensors: camrt needs single tensors; export the model without"
+                f"a sequence: {label(node)} works on a list of tensors: camrt needs single tensors; export the model "
+                "without"
             )
 
 
@@ -219,7 +228,9 @@ def _unlist(graph: ir.Graph) -> None:
 
 
 def _converted(model: ir.Model, version: int) -> ir.Model:
-    """In opset 18, by onnx's converter; large constants wait outside, so that they are neither copied nor looked for."""
+    """In opset 18, by onnx's converter; large constants wait outside, so that they are neither copied nor
+    looked for.
+    """
     graph, aside = model.graph, {}
     for name, value in list(graph.initializers.items()):
         if value.const_value is not None and value.const_value.nbytes > _LARGE:
@@ -239,7 +250,8 @@ def _converted(model: ir.Model, version: int) -> ir.Model:
         model = ir.from_proto(onnx.version_converter.convert_version(proto, OPSET))
     except Exception as error:
         raise ExportError(
-            f"opset {version} could not be converted to {OPSET}: {first_line(error)[:200]}; export the model with opset {OPSET}"
+            f"opset {version} could not be converted to {OPSET}: {first_line(error)[:200]}; export the model with "
+            f"opset {OPSET}"
         ) from error
     graph = model.graph
     for node in graph:

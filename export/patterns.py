@@ -29,7 +29,9 @@ def simplify(graph: ir.Graph) -> None:
 
 
 def put_in_place(graph: ir.Graph, node: ir.Node, result: ir.Value | None, made: Sequence[ir.Node]) -> None:
-    """`made`, whose last output is `result`, in the place of a node with one output; result may also be a value that is there."""
+    """`made`, whose last output is `result`, in the place of a node with one output; result may also be a value that
+    is there.
+    """
     y = node.outputs[0]
     assert result is not None
     for i, new in enumerate(made):
@@ -58,7 +60,9 @@ def _pools_nothing(node: ir.Node) -> bool:
 
 
 def _global_average(graph: ir.Graph, node: ir.Node) -> None:
-    """A mean over the last two of four axes: GlobalAveragePool stays in the blocked layout of the convolutions before it."""
+    """A mean over the last two of four axes: GlobalAveragePool stays in the blocked layout of the convolutions before
+    it.
+    """
     x, y = node.inputs[0], node.outputs[0]
     if x is None or x.shape is None or len(x.shape) != 4 or y.shape is None:
         return
@@ -152,7 +156,9 @@ def _with_rows_first(graph: ir.Graph, gemm: ir.Node) -> None:
 
 
 def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:
-    """Reshape to rows, Gemm, Reshape back: a MatMul over the last axis and its bias, which leaves the other axes alone."""
+    """Reshape to rows, Gemm, Reshape back: a MatMul over the last axis and its bias, which leaves the other axes
+    alone.
+    """
     a, weight, *bias = gemm.inputs
     before, readers = made_by(a, "Reshape"), gemm.outputs[0].consumers()
     after = readers[0] if len(readers) == 1 and readers[0].op_type == "Reshape" else None
@@ -215,7 +221,9 @@ def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _affine(node: ir.Node, op_type: str, sizes: Sequence[int]) -> tuple[ir.Node, np.ndarray | None]:
-    """The only reader of a node, if it multiplies or adds a constant of the last axes' sizes, and that constant; else the node."""
+    """The only reader of a node, if it multiplies or adds a constant of the last axes' sizes, and that constant; else
+    the node.
+    """
     y = node.outputs[0]
     readers = y.consumers()
     if len(readers) != 1 or readers[0].op_type != op_type or y.is_graph_output():
@@ -235,7 +243,9 @@ def _affine(node: ir.Node, op_type: str, sizes: Sequence[int]) -> tuple[ir.Node,
 
 
 def write_boxes(walk: ShapeWalk) -> None:
-    """Every ScatterND whose indices fill a box of the tensor, as assignments to slices do, becomes Slice, Concat, Pad and Where."""
+    """Every ScatterND whose indices fill a box of the tensor, as assignments to slices do, becomes Slice, Concat, Pad
+    and Where.
+    """
     for node in list(walk.graph):
         if node.op_type != "ScatterND" or attribute(node, "reduction", "none") not in ("none", "add"):
             continue
@@ -253,7 +263,9 @@ def write_boxes(walk: ShapeWalk) -> None:
 
 
 def _box(index: np.ndarray, shape: Sequence[int]) -> list[tuple[int, int]] | None:
-    """(start, stop) along each axis of the box that the indices (..., k) fill in row-major order; None if they fill none."""
+    """(start, stop) along each axis of the box that the indices (..., k) fill in row-major order; None if they fill
+    none.
+    """
     depth = index.shape[-1]
     rows = index.reshape(-1, depth)
     if not len(rows):
@@ -272,7 +284,9 @@ def _box(index: np.ndarray, shape: Sequence[int]) -> list[tuple[int, int]] | Non
 def _same_box(
     boxes: Sequence[list[tuple[int, int]]], walk: ShapeWalk, data: ir.Value
 ) -> list[tuple[int, int] | None] | None:
-    """The box, None for axes that it fills; None if it differs with the batch. A literal index of every traced image fills it."""
+    """The box, None for axes that it fills; None if it differs with the batch. A literal index of every traced image
+    fills it.
+    """
     shapes = walk.facts[data].shapes
     result: list[tuple[int, int] | None] = []
     for axis in range(len(shapes[0])):

@@ -1,14 +1,14 @@
 """Mixed precision: a float32 program whose costly part is in float16.
 
-Which part: in a program that reads a seed, the backward pass. The forward pass stays float32, because a rectifier whose input
-float16 moves across zero changes gradients by far more than rounding does; the backward pass is linear, and rounding is all
-that it suffers. In a program without a seed, whose results are scores, everything.
+Which part: in a program that reads a seed, the backward pass. The forward pass stays float32, because a rectifier
+whose input float16 moves across zero changes gradients by far more than rounding does; the backward pass is linear,
+and rounding is all that it suffers. In a program without a seed, whose results are scores, everything.
 
-In that part convolutions and matrix products are in float16. What loses most there stays in float32: softmax, norms, means and
-sums, exponentials, and what they lead to up to the next convolution or product; and a branch whose values a small constant
-multiplies, as layer scale does at the start of training, until it joins others: float16 has no small numbers to spare. Weights
-stay float32 in the file, shared with the float32 programs, and are cast where they are used; an engine folds the casts of
-constants.
+In that part convolutions and matrix products are in float16. What loses most there stays in float32: softmax, norms,
+means and sums, exponentials, and what they lead to up to the next convolution or product; and a branch whose values a
+small constant multiplies, as layer scale does at the start of training, until it joins others: float16 has no small
+numbers to spare. Weights stay float32 in the file, shared with the float32 programs, and are cast where they are used;
+an engine folds the casts of constants.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def to_half(model: ir.Model) -> ir.Model:
 
 
 def _unfold_batch_norms(model: ir.Model) -> None:
-    """A batch norm is y = scale x + shift, its statistics taken together in float64, and can then follow a convolution."""
+    """A batch norm is y = scale x + shift, its statistics taken together in float64, and can then follow a
+    convolution.
+    """
     graph = model.graph
     for node in list(graph):
         affine = batch_norm_affine(node) if node.op_type == "BatchNormalization" else None

@@ -36,7 +36,8 @@ def image_input(model: ir.Model) -> ir.Value:
             has_batch = dims(image)[0] in (None, 1) and None not in dims(image)[1:] and dims(image)[1] not in (1, 3, 4)
             extra = f": it has no {'channel' if has_batch else 'batch'} axis"
         raise ExportError(
-            f"input {image.name!r} has shape {_shape_text(image)}{extra}: camrt takes images (batch, channels, height, width)"
+            f"input {image.name!r} has shape {_shape_text(image)}{extra}: camrt takes images (batch, channels, height, "
+            "width)"
         )
     return image
 
@@ -102,10 +103,11 @@ def take_numbers_as_float(model: ir.Model) -> bool:
 
 
 def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = False) -> str | int:
-    """Gives every value its sizes, in place: static ones, and a free batch, or batch 1 with a warning where it cannot be freed.
+    """Gives every value its sizes, in place: static ones, and a free batch, or batch 1 with a warning where it cannot
+    be freed.
 
-    input_shape: (channels, height, width), where the file leaves them open. pinned: batch 1 in any case. Returns the manifest's
-    `batch`. ExportError where sizes stay open or do not fit.
+    input_shape: (channels, height, width), where the file leaves them open. pinned: batch 1 in any case. Returns the
+    manifest's `batch`. ExportError where sizes stay open or do not fit.
     """
     image = image_input(model)
     assert image.shape is not None
@@ -117,8 +119,8 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
         sizes = [int(n) for n in input_shape]
     if None in sizes:
         raise ExportError(
-            f"input {image.name!r} has dynamic sizes {image.shape}: pass input_shape=(channels, height, width), "
-            "on the command line --input-shape 3 224 224"
+            f"input {image.name!r} has dynamic sizes {image.shape}: pass input_shape=(channels, height, width), on the "
+            "command line --input-shape 3 224 224"
         )
     traced = declared or 1
     image.shape = ir.Shape(["batch", *sizes])
@@ -143,8 +145,8 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
 
 
 def _free_walk(model: ir.Model, traced: int, declared_free: bool) -> ShapeWalk | None:
-    """The walk with a free batch; None, with a warning, where it cannot be freed. A file that declares a free batch is first taken at
-    its word. ExportError where sizes do not fit, or another batch than 1 cannot be freed.
+    """The walk with a free batch; None, with a warning, where it cannot be freed. A file that declares a free batch is
+    first taken at its word. ExportError where sizes do not fit, or another batch than 1 cannot be freed.
     """
     batches = (traced, traced + 1, traced + 2)
     if declared_free:
@@ -160,7 +162,9 @@ def _free_walk(model: ir.Model, traced: int, declared_free: bool) -> ShapeWalk |
 
 
 def check_sizes(graph: ir.Graph) -> None:
-    """ExportError naming the first tensor, or window of a convolution or pooling, that is larger than a usable network has."""
+    """ExportError naming the first tensor, or window of a convolution or pooling, that is larger than a usable network
+    has.
+    """
     for y in (*graph.inputs, *(y for node in graph for y in node.outputs)):
         if y.shape is None:
             continue
@@ -181,6 +185,6 @@ def check_sizes(graph: ir.Graph) -> None:
         fit = all(n is not None and len(n) == rank and all(m and 0 < m <= LARGEST_SIDE for m in n) for n in numbers)
         if rank < 1 or not fit or len(pads) != 2 * rank or not all(0 <= p <= LARGEST_SIDE for p in pads):
             raise ExportError(
-                f"the window of {node.op_type} {node.name!r} is larger than {LARGEST_SIDE}, or does not fit its input: kernel "
-                f"{kernel}, strides and dilations {numbers[1:]}, pads {pads}: this is no usable network"
+                f"the window of {node.op_type} {node.name!r} is larger than {LARGEST_SIDE}, or does not fit its input: "
+                f"kernel {kernel}, strides and dilations {numbers[1:]}, pads {pads}: this is no usable network"
             )

@@ -25,7 +25,8 @@ from .layouts import layouts, to_maps
 from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
-SEED_SCALE = 256.0  # in mixed precision the largest entry of a seed: of gradients, 2e-7 to 250 for a seed of ones are normal numbers
+# in mixed precision the largest entry of a seed: of gradients, 2e-7 to 250 for a seed of ones are normal numbers
+SEED_SCALE = 256.0
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Built:
 
 
 def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[Built]:
-    """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient programs;
-    and for the last block and every layer that is no convolution the network cut there: trunk and head. In the graph's
-    precision; programs that run once an explanation are always float32.
+    """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient
+    programs; and for the last block and every layer that is no convolution the network cut there: trunk and head. In
+    the graph's precision; programs that run once an explanation are always float32.
     """
     last, whole = graph.select("last"), replace(graph, taps=())
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
@@ -81,8 +82,8 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
 
 
 def seeds_share_image(graph: TappedGraph) -> bool:
-    """True if one image serves many seeds: every tensor between the taps and the logits keeps the batch, alone, in front, and
-    every rule there broadcasts the image's tensors.
+    """True if one image serves many seeds: every tensor between the taps and the logits keeps the batch, alone, in
+    front, and every rule there broadcasts the image's tensors.
     """
     values = named_values(graph.model.graph)
     path = on_path(graph.model.graph, [values[name] for _, name in graph.taps], values[graph.logits])
@@ -164,10 +165,11 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
 
 
 def full_grad(graph: TappedGraph) -> ir.Model:
-    """image, seed (S, classes), one image a seed -> logits, and per grid the sum of the FullGrad maps (S, h, w) of that size.
+    """image, seed (S, classes), one image a seed -> logits, and per grid the sum of the FullGrad maps (S, h, w) of
+    that size.
 
-    For every convolution's bias, every batch norm's (beta - mean gamma / sqrt(var + eps)) and the image itself: sum over
-    channels of minmax(|bias_k g_k|), or of minmax(|image_c g_c|), minmax being (x - min) / (1e-7 + max - min).
+    For every convolution's bias, every batch norm's (beta - mean gamma / sqrt(var + eps)) and the image itself: sum
+    over channels of minmax(|bias_k g_k|), or of minmax(|image_c g_c|), minmax being (x - min) / (1e-7 + max - min).
     """
 
     def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
@@ -213,8 +215,8 @@ def _biased(graph: ir.Graph) -> list[tuple[ir.Value, np.ndarray]]:
 def _weighted_sum(tape: Tape, alpha: ir.Value, value: ir.Value, tap: Tap, shift: np.ndarray) -> ir.Value:
     """sum_k alpha_k (y_k - shift_k), alpha (S, 1, K), y (B, K, h, w) -> (S, 1, h w).
 
-    Where y is a 1 x 1 convolution of fewer channels, y = W x + b, it is (alpha W) x + sum_k alpha_k (b_k - shift_k): x is
-    smaller to read than y.
+    Where y is a 1 x 1 convolution of fewer channels, y = W x + b, it is (alpha W) x + sum_k alpha_k (b_k - shift_k): x
+    is smaller to read than y.
     """
     channels, (h, w) = tap.channels, tap.grid
     node, source, constant = value.producer(), value, -shift
@@ -251,7 +253,8 @@ def _flat(tape: Tape, rows: Sequence[ir.Value]) -> ir.Value:
 
 
 def _pool_behind(tap: ir.Value, taps: Sequence[ir.Value]) -> ir.Value | None:
-    """The max-pooled output p, if `tap` goes through a ReLU into a MaxPool and nowhere else, and is the first of the taps.
+    """The max-pooled output p, if `tap` goes through a ReLU into a MaxPool and nowhere else, and is the first of the
+    taps.
 
     The sum over the grid of the tap's gradient is then sum g_p [p > 0], whichever elements the maxima were: the pooling
     need not be differentiated.
@@ -291,8 +294,8 @@ def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: boo
 def _seed(tape: Tape, logits: ir.Value, precision: str) -> tuple[ir.Value, Callable[[ir.Value, int], ir.Value]]:
     """The program's `seed` input; rows of zeros become the one-hot row of the image's top class (the first, in a tie).
 
-    In mixed precision the seed is scaled, so that no gradient underflows. Returned with it: (what is linear in the seed, its
-    rank) -> the same for the seed that was given, in float32.
+    In mixed precision the seed is scaled, so that no gradient underflows. Returned with it: (what is linear in the
+    seed, its rank) -> the same for the seed that was given, in float32.
     """
     classes = dims(logits)[1]
     assert classes is not None

@@ -1,8 +1,9 @@
 """Integer arithmetic -> QuantizeLinear and DequantizeLinear around float operators.
 
-QOperator: an operator that computes on integers with scales and zero points is, by its specification, the float operator between a
-DequantizeLinear of each input and a QuantizeLinear of its output, up to the rounding of sums. Dynamic quantisation: an integer
-product of (x - zero point) and (w - zero point) is the float product of both, exactly while sums stay below 2^24.
+QOperator: an operator that computes on integers with scales and zero points is, by its specification, the float
+operator between a DequantizeLinear of each input and a QuantizeLinear of its output, up to the rounding of sums.
+Dynamic quantisation: an integer product of (x - zero point) and (w - zero point) is the float product of both, exactly
+while sums stay below 2^24.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def to_qdq(model: ir.Model) -> None:
             rewriter.replace(node, build)
         elif _is_integer_only(node):
             raise ExportError(
-                f"quantised: {node.op_type} (node {node.name!r}) has no exact form in QuantizeLinear and DequantizeLinear: quantise "
-                "the model in the QDQ format, or export the float model"
+                f"quantised: {node.op_type} (node {node.name!r}) has no exact form in QuantizeLinear and "
+                "DequantizeLinear: quantise the model in the QDQ format, or export the float model"
             )
 
 

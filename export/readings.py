@@ -1,6 +1,7 @@
 """Numbers that a model's Python code reads from tensors which the image does not enter, as `if (std == 0).any()`.
 
-torch.export has tensors without numbers and would refuse such a model. An eager run shows what was read, and the trace reads the same.
+torch.export has tensors without numbers and would refuse such a model. An eager run shows what was read, and the trace
+reads the same.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Reading:
 
 
 class ReadingsNoted(TorchFunctionMode):
-    """While it lasts, notes what an eager run reads. constants: tensors that are the same for every image, as parameters and buffers
-    are; what functions make of them alone is as well.
+    """While it lasts, notes what an eager run reads. constants: tensors that are the same for every image, as
+    parameters and buffers are; what functions make of them alone is as well.
     """
 
     def __init__(self, constants: Iterable[torch.Tensor]) -> None:
@@ -49,7 +50,9 @@ class ReadingsNoted(TorchFunctionMode):
         return output
 
     def _forget(self, written: Sequence[torch.Tensor]) -> None:
-        """What shares memory with a tensor that was written to is no constant any more; where that cannot be told, nothing is."""
+        """What shares memory with a tensor that was written to is no constant any more; where that cannot be told,
+        nothing is.
+        """
         try:
             storages = {x.untyped_storage()._cdata for x in written}
             self._constants = {i: t for i, t in self._constants.items() if t.untyped_storage()._cdata not in storages}

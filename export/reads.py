@@ -15,7 +15,8 @@ from .tape import attribute, constant_of, dims
 def read_by_prefix_only(
     graph: ir.Graph, found: Mapping[ir.Value, Layout], target: ir.Value, known: Container[ir.Value] = ()
 ) -> set[ir.Value]:
-    """Maps of whose tokens `target` reads the prefix alone: after a vision transformer's last attention, the class token.
+    """Maps of whose tokens `target` reads the prefix alone: after a vision transformer's last attention, the class
+    token.
 
     Its gradient at their grid is zero, so they cannot explain it. known: values that are known to be such maps.
     """
@@ -26,8 +27,9 @@ def read_by_prefix_only(
 def carries_all(
     graph: ir.Graph, found: Mapping[ir.Value, Layout], unread: Container[ir.Value], target: ir.Value, value: ir.Value
 ) -> bool:
-    """Whether all that `target` reads of the image's grid passes through `value`: else it lies on one branch of several, and its
-    gradient is a part of the whole. What a class token took from earlier layers does not count. unread: of `read_by_prefix_only`.
+    """Whether all that `target` reads of the image's grid passes through `value`: else it lies on one branch of
+    several, and its gradient is a part of the whole. What a class token took from earlier layers does not count.
+    unread: of `read_by_prefix_only`.
     """
     whole = _reads(graph, found, target, value, unread)
     return not any(whole.get(x, False) for x in graph.inputs)

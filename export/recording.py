@@ -1,8 +1,8 @@
 """Every tensor of a PyTorch module's forward pass by name: in an eager run, while tracing, and as the reference.
 
-Names are those of torchvision's feature extraction: a module's qualified name, or that of the module that calls a function with the
-function's name behind it, and _1, _2 for further calls: layer4.2.relu, layer4.2.relu_1. Functions that torch.nn's own modules call
-have no names; their modules have.
+Names are those of torchvision's feature extraction: a module's qualified name, or that of the module that calls a
+function with the function's name behind it, and _1, _2 for further calls: layer4.2.relu, layer4.2.relu_1. Functions
+that torch.nn's own modules call have no names; their modules have.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _OPERATORS = {
 
 @contextlib.contextmanager
 def recording(model: nn.Module, visit: Visit, tracing: bool = False) -> Iterator[None]:
-    """While it lasts, what a module or function of the model's forward pass returns goes through visit(name, tensor) -> tensor.
+    """While it lasts, what a module or function of the model's forward pass returns goes through visit(name, tensor)
+    -> tensor.
 
-    Only single floating-point tensors are visited. tracing: for torch.export, which has no trace of .data and inference_mode: where
-    they stop gradients a mark is left.
+    Only single floating-point tensors are visited. tracing: for torch.export, which has no trace of .data and
+    inference_mode: where they stop gradients a mark is left.
     """
     model = unwrapped(model)
     stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -112,7 +113,9 @@ def function_name(func: object) -> str:
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
-    """Whether it is one of torch.nn's modules, which are single operators; those that a .pt2 file holds are read as they are."""
+    """Whether it is one of torch.nn's modules, which are single operators; those that a .pt2 file holds are read as
+    they are.
+    """
     return type(module).__module__.startswith(("torch.nn.modules", "torch.nn.utils")) and not isinstance(
         module, nn.Sequential | nn.ModuleList | nn.ModuleDict | InterpreterModule
     )

@@ -63,9 +63,9 @@ def as_maps(recorded: Recorded, taps: Sequence[Tap]) -> Recorded:
 def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, layers: Sequence[str]) -> Recorded:
     """One forward and one backward pass, in the precision of model and image.
 
-    target: a class, or a seed (B, classes), the cotangent of the logits. A layer's activation is cloned as it is computed, because
-    an in-place ReLU behind it would change it. Where no gradient reaches a layer its gradient is zero. ExportError where PyTorch
-    cannot differentiate the model.
+    target: a class, or a seed (B, classes), the cotangent of the logits. A layer's activation is cloned as it is
+    computed, because an in-place ReLU behind it would change it. Where no gradient reaches a layer its gradient is
+    zero. ExportError where PyTorch cannot differentiate the model.
     """
     activations: dict[str, torch.Tensor] = {}
 
@@ -106,8 +106,8 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
         if "modified by an inplace operation" not in str(error):
             raise
         raise ExportError(
-            "PyTorch cannot differentiate the model, since it changes in place what its gradient needs: write that step without "
-            f"assigning in place, or export it to ONNX and pass the .onnx file ({first_line(error)[:200]})"
+            "PyTorch cannot differentiate the model, since it changes in place what its gradient needs: write that "
+            f"step without assigning in place, or export it to ONNX and pass the .onnx file ({first_line(error)[:200]})"
         ) from error
     return Recorded(
         logits.detach(),
@@ -117,8 +117,8 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
 
 
 class _NormsInOrder(TorchFunctionMode):
-    """Keeps batch and instance norms from gradients in channels-last order, whose elements their backward passes confuse where one
-    image alone is given (PyTorch 2.13 on a CPU): both tensors are made contiguous.
+    """Keeps batch and instance norms from gradients in channels-last order, whose elements their backward passes
+    confuse where one image alone is given (PyTorch 2.13 on a CPU): both tensors are made contiguous.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -148,8 +148,8 @@ def eager_logits(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
-    """Compares the bundle's gradients of one image's top class with PyTorch's. ExportError; a warning where the model has backward
-    passes of its own, whose gradients camrt does not have.
+    """Compares the bundle's gradients of one image's top class with PyTorch's. ExportError; a warning where the model
+    has backward passes of its own, whose gradients camrt does not have.
     """
     if not checker.gradients or checker.cotangent is None or checker.seed is None:
         return
@@ -178,8 +178,8 @@ def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
 def _exact(
     model: nn.Module, image: torch.Tensor, cotangent: torch.Tensor, seed: torch.Tensor, graph: TappedGraph
 ) -> dict[str, float]:
-    """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer. cotangent: of the model's scores; seed:
-    of the logits.
+    """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer. cotangent: of the
+    model's scores; seed: of the logits.
     """
     from .interpreter import Interpreter
     from .programs import gradients
@@ -230,7 +230,9 @@ def layer_cam_maps(recorded: Recorded) -> tuple[list[torch.Tensor], list[torch.T
 
 
 def winsor_weights(importance: torch.Tensor, percentile: float, low: float = 0.1, high: float = 1.0) -> torch.Tensor:
-    """Importances (L,) -> weights (L,): clamped at the percentile of the positive ones, rescaled to [low, high]; else 0."""
+    """Importances (L,) -> weights (L,): clamped at the percentile of the positive ones, rescaled to [low, high]; else
+    0.
+    """
     positive = importance > 0
     weights = torch.zeros_like(importance)
     values = importance[positive]

@@ -1,4 +1,6 @@
-"""The methods that run the network again, or differentiate all of it, in plain PyTorch; one image and one target a call."""
+"""The methods that run the network again, or differentiate all of it, in plain PyTorch; one image and one target a
+call.
+"""
 
 from __future__ import annotations
 
@@ -130,8 +132,8 @@ Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient w
 
 
 def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, list[Biased]]:
-    """The image's gradient; and for every 2-d convolution and batch norm that the image reaches what it makes of zeros, its constant,
-    with the gradient there.
+    """The image's gradient; and for every 2-d convolution and batch norm that the image reaches what it makes of
+    zeros, its constant, with the gradient there.
     """
     constants: dict[str, torch.Tensor] = {}
 
@@ -185,7 +187,9 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
 
 
 def _is_alone(module: nn.Module) -> bool:
-    """Whether a module is the convolution or batch norm alone, and not one with an activation behind it, as timm's are."""
+    """Whether a module is the convolution or batch norm alone, and not one with an activation behind it, as timm's
+    are.
+    """
     return not isinstance(module, nn.BatchNorm2d) or type(module).forward is nn.BatchNorm2d.forward
 
 

@@ -1,4 +1,6 @@
-"""Operators of an exported PyTorch program that its ONNX exporter writes wrongly or not at all, in others that it writes well."""
+"""Operators of an exported PyTorch program that its ONNX exporter writes wrongly or not at all, in others that it
+writes well.
+"""
 
 from __future__ import annotations
 
@@ -123,10 +125,11 @@ def _attention(graph: torch.fx.Graph) -> None:
 
 
 def _keep_small_terms(graph: torch.fx.Graph) -> None:
-    """Adds a number as small as 1e-8, as under a root or a division, to what is scaled by a power of two, and scales it back.
+    """Adds a number as small as 1e-8, as under a root or a division, to what is scaled by a power of two, and scales
+    it back.
 
-    PyTorch's exporter takes what is within 1e-8 of 0 for 0, and what is then under a root has no gradient at 0. Powers of two change
-    no digit.
+    PyTorch's exporter takes what is within 1e-8 of 0 for 0, and what is then under a root has no gradient at 0. Powers
+    of two change no digit.
     """
     multiply = {aten.add.Tensor: aten.mul.Tensor, aten.sub.Tensor: aten.mul.Tensor}
     multiply |= {aten.add_.Tensor: aten.mul_.Tensor, aten.sub_.Tensor: aten.mul_.Tensor}

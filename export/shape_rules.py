@@ -1,7 +1,8 @@
-"""Nodes of which shape inference knows less than there is to know, each a function (walk, node) -> whether it settled the node.
+"""Nodes of which shape inference knows less than there is to know, each a function (walk, node) -> whether it settled
+the node.
 
-A file that was traced with a fixed batch holds literals, such as a Reshape to (1, 256), which would refuse or misread any other
-batch. They are freed where the order of the elements says which size the batch belongs to.
+A file that was traced with a fixed batch holds literals, such as a Reshape to (1, 256), which would refuse or misread
+any other batch. They are freed where the order of the elements says which size the batch belongs to.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def squeeze(walk: ShapeWalk, node: ir.Node) -> bool:
 
 @rule("Gather")
 def gather(walk: ShapeWalk, node: ir.Node) -> bool:
-    """Every element of a vector in its order: a Reshape, as PyTorch's exporter writes the as_strided of a pooled map."""
+    """Every element of a vector in its order: a Reshape, as PyTorch's exporter writes the as_strided of a
+    pooled map.
+    """
     x, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert x is not None and indices is not None
     taken, shapes = walk.facts[indices], walk.facts[x].shapes
@@ -189,8 +192,8 @@ def _batch_places(walk: ShapeWalk, x: ir.Value, out: Shape) -> list[int]:
     """The axes of `out`, a reshape of x at the first batch size, that the batch may belong to; the likeliest first.
 
     A reshape keeps row-major order, so the batch stays at its place in that order: at a boundary between two sizes or
-    inside one. At a boundary a size of its own (1, or the batch traced) takes it; else the next size, or where the number
-    of axes falls the one before, with which it was merged.
+    inside one. At a boundary a size of its own (1, or the batch traced) takes it; else the next size, or where the
+    number of axes falls the one before, with which it was merged.
     """
     prefix, axis = _prefix(walk, x), changing(walk.facts[x].shapes)
     if prefix is None or axis is None:

@@ -1,7 +1,8 @@
 """What a file's constants, its fixed sizes and a free batch determine: every shape, and the contents of computed sizes.
 
-The graph is walked once with three batch sizes side by side: the one that the file was written for, and the next two. What is the
-same in all three is static; a size that grows as the batch does is a multiple of the batch; nothing is guessed from a size of 1.
+The graph is walked once with three batch sizes side by side: the one that the file was written for, and the next two.
+What is the same in all three is static; a size that grows as the batch does is a multiple of the batch; nothing is
+guessed from a size of 1.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLik
 class ShapeWalk:
     """Facts about every value of a graph whose image is (batch, C, H, W).
 
-    batches: the batch sizes that are walked; one alone where the batch is fixed. `edits` free pinned literals; nothing of the
-    graph is changed before `apply`, but conditions that are known are resolved. literal: sizes that hold for every batch mean what
-    they say, as in a file whose batch is free; else a 1 may be the batch that was traced.
+    batches: the batch sizes that are walked; one alone where the batch is fixed. `edits` free pinned literals; nothing
+    of the graph is changed before `apply`, but conditions that are known are resolved. literal: sizes that hold for
+    every batch mean what they say, as in a file whose batch is free; else a 1 may be the batch that was traced.
     """
 
     def __init__(self, model: ir.Model, batches: Sequence[int], literal: bool = False) -> None:
@@ -209,8 +210,8 @@ class ShapeWalk:
             shapes = [None if r is None else r[1] for r in results]
             if any(s is None for s in shapes):
                 raise ExportError(
-                    f"the sizes of {y.name!r}, which {label(node)} computes, depend on the image's numbers: "
-                    "camrt needs sizes that the input's size determines"
+                    f"the sizes of {y.name!r}, which {label(node)} computes, depend on the image's numbers: camrt "
+                    "needs sizes that the input's size determines"
                 )
             self.facts[y] = Facts(tuple(s for s in shapes if s is not None))
             assert results[0] is not None

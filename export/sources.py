@@ -1,5 +1,5 @@
-"""What the command line calls SOURCE: `package.module:callable`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`, `hf:FOLDER`, a .pt2
-file.
+"""What the command line calls SOURCE: `package.module:callable`, `torchvision:NAME[:WEIGHTS]`, `timm:NAME`,
+`hf:FOLDER`, a .pt2 file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Source:
 
 
 def open_source(spec: str) -> Source:
-    """Builds the model. Random weights are the same every time: the generator is seeded with 0. ExportError if it cannot."""
+    """Builds the model. Random weights are the same every time: the generator is seeded with 0. ExportError if it
+    cannot.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -39,8 +41,8 @@ def open_source(spec: str) -> Source:
     origin, _, rest = spec.partition(":")
     if not rest:
         raise ExportError(
-            f"{spec!r} names no model: use package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, hf:FOLDER, FILE.pt2 or "
-            "FILE.onnx"
+            f"{spec!r} names no model: use package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, hf:FOLDER, "
+            "FILE.pt2 or FILE.onnx"
         )
     if origin == "torchvision":
         return _torchvision(spec, *rest.partition(":")[::2])
@@ -120,7 +122,9 @@ def _timm(spec: str, name: str) -> Source:
 
 
 def _hugging_face(spec: str, place: str) -> Source:
-    """A Hugging Face image classifier, from a folder or by its id, with its image processor's recipe and its class names."""
+    """A Hugging Face image classifier, from a folder or by its id, with its image processor's recipe and its class
+    names.
+    """
     transformers = _module("transformers", "transformers (pip install 'transformers>=4.50')")
     try:
         model = transformers.AutoModelForImageClassification.from_pretrained(place, attn_implementation="eager")
@@ -217,5 +221,6 @@ def _module(name: str, package: str) -> Any:
         Exception
     ) as error:  # code of others runs, and compiled parts that do not fit their PyTorch say so in many ways
         raise ExportError(
-            f"cannot import {name!r} ({type(error).__name__}: {first_line(error)}): does its version fit the other packages'?"
+            f"cannot import {name!r} ({type(error).__name__}: {first_line(error)}): does its version fit the other "
+            "packages'?"
         ) from error

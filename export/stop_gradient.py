@@ -1,6 +1,8 @@
-"""Where a PyTorch model stops gradients (detach, no_grad, .data), as nodes of the ONNX graph: PyTorch's exporter drops them.
+"""Where a PyTorch model stops gradients (detach, no_grad, .data), as nodes of the ONNX graph: PyTorch's exporter drops
+them.
 
-A custom operator marks the places in the exported program, and becomes a node camrt::StopGradient, which the autodiff does not pass.
+A custom operator marks the places in the exported program, and becomes a node camrt::StopGradient, which the autodiff
+does not pass.
 """
 
 from __future__ import annotations
@@ -101,8 +103,8 @@ def _refuse_writes(node: torch.fx.Node) -> None:
     for user in node.users:
         if _writes(user) and user.args[0] is node:
             raise ExportError(
-                f"the model writes in place ({user.target}) to a tensor that it detached, and so changes the original behind autograd's "
-                "back: write to a copy (.detach().clone()), or do without the write"
+                f"the model writes in place ({user.target}) to a tensor that it detached, and so changes the original "
+                "behind autograd's back: write to a copy (.detach().clone()), or do without the write"
             )
 
 
@@ -112,13 +114,16 @@ def _refuse_writes_inside(module: torch.fx.GraphModule, node: torch.fx.Node) -> 
         first = inner.args[0] if inner.args else None
         if _writes(inner) and isinstance(first, torch.fx.Node) and first.op == "placeholder":
             raise ExportError(
-                f"the model writes in place ({inner.target}) to a tensor from outside a no_grad block: write to a copy, or do without"
+                f"the model writes in place ({inner.target}) to a tensor from outside a no_grad block: write to a "
+                "copy, or do without"
             )
 
 
 @contextlib.contextmanager
 def checkpoints_as_calls() -> Iterator[None]:
-    """While tracing: torch.utils.checkpoint's reentrant form, which runs its forward pass under no_grad, is a plain call."""
+    """While tracing: torch.utils.checkpoint's reentrant form, which runs its forward pass under no_grad, is a plain
+    call.
+    """
     CheckpointFunction.apply = staticmethod(lambda function, preserve, *args: function(*args))  # type: ignore[method-assign]
     try:
         yield

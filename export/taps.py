@@ -1,8 +1,9 @@
 """Which tensors a bundle taps, and in which role: `layers="conv"`, `"last"`, `"default"` (both), or a list of names.
 
-Roles come from the graph. "last" is the last tensor on a spatial grid that the logits read before the grid is pooled or flattened,
-behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. All that the logits read of the image
-passes it. How PyTorch modules are nested plays no part, so that a network has the same roles from PyTorch and from ONNX.
+Roles come from the graph. "last" is the last tensor on a spatial grid that the logits read before the grid is pooled
+or flattened, behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. All that
+the logits read of the image passes it. How PyTorch modules are nested plays no part, so that a network has the same
+roles from PyTorch and from ONNX.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ _ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """What is known of a graph's tensors. known: the layout of those that hold a map; unread: maps of which the logits read a class
-    token alone; reachable: what lies between image and logits, in the graph's order; last: the tensor in the role "last";
-    without_last: why there is none, a clause, else ""; deeper: a tensor behind "last", on a coarser grid, that the logits read beside
-    it.
+    """What is known of a graph's tensors. known: the layout of those that hold a map; unread: maps of which the logits
+    read a class token alone; reachable: what lies between image and logits, in the graph's order; last: the tensor in
+    the role "last"; without_last: why there is none, a clause, else ""; deeper: a tensor behind "last", on a coarser
+    grid, that the logits read beside it.
     """
 
     known: Mapping[ir.Value, Layout]
@@ -58,7 +59,9 @@ class FeatureMaps:
 
 
 def feature_maps(graph: ir.Graph, logits: ir.Value, without_gradient: Container[str] = ()) -> FeatureMaps:
-    """Follows the image's grid through a graph with shapes. without_gradient: names of maps whose gradient was seen to be zero."""
+    """Follows the image's grid through a graph with shapes. without_gradient: names of maps whose gradient was seen to
+    be zero.
+    """
     followed = follow(graph)
     known = named_layouts(followed)
     seen = {v for v in known if str(v.name) in without_gradient}
@@ -93,11 +96,12 @@ def last_on_grid(
     followed: Mapping[ir.Value, Axes],
     carries_all: Callable[[ir.Value], bool],
 ) -> ir.Value:
-    """The tensor in the role "last". order: the tensors that the logits read at their grid, as the graph computes them; followed:
-    the axes of those of which something is known; carries_all: whether all that the logits read of the grid passes a tensor.
+    """The tensor in the role "last". order: the tensors that the logits read at their grid, as the graph computes
+    them; followed: the axes of those of which something is known; carries_all: whether all that the logits read of the
+    grid passes a tensor.
 
-    NoLastLayer where a later tensor has positions that are not followed, or in another order of axes than a layer can have: an
-    earlier one would pass for the last; and where the network ends in several branches that no tensor feeds.
+    NoLastLayer where a later tensor has positions that are not followed, or in another order of axes than a layer can
+    have: an earlier one would pass for the last; and where the network ends in several branches that no tensor feeds.
     """
     grids = [v for v in order if v in known and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None]
     if any(_pooled_to_strip(v, known) for v in grids):  # what follows has the rows or the columns of the picture alone
@@ -107,14 +111,16 @@ def last_on_grid(
     if lost is not None and lost in followed and not followed[lost].lies_over_image:
         moved = _moved_off_image(behind, followed)
         raise NoLastLayer(
-            f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that maps behind it do not lie "
-            "over the picture: take that step out of the model and let the recipe do it (resize, crop, letterbox)"
+            f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that maps behind "
+            "it do not lie over the picture: take that step out of the model and let the recipe do it (resize, crop, "
+            "letterbox)"
         )
     if lost is not None:
         node = lost.producer()
         assert node is not None
         raise NoLastLayer(
-            f"what {node.op_type} (node {node.name!r}) computes could not be followed back to the rows and columns of the picture"
+            f"what {node.op_type} (node {node.name!r}) computes could not be followed back to the rows and columns of "
+            "the picture"
         )
     if not grids:
         raise NoLastLayer("no tensor that the logits read is known to be a feature map on a grid")
@@ -148,7 +154,9 @@ def _pooled_to_strip(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
 
 
 def _raises(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node belongs to a mean of powers (generalised mean pooling): the power itself, or what keeps its base from zero."""
+    """Whether a node belongs to a mean of powers (generalised mean pooling): the power itself, or what keeps its base
+    from zero.
+    """
     if node.op_type == "Pow":
         return constant_of(node.inputs[1]) is not None and all(n.op_type in _POOLINGS for n in value.consumers())
     bounds = [constant_of(x) for x in node.inputs[1:] if x is not None]
@@ -162,7 +170,9 @@ def _raises(node: ir.Node, value: ir.Value) -> bool:
 
 
 def _moved_off_image(order: Iterable[ir.Value], followed: Mapping[ir.Value, Axes]) -> ir.Node:
-    """The first node that moves the grid away from the image, as one does that pads or crops the picture within the network."""
+    """The first node that moves the grid away from the image, as one does that pads or crops the picture within the
+    network.
+    """
     node = next(v for v in order if v in followed and not followed[v].lies_over_image).producer()
     assert node is not None
     return node
@@ -178,7 +188,9 @@ def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mappi
 
 
 def _sums_on_grid(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
-    """Whether a sum over other axes left numbers with the rows and columns of a map, as kernels that vary by position do."""
+    """Whether a sum over other axes left numbers with the rows and columns of a map, as kernels that vary by position
+    do.
+    """
     return made_by(value, "ReduceSum", "ReduceMean") is not None and tuple(dims(value)[-2:]) in {
         layout.grid for layout in known.values() if 1 not in layout.grid
     }
@@ -205,8 +217,8 @@ def _is_activated_product(value: ir.Value) -> bool:
 
 
 def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
-    """The norm that a token tensor is a projection of; for attention's keys and values without a norm, the tensor that they project;
-    else the tensor itself.
+    """The norm that a token tensor is a projection of; for attention's keys and values without a norm, the tensor that
+    they project; else the tensor itself.
     """
     inner = value
     while (node := inner.producer()) is not None:
@@ -260,9 +272,9 @@ def choose(
 ) -> dict[str, tuple[str, ...]]:
     """Names to tap, in the model's order, with their roles.
 
-    Where layers are named and the last tensor on the grid is not among them, the deepest that is `finished` takes its role, with a
-    warning. without_last: why the network has no last layer; deeper: what lies behind it, on a coarser grid: both for warnings.
-    UnknownLayer names near misses; ExportError if nothing is left to tap.
+    Where layers are named and the last tensor on the grid is not among them, the deepest that is `finished` takes its
+    role, with a warning. without_last: why the network has no last layer; deeper: what lies behind it, on a coarser
+    grid: both for warnings. UnknownLayer names near misses; ExportError if nothing is left to tap.
     """
     known = list(known)
     check_names(layers, known)
@@ -278,8 +290,8 @@ def choose(
         raise nothing_to_tap(layers, without_last)
     if deeper is not None and last in wanted:
         warnings.warn(
-            f"the logits read {last!r} past the deeper {deeper!r} as well: the former is the last layer, since it carries all that they "
-            "read of the image; name the latter to explain its part alone",
+            f"the logits read {last!r} past the deeper {deeper!r} as well: the former is the last layer, since it "
+            "carries all that they read of the image; name the latter to explain its part alone",
             stacklevel=6,
         )
     chosen = [n for n in known if n in set(wanted)]
@@ -290,7 +302,8 @@ def choose(
         if stand_in is not None:
             own = f"the network's own is {last!r}" if last is not None else f"the network has none: {without_last}"
             warnings.warn(
-                f"layer {stand_in!r} stands for the last layer, the deepest of those named that lies behind its norm and activation; {own}",
+                f"layer {stand_in!r} stands for the last layer, the deepest of those named that lies behind its norm "
+                f"and activation; {own}",
                 stacklevel=6,
             )
     roles = {}
@@ -315,8 +328,8 @@ def nothing_to_tap(layers: object, without_last: str) -> ExportError:
 
 def not_a_map(name: str, value: ir.Value) -> ExportError:
     return ExportError(
-        f"layer {name!r} has output {value.shape}, which is not known to be a feature map (batch, channels, height, width), "
-        "channels-last, or tokens of a grid, over the whole picture: name other layers"
+        f"layer {name!r} has output {value.shape}, which is not known to be a feature map (batch, channels, height, "
+        "width), channels-last, or tokens of a grid, over the whole picture: name other layers"
     )
 
 

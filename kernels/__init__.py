@@ -1,7 +1,7 @@
 """Array operations behind the maps, for NumPy's arrays and for a GPU's.
 
-operations/ has a file for each kernel: what it takes, its NumPy specification and its launch; cuda/ has their CUDA sources, which
-build.py compiles; gpu/ owns the GPU; call.py says how arrays of either kind come in.
+operations/ has a file for each kernel: what it takes, its NumPy specification and its launch; cuda/ has their CUDA
+sources, which build.py compiles; gpu/ owns the GPU; call.py says how arrays of either kind come in.
 """
 
 from .errors import DeviceError, OutOfMemory

@@ -52,7 +52,8 @@ def build(
 ) -> list[Path]:
     """Writes one fat binary per .cu, and build.json, into `out`.
 
-    architectures: in ascending order, by default those of ARCHITECTURES that this nvcc knows. warnings: nvcc's options for them. BuildError.
+    architectures: in ascending order, by default those of ARCHITECTURES that this nvcc knows. warnings: nvcc's options
+    for them. BuildError.
     """
     nvcc = nvcc or find_nvcc()
     if nvcc is None:

@@ -1,9 +1,10 @@
 """How a kernel is called: NumPy's arrays by its specification, a GPU's arrays by CUDA.
 
-A GPU's array is anything that speaks __cuda_array_interface__ or DLPack (PyTorch, CuPy, camrt.kernels.gpu.device). The work is
-queued and not waited for; results are `DeviceArray`s. `stream` is a `Stream`, or the handle of another library's
-(`torch.cuda.current_stream().cuda_stream`); without one it is the legacy default stream, PyTorch's default. All arrays lie
-on the stream's GPU. What another library's stream still reads must be held until that is done, as with any two streams.
+A GPU's array is anything that speaks __cuda_array_interface__ or DLPack (PyTorch, CuPy, camrt.kernels.gpu.device). The
+work is queued and not waited for; results are `DeviceArray`s. `stream` is a `Stream`, or the handle of another
+library's (`torch.cuda.current_stream().cuda_stream`); without one it is the legacy default stream, PyTorch's default.
+All arrays lie on the stream's GPU. What another library's stream still reads must be held until that is done, as with
+any two streams.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Stream = Queue | int | None
 
 @contextmanager
 def prepared(kernel: str, stream: Stream, written: str = "", **values: Any) -> Iterator[tuple[Queue | None, list[Any]]]:
-    """The queue and the values as arrays for it, where one lies on a GPU; else None and NumPy's arrays. None stays None.
+    """The queue and the values as arrays for it, where one lies on a GPU; else None and NumPy's arrays. None stays
+    None.
 
     written: the value that the kernel writes. Streams that arrays come from wait for what is queued.
     """

@@ -27,7 +27,9 @@ from .session.timing import Stages
 
 @dataclass(frozen=True)
 class Targets:
-    """What to explain: seeds (B, K, classes) float32, a row of zeros for the top class; `given` as the user shaped it."""
+    """What to explain: seeds (B, K, classes) float32, a row of zeros for the top class; `given` as the user
+    shaped it.
+    """
 
     seeds: np.ndarray
     classes: np.ndarray | None  # (B, K) int64; None for seed arrays; -1 where the top class was asked for
@@ -35,7 +37,9 @@ class Targets:
 
 
 class Explainer:
-    """Explains images with the programs of one bundle. May be used from several threads. session: what runs the programs."""
+    """Explains images with the programs of one bundle. May be used from several threads. session: what runs the
+    programs.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16, precision: str | None = None):
         if max_batch < 1:
@@ -72,10 +76,10 @@ class Explainer:
         """Maps that show where the network saw its target.
 
         images: float32 NCHW arrays, or uint8 HWC arrays, paths or Pillow images, preprocessed as the bundle says.
-        target: None (each image's top class), an int, one int per image, K ints per image (B, K), or a float seed array
-        (classes,), (B, classes) or (B, K, classes), the cotangent of the logits; "not", of a network with a single score: what
-        speaks against its class. layers: names or a role ("conv", "last"); the
-        method's own by default. options: the method's, e.g. percentile=90.
+        target: None (each image's top class), an int, one int per image, K ints per image (B, K), or a float seed
+        array (classes,), (B, classes) or (B, K, classes), the cotangent of the logits; "not", of a network with a
+        single score: what speaks against its class. layers: names or a role ("conv", "last"); the method's own by
+        default. options: the method's, e.g. percentile=90.
 
         InputError, UnknownMethod, UnknownLayer for arguments that do not fit; nothing is explained in part.
         """
@@ -158,12 +162,14 @@ class Explainer:
             self.session.stages = None
 
     def probabilities(self, images: Any) -> np.ndarray:
-        """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one class."""
+        """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one
+        class.
+        """
         return probabilities(self.classify(images), self.manifest)
 
     def normalized(self, images: Any) -> np.ndarray:
-        """What masks multiply, (B, C', H, W) float32: the network's input, or where the network normalises it itself, what its
-        first layer reads.
+        """What masks multiply, (B, C', H, W) float32: the network's input, or where the network normalises it itself,
+        what its first layer reads.
         """
         opened = Opened(images, self.manifest)
         return self._within_memory(lambda: self.session.memory.get(self.session.normalized(self._placed(opened)[0]))[0])
@@ -247,8 +253,8 @@ class Explainer:
                 else:
                     add = f"export it with layer {own!r} as well"
                 raise UnknownLayer(
-                    f"{method.name} needs the layers {wanted!r}, which this bundle lacks: {add}, or name layers, it has "
-                    f"{', '.join(self.layers[:5])}"
+                    f"{method.name} needs the layers {wanted!r}, which this bundle lacks: {add}, or name layers, it "
+                    f"has {', '.join(self.layers[:5])}"
                 )
             return names
         names = (wanted,) if isinstance(wanted, str) else tuple(dict.fromkeys(wanted))
@@ -278,9 +284,10 @@ def load(
 ) -> Explainer:
     """Opens a bundle.
 
-    backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto", the first of them that can be used here. max_batch:
-    images, targets or masked images in one run; precision: "fp32" or "fp16", by default the first that the bundle has; threads: CPU threads of a run, by default one per core; device: which GPU.
-    progress is called with a line before work that takes seconds, such as building an engine.
+    backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto", the first of them that can be used here.
+    max_batch: images, targets or masked images in one run; precision: "fp32" or "fp16", by default the first that the
+    bundle has; threads: CPU threads of a run, by default one per core; device: which GPU. progress is called with a
+    line before work that takes seconds, such as building an engine.
 
     BundleError if it is damaged; BackendUnavailable if nothing here can run it.
     """

@@ -19,9 +19,9 @@ from .images.overlay import overlay
 class Explanation:
     """Maps of a batch of B images, or of K targets for each.
 
-    maps (B, H, W) or (B, K, H, W) float32, scaled as the method defines it; target (B,) or (B, K) int64, None for a seed
-    array; logits (B, classes) float32; layers: names; layer_weights (B, L) or (B, K, L) float32; options: the method's;
-    details: what the method reports beside its maps, name -> (B,) or (B, K).
+    maps (B, H, W) or (B, K, H, W) float32, scaled as the method defines it; target (B,) or (B, K) int64, None for a
+    seed array; logits (B, classes) float32; layers: names; layer_weights (B, L) or (B, K, L) float32; options: the
+    method's; details: what the method reports beside its maps, name -> (B,) or (B, K).
     """
 
     method: str

@@ -1,7 +1,7 @@
 """Numbers that say how good a map is: faithfulness to the network, and agreement with a mask of the object.
 
-Scores are probabilities of the explained class. Maps (H, W) are scaled to [0, 1] by the caller. Where a definition leaves a
-choice open, the docstring says which was made.
+Scores are probabilities of the explained class. Maps (H, W) are scaled to [0, 1] by the caller. Where a definition
+leaves a choice open, the docstring says which was made.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ PERCENTILES = (20, 40, 60, 80)  # of pixels that ROAD removes
 
 
 def masked(image: np.ndarray, scaled: np.ndarray) -> np.ndarray:
-    """The network's input (C, H, W) seen through a map: their product, so that what the map hides becomes the mean colour."""
+    """The network's input (C, H, W) seen through a map: their product, so that what the map hides becomes the mean
+    colour.
+    """
     return (image * scaled).astype(np.float32)
 
 
 def average_drop(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """100 max(0, Y - O) / Y per image, in percent: Y the probability for the image, O for the image through its map. Lower is
-    better. before, after (B,) -> (B,). Chattopadhyay et al., arXiv 1710.11063.
+    """100 max(0, Y - O) / Y per image, in percent: Y the probability for the image, O for the image through its map.
+    Lower is better. before, after (B,) -> (B,). Chattopadhyay et al., arXiv 1710.11063.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     return 100 * np.maximum(before - after, 0) / np.maximum(before, np.finfo(np.float64).tiny)
@@ -80,8 +82,8 @@ def deletion(image: np.ndarray, scaled: np.ndarray, score: Score, steps: int = 3
 def insertion(image: np.ndarray, scaled: np.ndarray, score: Score, steps: int = 32) -> float:
     """Area under the probability as a blurred image gets its pixels back, the most relevant first. Higher is better.
 
-    The blur is RISE's, a Gaussian of sigma 5 over 11 x 11 pixels, at the border with the nearest pixel instead of black.
-    arXiv 1806.07421. CamrtError without scipy.
+    The blur is RISE's, a Gaussian of sigma 5 over 11 x 11 pixels, at the border with the nearest pixel instead of
+    black. arXiv 1806.07421. CamrtError without scipy.
     """
     return area_under(score(exchanged(blurred(image), image, scaled, steps)))
 
@@ -102,8 +104,8 @@ def road(
 ) -> float:
     """Mean over percentiles of (probability without the least relevant pixels - without the most relevant) / 2.
 
-    Removed pixels are imputed from their neighbours (`impute`) with Gaussian noise. Higher is better. Rong et al., arXiv
-    2202.00449, combined as pytorch-grad-cam does. CamrtError without scipy.
+    Removed pixels are imputed from their neighbours (`impute`) with Gaussian noise. Higher is better. Rong et al.,
+    arXiv 2202.00449, combined as pytorch-grad-cam does. CamrtError without scipy.
     """
     ranks, rng = _ranks(scaled), np.random.default_rng(seed)
     batch = []
@@ -116,8 +118,8 @@ def road(
 
 
 def impute(image: np.ndarray, removed: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Noisy linear imputation: each removed pixel is the mean of its neighbours, direct ones weighing 1/6 and diagonal ones 1/12
-    (fewer at the border, weights then growing to 1), which is a sparse linear system; plus noise.
+    """Noisy linear imputation: each removed pixel is the mean of its neighbours, direct ones weighing 1/6 and diagonal
+    ones 1/12 (fewer at the border, weights then growing to 1), which is a sparse linear system; plus noise.
 
     image (C, H, W), removed (H, W) bool -> (C, H, W) float32. arXiv 2202.00449, section 4.
     """
@@ -167,7 +169,8 @@ def _scipy(module: str):
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold between 256 levels of values in [0, 1] that parts them with the most variance between the two classes.
+    """The threshold between 256 levels of values in [0, 1] that parts them with the most variance between the two
+    classes.
 
     Levels are round(255 x); values above the threshold are in front. Otsu, IEEE TSMC 1979.
     """
@@ -190,7 +193,8 @@ def iou(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray, threshold: fl
 
 
 def centre_distance(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
-    """Distance between the map's and the object's centres of mass, as a part of the picture's diagonal. Lower is better.
+    """Distance between the map's and the object's centres of mass, as a part of the picture's diagonal. Lower is
+    better.
 
     A map of zeros has its centre in the middle.
     """
@@ -209,7 +213,8 @@ def _centre(weights: np.ndarray) -> np.ndarray:
 
 
 def energy(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
-    """Energy-based pointing game: the part of the map's sum that lies on the object; 0 for a map of zeros. Higher is better.
+    """Energy-based pointing game: the part of the map's sum that lies on the object; 0 for a map of zeros. Higher is
+    better.
 
     Wang et al., Score-CAM, arXiv 1910.01279.
     """

@@ -54,7 +54,9 @@ class _Owner:
 
 
 class EmulatedGpu:
-    """A `Queue` whose memory and kernels are in the server's process. Its death, with the sanitizer's words, is an error."""
+    """A `Queue` whose memory and kernels are in the server's process. Its death, with the sanitizer's words, is an
+    error.
+    """
 
     handle = 7  # neither the default stream nor none
     shared_limit = 99 * 1024

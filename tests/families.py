@@ -1,7 +1,7 @@
 """The networks that tests export: one of each torchvision classification family, and small transformers.
 
-Weights are random, batch norm statistics warmed up; sizes are small and some odd. Of four families the blocks are stacked less
-deep than in the published networks, which takes minutes less.
+Weights are random, batch norm statistics warmed up; sizes are small and some odd. Of four families the blocks are
+stacked less deep than in the published networks, which takes minutes less.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def xcit() -> nn.Module:
 
 
 class SequenceFirst(nn.Module):
-    """Tokens as nn.TransformerEncoder holds them unless told otherwise, (tokens, batch, channels); with a class token as CLIP's image
-    tower has it.
+    """Tokens as nn.TransformerEncoder holds them unless told otherwise, (tokens, batch, channels); with a class token
+    as CLIP's image tower has it.
     """
 
     def __init__(self, with_class_token: bool) -> None:

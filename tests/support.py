@@ -39,7 +39,9 @@ def import_torchvision():
 
 
 def warmed_up(model: nn.Module, shape: tuple[int, int, int], seed: int = 1) -> nn.Module:
-    """The model in eval mode with batch norm statistics of smooth random images, so that activations neither die nor explode."""
+    """The model in eval mode with batch norm statistics of smooth random images, so that activations neither die nor
+    explode.
+    """
     torch.manual_seed(seed)
     model.train()
     for module in model.modules():

@@ -165,7 +165,10 @@ def test_export_of_a_saved_program(folder: Path) -> None:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """camrt in a process of its own, where torchvision is made importable first."""
-    code = "from support import import_torchvision; import_torchvision(); from camrt.cli import main; raise SystemExit(main())"
+    code = (
+        "from support import import_torchvision; import_torchvision(); from camrt.cli import main; raise "
+        "SystemExit(main())"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
@@ -306,7 +309,9 @@ def test_a_refused_run_leaves_earlier_results(folder: Path, exported: Path) -> N
 
 
 def test_torchvision_weights_that_were_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's own file in its own place, with numbers of ours: classes and preprocessing come with the weights."""
+    """torchvision's own file in its own place, with numbers of ours: classes and preprocessing come with the
+    weights.
+    """
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     models = import_torchvision().models
     weights = models.SqueezeNet1_1_Weights.DEFAULT

@@ -202,7 +202,8 @@ DEFECTS = {
     "a missing barrier before the last block is known": (
         f"{WRONG}|{STUCK}",
         "winsorize.cu",
-        "        if (threadIdx.x == 0) last[0] = atomicAdd(&state.finished, 1u) == gridDim.x - 1;\n        __syncthreads();\n",
+        "        if (threadIdx.x == 0) last[0] = atomicAdd(&state.finished, 1u) == gridDim.x - 1;\n        "
+        "__syncthreads();\n",
         "        if (threadIdx.x == 0) last[0] = atomicAdd(&state.finished, 1u) == gridDim.x - 1;\n",
     ),
     "a missing barrier of a warp": (

@@ -1,4 +1,6 @@
-"""Calling the CUDA kernels: what is refused, arrays that travel between libraries, the build, machines without a GPU."""
+"""Calling the CUDA kernels: what is refused, arrays that travel between libraries, the build, machines without
+a GPU.
+"""
 
 from __future__ import annotations
 

@@ -136,7 +136,9 @@ def test_images_without_a_mask_have_no_localisation(scenes: Path) -> None:
 
 
 def test_void_pixels_of_a_voc_mask_are_left_out(scenes: Path) -> None:
-    """A palette picture's 255 is void, even where no other object is near; a grey picture's is the object, unless --void says so."""
+    """A palette picture's 255 is void, even where no other object is near; a grey picture's is the object, unless
+    --void says so.
+    """
     values = np.zeros((128, 128), np.uint8)
     values[40:80, 40:80] = 7
     values[38:40] = 255

@@ -1,4 +1,6 @@
-"""ONNX files of the kinds that users bring: what other exporters, converters and tools write around an ordinary network."""
+"""ONNX files of the kinds that users bring: what other exporters, converters and tools write around an ordinary
+network.
+"""
 
 from __future__ import annotations
 
@@ -214,7 +216,9 @@ def shifted_by_one(g: Graph) -> str:
 
 
 def standardised(g: Graph) -> str:
-    """A weight that is standardised by a batch norm in training mode, as weight-standardised convolutions are written."""
+    """A weight that is standardised by a batch norm in training mode, as weight-standardised convolutions are
+    written.
+    """
     weight = g.op("Reshape", g.weight("w", 12, 3, 3, 3), ints(g, "one", 1, 12, -1), out="rows")
     ones, zeros = (g.constant(n, np.full(12, v, np.float32)) for n, v in (("ones", 1), ("zeros", 0)))
     g.op("BatchNormalization", weight, ones, zeros, zeros, ones, out="even", training_mode=1)
@@ -676,7 +680,9 @@ def test_not_the_class_of_a_single_score_is_the_other_class_of_two(tmp_path: Pat
 
 
 def preprocessed(g: Graph, kind: str) -> str:
-    """What some exporters put in front of the first convolution, of pictures in 0..255; its output is what `outside` computes."""
+    """What some exporters put in front of the first convolution, of pictures in 0..255; its output is what `outside`
+    computes.
+    """
     mean, std = (
         g.constant(n, np.array(v, np.float32).reshape(3, 1, 1))
         for n, v in (("m", [110, 120, 130]), ("s", [60, 50, 55]))

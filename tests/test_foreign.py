@@ -1,10 +1,10 @@
 """Exact values from other projects' tests, by our programs and metrics: their numbers, our code.
 
-captum (BSD-3-Clause, commit faac087): tests/attr/layer/test_grad_cam.py and test_layer_gradient_x_activation.py, on the models of
-captum/testing/helpers/basic_models.py. torch-cam (Apache-2.0, commit f44afef): tests/test_metrics.py,
-tests/test_methods_gradient.py. captum's maps are sums of mean gradient times activation, neither rectified nor scaled: the
-`layer_maps` program's. Left out, because camrt has no counterpart: several inputs, embeddings, layers that the output does not
-depend on, guided backpropagation, and torch-cam's NaN counters.
+captum (BSD-3-Clause, commit faac087): tests/attr/layer/test_grad_cam.py and test_layer_gradient_x_activation.py, on
+the models of captum/testing/helpers/basic_models.py. torch-cam (Apache-2.0, commit f44afef): tests/test_metrics.py,
+tests/test_methods_gradient.py. captum's maps are sums of mean gradient times activation, neither rectified nor scaled:
+the `layer_maps` program's. Left out, because camrt has no counterpart: several inputs, embeddings, layers that the
+output does not depend on, guided backpropagation, and torch-cam's NaN counters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from camrt.runtime.bundle.reading import Bundle, read_bundle
 
 
 class OneConv(nn.Module):
-    """captum's BasicModel_ConvNet_One_Conv; `front` passes the image on, so that the first layer's input is a layer's output."""
+    """captum's BasicModel_ConvNet_One_Conv; `front` passes the image on, so that the first layer's input is a layer's
+    output.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +208,9 @@ def test_torchcam_steps_that_do_not_divide() -> None:
 
 
 def test_torchcam_differences_are_taken_before_the_rectifier(tmp_path: Path) -> None:
-    """Of the difference from the mean of two rivals nothing is left, though one of the single differences is positive."""
+    """Of the difference from the mean of two rivals nothing is left, though one of the single differences is
+    positive.
+    """
     features, head = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(1, 3, bias=False)
     with torch.no_grad():
         features.weight.fill_(1)

@@ -61,9 +61,10 @@ def recorded(model: nn.Module, convolutions: list[str], photo: str) -> Recorded:
 def assert_golden(got: np.ndarray, want: np.ndarray, photo: str, alternatives: Callable[[], list]) -> None:
     """Within 1e-3 of the wanted maps or weights; for the cat, where that fails, of another float32 run of PyTorch.
 
-    In the cat's photo two rectifier inputs lie within rounding of a kink (float64: features.21, channel 93, 4.5e-7 below
-    ReLU6's bound; features.22, channel 108, 4.7e-6 below 0). Float32 programs fall to either side, and a unit that does
-    moves maps by 3e-3. So does PyTorch when the photo changes in its last bits: one of those runs must fit within 1e-3.
+    In the cat's photo two rectifier inputs lie within rounding of a kink (float64: features.21, channel 93, 4.5e-7
+    below ReLU6's bound; features.22, channel 108, 4.7e-6 below 0). Float32 programs fall to either side, and a unit
+    that does moves maps by 3e-3. So does PyTorch when the photo changes in its last bits: one of those runs must fit
+    within 1e-3.
     """
     if np.abs(got - want).max() > 1e-3 and photo == "cat":
         want = min(alternatives(), key=lambda a: float(np.abs(got - a).max()))
@@ -195,8 +196,8 @@ def test_golden_maps(key: str, exported: Path, model: nn.Module, photo: str, gol
 
 
 def test_golden_eigen_cam(exported: Path, recorded: Recorded, photo: str, golden: dict[str, np.ndarray]) -> None:
-    """A singular vector's sign is arbitrary, and the golden map of the zebra has the one that its mean activation speaks
-    against: what must agree with it is the projection, under one sign or the other.
+    """A singular vector's sign is arbitrary, and the golden map of the zebra has the one that its mean activation
+    speaks against: what must agree with it is the projection, under one sign or the other.
     """
     activation = recorded.activations["features.26"]
     rows = activation[0].flatten(1).T

@@ -1,4 +1,6 @@
-"""What only a GPU can show: streams, memory, graphs, other libraries' arrays. The kernels' values are in test_cuda.py."""
+"""What only a GPU can show: streams, memory, graphs, other libraries' arrays. The kernels' values are in
+test_cuda.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bundles from somebody who means harm: refused by a message, before an engine reads them and before anything is allocated."""
+"""Bundles from somebody who means harm: refused by a message, before an engine reads them and before anything is
+allocated.
+"""
 
 from __future__ import annotations
 

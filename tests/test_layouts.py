@@ -1,4 +1,6 @@
-"""Which tensors count as feature maps: networks that were once mistaken, each with a map that would have looked right."""
+"""Which tensors count as feature maps: networks that were once mistaken, each with a map that would have
+looked right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every CAM method, as the runtime computes it from an exported network, against its reference in PyTorch in float64."""
+"""Every CAM method, as the runtime computes it from an exported network, against its reference in PyTorch in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -358,7 +360,9 @@ class Flat(nn.Module):
 @pytest.mark.parametrize("make", [OneChannel, Flat])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_awkward_networks(make: Any, method: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """A channel count of one, one class, constant activations: a finite map, constant where nothing varies, or a refusal."""
+    """A channel count of one, one class, constant activations: a finite map, constant where nothing varies, or a
+    refusal.
+    """
     torch.manual_seed(3)
     explainer = camrt.load(camrt.export_model(make().eval(), tmp_path / "net.camrt", (3, 16, 16)))
     if make is OneChannel and method == "finer_cam":

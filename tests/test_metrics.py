@@ -74,7 +74,9 @@ def test_blur_is_a_gaussian_of_eleven_pixels() -> None:
 
 
 def test_imputation_by_hand() -> None:
-    """One removed pixel in the middle: 1/6 of each neighbour beside it, 1/12 of each at a corner; at a border, scaled up."""
+    """One removed pixel in the middle: 1/6 of each neighbour beside it, 1/12 of each at a corner; at a border, scaled
+    up.
+    """
     image = np.arange(9.0).reshape(1, 3, 3).astype(np.float32)
     removed = np.zeros((3, 3), bool)
     removed[1, 1] = True

@@ -1,7 +1,8 @@
-"""One network of each torchvision classification family, and small transformers: exported in float32 and float16, put to
-every comparison of `camrt verify`, and built into TensorRT engines.
+"""One network of each torchvision classification family, and small transformers: exported in float32 and float16, put
+to every comparison of `camrt verify`, and built into TensorRT engines.
 
-The comparisons are of activations, gradients and maps with PyTorch in float64, per tap, by the limits in camrt.comparisons.
+The comparisons are of activations, gradients and maps with PyTorch in float64, per tap, by the limits in
+camrt.comparisons.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def failures(report: Report) -> list[Any]:
 
 
 def build_engines(bundle: Bundle) -> None:
-    """By TensorRT for RTX, without a word of warning: the widest float32 one for batches, which is the hardest, the others
-    for single images.
+    """By TensorRT for RTX, without a word of warning: the widest float32 one for batches, which is the hardest, the
+    others for single images.
     """
     library = find_library("tensorrt_rtx")
     layers = [t.name for t in bundle.manifest.taps]

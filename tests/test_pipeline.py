@@ -1,4 +1,6 @@
-"""The pipeline on a GPU, on the emulated one: the kernels run by their own sources, programs by ONNX Runtime on its arrays."""
+"""The pipeline on a GPU, on the emulated one: the kernels run by their own sources, programs by ONNX Runtime on its
+arrays.
+"""
 
 from __future__ import annotations
 

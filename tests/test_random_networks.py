@@ -29,8 +29,9 @@ from camrt.runtime.backends import create
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.verify import verify
 
-# of a gradient. Networks that subtract means and sum what is left amplify what float32 constants leave (1e-7) a hundredfold and
-# more; a rule that is wrong is off by far more than this, and tests/test_vjp.py holds each rule to 1e-9
+# of a gradient. Networks that subtract means and sum what is left amplify what float32 constants leave (1e-7) a
+# hundredfold and more; a rule that is wrong is off by far more than this, and tests/test_vjp.py holds each rule to
+# 1e-9
 CANCELLED = 1e-4
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
 CLASSES = 4

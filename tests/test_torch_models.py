@@ -1,4 +1,6 @@
-"""PyTorch models as users bring them: what stops gradients, what wraps them, what they return, and what cannot be traced."""
+"""PyTorch models as users bring them: what stops gradients, what wraps them, what they return, and what cannot be
+traced.
+"""
 
 from __future__ import annotations
 
@@ -495,7 +497,9 @@ def test_a_state_that_is_no_tensor_is_part_of_the_digest(tmp_path: Path) -> None
 
 
 class Reused(nn.Module):
-    """One activation module in three places, and a function; its last convolution is a subclass with a module inside."""
+    """One activation module in three places, and a function; its last convolution is a subclass with a module
+    inside.
+    """
 
     class Padded(nn.Conv2d):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -594,7 +598,9 @@ class _Trunk(nn.Module):
 
 @pytest.mark.parametrize("way", ["gated", "gated_by_product", "bilinear", "pyramid", "pooled"])
 def test_the_last_layer_carries_the_whole_gradient(way: str, tmp_path: Path) -> None:
-    """A side branch (a gate, one factor of a product, one of several pools) carries a part of it, and its map looks right."""
+    """A side branch (a gate, one factor of a product, one of several pools) carries a part of it, and its map looks
+    right.
+    """
     torch.manual_seed(0)
     net = _Trunk(way).eval()
     image = torch.randn(2, 3, 32, 32)
@@ -780,7 +786,9 @@ class _Calibration(CalibrationDataReader):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_quantised_transformer_is_verified(seed: int, tmp_path: Path) -> None:
-    """Engines that compute with its integers round elsewhere than float64, by as much as a small change of the image does."""
+    """Engines that compute with its integers round elsewhere than float64, by as much as a small change of the image
+    does.
+    """
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -873,7 +881,9 @@ def test_a_model_for_one_image_is_explained_one_image_at_a_time(tmp_path: Path) 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
 def test_a_norm_before_tokens_has_its_own_gradient(norm: type[nn.Module], tmp_path: Path) -> None:
-    """PyTorch 2.13 confuses the elements of one image's gradient there; the reference must not, nor be taken for the truth."""
+    """PyTorch 2.13 confuses the elements of one image's gradient there; the reference must not, nor be taken for the
+    truth.
+    """
 
     class Net(nn.Module):
         def __init__(self) -> None:

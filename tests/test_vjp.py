@@ -1,7 +1,8 @@
 """Every gradient rule, in float64, against autograd: one oracle over one table.
 
-A row is one ONNX node. The node's forward pass in PyTorch (the interpreter) is first shown to be the operator by ONNX's own
-reference evaluator; then the gradient graph that the rule emits, run by that evaluator, must equal PyTorch's autograd.
+A row is one ONNX node. The node's forward pass in PyTorch (the interpreter) is first shown to be the operator by
+ONNX's own reference evaluator; then the gradient graph that the rule emits, run by that evaluator, must equal
+PyTorch's autograd.
 """
 
 from __future__ import annotations

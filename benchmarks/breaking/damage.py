@@ -95,7 +95,9 @@ def _places(tree: Any, depth: int = 0) -> Any:
 
 
 def model_of(data: bytes, rng: random.Random) -> bytes:
-    """A serialized ONNX model with its bytes damaged, or with one to three of its parts changed and the rest well-formed."""
+    """A serialized ONNX model with its bytes damaged, or with one to three of its parts changed and the rest
+    well-formed.
+    """
     if rng.random() < 0.4:
         return bytes_of(data, rng)
     model = onnx.ModelProto.FromString(data)

@@ -31,7 +31,9 @@ Problems = list[dict[str, Any]]
 
 
 class Command:
-    """A camrt command that is killed: `look` says what is wrong afterwards, `finished` what is wrong once it ran through."""
+    """A camrt command that is killed: `look` says what is wrong afterwards, `finished` what is wrong once it ran
+    through.
+    """
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
         self.arguments = [sys.executable, "-m", "camrt", *arguments]

@@ -1,6 +1,7 @@
 """keras.applications, written by tf2onnx, with the image channels-last, as TensorFlow has it.
 
-python benchmarks/zoo/keras_files.py FOLDER        with random weights; needs tensorflow-cpu and tf2onnx, an environment of their own
+python benchmarks/zoo/keras_files.py FOLDER        with random weights; needs tensorflow-cpu and tf2onnx, an
+environment of their own
 """
 
 from __future__ import annotations

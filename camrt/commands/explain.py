@@ -22,7 +22,9 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tif
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Image files named by files, folders (searched through) and glob patterns, each once. InputError if one names none."""
+    """Image files named by files, folders (searched through) and glob patterns, each once. InputError if one names
+    none.
+    """
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)

@@ -32,7 +32,8 @@ def verify(options: argparse.Namespace) -> int:
         print(f"{mark:5}{row.program:24}{row.subject:40}{figures}")
     for name in report.own_backward:
         print(
-            f"{name} has a backward pass of its own, which PyTorch's gradients before it follow; camrt's are the derivative of its forward pass"
+            f"{name} has a backward pass of its own, which PyTorch's gradients before it follow; camrt's are the "
+            "derivative of its forward pass"
         )
     failed = sum(not r.passed for r in report.rows)
     print(f"{len(report.rows) - failed} of {len(report.rows)} comparisons passed")

@@ -54,7 +54,8 @@ def run(out: Path, scenes: int = 6, seed: int = 0) -> Path:
 
     right = sum(int(t == label) for t, (_, label, _) in zip(winsor.target, drawn, strict=True))
     print(
-        f"{scenes} scenes, {right} recognised; {len(columns) - 1} maps of each in {seconds * 1e3:.0f} ms, loading included."
+        f"{scenes} scenes, {right} recognised; {len(columns) - 1} maps of each in {seconds * 1e3:.0f} ms, loading "
+        "included."
     )
     print(f"Look at {path}: what the network saw, at four Winsor-CAM percentiles and by Grad-CAM.")
     print("With a model of your own:")

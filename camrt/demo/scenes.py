@@ -83,7 +83,9 @@ CLASSES = tuple(SHAPES)
 
 
 def draw_scene(seed: int, label: int | None = None) -> tuple[np.ndarray, int, np.ndarray]:
-    """A scene that depends on `seed` alone: picture (SIZE, SIZE, 3) uint8, class index, object mask (SIZE, SIZE) bool."""
+    """A scene that depends on `seed` alone: picture (SIZE, SIZE, 3) uint8, class index, object mask (SIZE,
+    SIZE) bool.
+    """
     rng = np.random.default_rng(seed)
     drawn = int(rng.integers(len(CLASSES)))
     label = drawn if label is None else label

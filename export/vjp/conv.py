@@ -75,7 +75,9 @@ def crop_or_pad(
 def data_gradient(
     op: Tape, g: ir.Value, weight: ir.Value, group: int, window: Window, size: Sequence[int], out: Sequence[int]
 ) -> ir.Value:
-    """Cotangent (S, C, *size) of a convolution's input from that of its output, g (S, K, *out); weight (K, C/group, *kernel)."""
+    """Cotangent (S, C, *size) of a convolution's input from that of its output, g (S, K, *out); weight (K, C/group,
+    *kernel).
+    """
     if all(s == 1 for s in window.strides):
         return _unit_stride(op, g, weight, group, window, out)
     if len(size) == 2 and all(d == 1 for d in window.dilations):
@@ -153,7 +155,9 @@ def _sub_pixel(op, g, weight, group, window, size, out):
 
 
 def interleave(op: Tape, phases: ir.Value, channels: int, count: Sequence[int], strides: Sequence[int]) -> ir.Value:
-    """(S, C, *strides, *count), channels and phases possibly one axis -> (S, C, *(count * strides)): x[s q + r] = phases[r, q]."""
+    """(S, C, *strides, *count), channels and phases possibly one axis -> (S, C, *(count * strides)): x[s q + r] =
+    phases[r, q].
+    """
     rank = len(count)
     if rank == 2 and strides[0] == strides[1]:
         merged = op.Reshape(phases, [-1, channels * strides[0] * strides[1], *count])
@@ -164,7 +168,9 @@ def interleave(op: Tape, phases: ir.Value, channels: int, count: Sequence[int], 
 
 
 def _zero_insert(op, value, channels, count, strides):
-    """Spreads (S, C, *count) to every stride-th row and column: each row times a 0/1 matrix, several times faster than Pad."""
+    """Spreads (S, C, *count) to every stride-th row and column: each row times a 0/1 matrix, several times faster than
+    Pad.
+    """
     width = count[1] * strides[1]
     spread = np.zeros((count[1], strides[0] * width))
     spread[np.arange(count[1]), np.arange(count[1]) * strides[1]] = 1

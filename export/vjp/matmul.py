@@ -38,7 +38,9 @@ def matmul(op, node, g):
 
 @vjp("Einsum", shares_image=False)
 def einsum(op, node, g):
-    """d operand = Einsum of g and the other operands, its subscripts being the result; where none repeats one of its own."""
+    """d operand = Einsum of g and the other operands, its subscripts being the result; where none repeats one of its
+    own.
+    """
     terms, out = _subscripts(attribute(node, "equation"), [len(dims(x)) for x in node.inputs])
     sizes = {}
     for x, term in zip(node.inputs, terms, strict=True):

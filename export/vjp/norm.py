@@ -23,7 +23,9 @@ def batch_normalization(op, node, g):
 
 
 def normalized_vjp(op, x, g, axes, epsilon):
-    """Cotangent of x for y = (x - mean) / sqrt(var + eps) over `axes`: r (g - mean g - y mean(g y)), r = 1 / sqrt(var + eps)."""
+    """Cotangent of x for y = (x - mean) / sqrt(var + eps) over `axes`: r (g - mean g - y mean(g y)), r = 1 / sqrt(var
+    + eps).
+    """
     centred = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
     variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
     r = op.Reciprocal(op.Sqrt(op.Add(variance, op.floats(epsilon))))
@@ -54,7 +56,9 @@ def instance_normalization(op, node, g):
 
 @vjp("GroupNormalization")
 def group_normalization(op, node, g):
-    """y = scale xhat + bias per image and group of channels; scale and bias one number per channel, or per group before opset 21."""
+    """y = scale xhat + bias per image and group of channels; scale and bias one number per channel, or per group
+    before opset 21.
+    """
     x, scale = node.inputs[:2]
     groups = attribute(node, "num_groups")
     channels, *grid = static_dims(x)

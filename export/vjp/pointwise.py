@@ -376,7 +376,8 @@ def mod(op, node, g):
 
 @vjp("QuantizeLinear")
 def quantize(op, node, g):
-    """y = clip(round(x / scale) + zero): dx = g / scale inside the range of y's type, 0 outside, as PyTorch's fake_quantize does.
+    """y = clip(round(x / scale) + zero): dx = g / scale inside the range of y's type, 0 outside, as PyTorch's
+    fake_quantize does.
 
     Where a converter left a rectifier to that range, this is the rectifier's gradient.
     """

@@ -131,7 +131,9 @@ def _overlay(op, pieces, channels, window, size, out):
 
 @vjp("LpPool")
 def lp_pool(op, node, g):
-    """y = (sum_window |x|^p)^(1/p): dx = sign(x) |x|^(p-1) times the sum of g / y^(p-1) over the windows; 0 where y is 0."""
+    """y = (sum_window |x|^p)^(1/p): dx = sign(x) |x|^(p-1) times the sum of g / y^(p-1) over the windows; 0 where y is
+    0.
+    """
     x, y, p = node.inputs[0], node.outputs[0], attribute(node, "p", 2)
     window = window_of(node, attribute(node, "kernel_shape"))
     channels, *size = static_dims(x)

@@ -20,7 +20,8 @@ def resize_matrix(size, out, scale, node, start=0.0, end=1.0):
     antialias = bool(attribute(node, "antialias", 0)) and scale < 1 and mode != "nearest"
     where = attribute(node, "coordinate_transformation_mode", "half_pixel")
     matrix = np.zeros((out, size))
-    # float32 for the nearest, as engines compute it, so that ties fall as there; else rounding would be all of a gradient's error
+    # float32 for the nearest, as engines compute it, so that ties fall as there; else rounding would be all of a
+    # gradient's error
     one = np.float32 if mode == "nearest" else np.float64
     for i, x in enumerate(_positions(size, out, scale, where, start, end, one)):
         if where == "tf_crop_and_resize" and not 0 <= x <= size - 1:
@@ -118,8 +119,8 @@ def along_axis(op, g, rank, axis, matrix):
 
 @vjp("GridSample", shares_image=False)
 def grid_sample(op, node, g):
-    """Bilinear, padded by zeros or its border: dx adds g, weighed, to the four neighbours of each point; d grid is the slope
-    between them. Nearest: dx adds g to the nearest element, d grid = 0.
+    """Bilinear, padded by zeros or its border: dx adds g, weighed, to the four neighbours of each point; d grid is the
+    slope between them. Nearest: dx adds g to the nearest element, d grid = 0.
     """
     x, grid = node.inputs
     mode, padding = attribute(node, "mode", "linear"), attribute(node, "padding_mode", "zeros")

@@ -144,7 +144,9 @@ def _added(op, x, indices, g, axis):
 
 @vjp("ScatterElements", shares_image=False)
 def scatter_elements(op, node, g):
-    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates = g taken there."""
+    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates =
+    g taken there.
+    """
     _, indices, updates = node.inputs
     reduction, axis = attribute(node, "reduction", "none"), attribute(node, "axis", 0)
     if reduction not in ("none", "add"):
@@ -166,7 +168,9 @@ def gather_nd(op, node, g):
 
 @vjp("ScatterND", shares_image=False)
 def scatter_nd(op, node, g):
-    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates = g taken there."""
+    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates =
+    g taken there.
+    """
     _, indices, updates = node.inputs
     reduction = attribute(node, "reduction", "none")
     if reduction not in ("none", "add"):
@@ -177,7 +181,9 @@ def scatter_nd(op, node, g):
 
 @vjp("Pad")
 def pad(op, node, g):
-    """dx = g without its border; in the modes that repeat x there, each border added to the elements that it repeats."""
+    """dx = g without its border; in the modes that repeat x there, each border added to the elements that it
+    repeats.
+    """
     x, pads, mode = node.inputs[0], constant_of(node.inputs[1]), attribute(node, "mode", "constant")
     if pads is None:
         return (None,)

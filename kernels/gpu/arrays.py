@@ -106,8 +106,8 @@ def _cuda_interface(value: Any) -> dict[str, Any] | None:
 def device_array(value: Any, name: str, stream: int = 0, written: bool = False) -> DeviceArray:
     """A value of either protocol as a DeviceArray, without a copy.
 
-    name: said in errors. stream: handle of the stream that will use it. written: whether it will be written. ValueError if
-    it is on the host, not C-contiguous, not aligned to its dtype, or only to be read.
+    name: said in errors. stream: handle of the stream that will use it. written: whether it will be written.
+    ValueError if it is on the host, not C-contiguous, not aligned to its dtype, or only to be read.
     """
     if isinstance(value, DeviceArray):
         return value

@@ -78,7 +78,9 @@ class Device:
 
     @contextmanager
     def active(self, what: str = "the GPU") -> Iterator[Any]:
-        """Makes the primary context this thread's, gives PyCUDA; its errors become DeviceError, with `what` in front."""
+        """Makes the primary context this thread's, gives PyCUDA; its errors become DeviceError, with `what` in
+        front.
+        """
         self._context.push()
         try:
             yield self._cuda
@@ -117,9 +119,10 @@ class Device:
         except self._cuda.Error as error:
             version = self._cuda.get_driver_version()
             raise DeviceError(
-                f"{file.name}, built by CUDA {built['cuda']} for compute capability {', '.join(built['architectures'])}, does "
-                f"not load on {self} with a driver for CUDA {version // 1000}.{version % 1000 // 10}: update the driver, "
-                f"or build it with that CUDA version's nvcc by `{BUILD}` ({error})"
+                f"{file.name}, built by CUDA {built['cuda']} for compute capability "
+                f"{', '.join(built['architectures'])}, does not load on {self} with a driver for CUDA "
+                f"{version // 1000}.{version % 1000 // 10}: update the driver, or build it with that CUDA version's "
+                f"nvcc by `{BUILD}` ({error})"
             ) from error
 
     def check(self) -> None:

@@ -28,7 +28,9 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 class Fence:
-    """An event that lets one stream wait for another, whoever made them: streams are handles. Needs the context current."""
+    """An event that lets one stream wait for another, whoever made them: streams are handles. Needs the context
+    current.
+    """
 
     def __init__(self) -> None:
         self._event = ctypes.c_void_p()

@@ -1,4 +1,6 @@
-"""Memory that is used again. PyCUDA's pools want the context current whenever an array dies, and abort where it is not."""
+"""Memory that is used again. PyCUDA's pools want the context current whenever an array dies, and abort where it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ class Block:
 class Pool:
     """Allocations by size, for one stream's work: what is given back may still be read by work queued there before.
 
-    make(size): allocates or raises `exhausted`; then what the `siblings` hold is freed and it is asked again. Allocating and
-    freeing need the context current.
+    make(size): allocates or raises `exhausted`; then what the `siblings` hold is freed and it is asked again.
+    Allocating and freeing need the context current.
     """
 
     def __init__(self, make: Callable[[int], Any], exhausted: type[Exception], siblings: weakref.WeakSet[Pool]) -> None:

@@ -1,4 +1,6 @@
-"""How kernels are launched, whatever the driver: a launch, the queue that takes it, and what launches are planned with."""
+"""How kernels are launched, whatever the driver: a launch, the queue that takes it, and what launches are planned
+with.
+"""
 
 from __future__ import annotations
 

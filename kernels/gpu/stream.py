@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Stream:
     """A queue of work on a GPU, with the memory that it uses. Made by `Device.stream`.
 
-    Arrays that nobody holds any more return to the stream's pool, and only this stream's later work gets them: whoever reads
-    one on another stream holds it until that is done. One thread at a time may use a stream.
+    Arrays that nobody holds any more return to the stream's pool, and only this stream's later work gets them: whoever
+    reads one on another stream holds it until that is done. One thread at a time may use a stream.
     """
 
     def __init__(self, device: Device, stream: Any) -> None:
@@ -76,7 +76,9 @@ class Stream:
         return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.lead)
 
     def pinned(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-        """An array on the host that is copied without being staged. Not to be written while a copy from it is queued."""
+        """An array on the host that is copied without being staged. Not to be written while a copy from it is
+        queued.
+        """
         shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
         with self.device.active(f"a pinned array {dtype}{list(shape)}"):
             block = self._pinned.allocate(max(1, math.prod(shape) * dtype.itemsize))
@@ -177,7 +179,9 @@ class Stream:
             return Moment(self.device, cuda.Event().record(self._stream))
 
     def synchronize(self) -> None:
-        """Waits for all that is queued. ValueError for NaN in a row that winsorize got, or where check_finite looked; DeviceError if a kernel failed."""
+        """Waits for all that is queued. ValueError for NaN in a row that winsorize got, or where check_finite looked;
+        DeviceError if a kernel failed.
+        """
         with self.device.active("the kernels queued before"):
             if self._stream is None:
                 driver.synchronize(0)

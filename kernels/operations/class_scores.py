@@ -16,10 +16,11 @@ PROBABILITIES = ("softmax", "sigmoid", "logits")
 def class_scores(
     logits: Any, seeds: Any, kind: str = "softmax", offset: Any = None, weights: Any = None, *, stream: Stream = None
 ) -> Any:
-    """weights_n (sum_c seeds[s, c] p(logits)[n, c] - offset_s), p the softmax, each class's sigmoid, or the logits themselves.
+    """weights_n (sum_c seeds[s, c] p(logits)[n, c] - offset_s), p the softmax, each class's sigmoid, or the logits
+    themselves.
 
-    logits (N, classes), seeds (S, classes), offset (S,), weights (N,), float32 -> (S, N) float32. ValueError for what does not
-    fit; DeviceError.
+    logits (N, classes), seeds (S, classes), offset (S,), weights (N,), float32 -> (S, N) float32. ValueError for what
+    does not fit; DeviceError.
     """
     with prepared("class_scores", stream, logits=logits, seeds=seeds, offset=offset, weights=weights) as (
         queue,

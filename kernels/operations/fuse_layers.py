@@ -29,8 +29,8 @@ def fuse_layers(
 ) -> Any:
     """sum_l weight_l up(up(M_l -> the largest height and width of any layer) -> size).
 
-    maps (B, sum h w) float32, finite, layers side by side; weights (B, L) float32 -> (B, *size) float32. normalize: rectify and
-    min-max scale each layer first. ValueError for what does not fit; DeviceError.
+    maps (B, sum h w) float32, finite, layers side by side; weights (B, L) float32 -> (B, *size) float32. normalize:
+    rectify and min-max scale each layer first. ValueError for what does not fit; DeviceError.
     """
     with prepared("fuse_layers", stream, maps=maps, weights=weights) as (queue, (maps, weights)):
         expect_choice("fuse_layers", "interpolation", interpolation, INTERPOLATIONS)

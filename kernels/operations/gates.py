@@ -13,9 +13,11 @@ GATES = ("tanh", "sigmoid_relu", "minmax", "identity")
 
 
 def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarray:
-    """The factor that a map (K, H, W) gives each pixel of the image: tanh(x), sigmoid(ReLU(x / 2)), minmax over space, or x.
+    """The factor that a map (K, H, W) gives each pixel of the image: tanh(x), sigmoid(ReLU(x / 2)), minmax over space,
+    or x.
 
-    The first two are ScoreCAM++'s (arXiv 2404.19341), the third Score-CAM's. `out` may be `maps`. ValueError for another kind.
+    The first two are ScoreCAM++'s (arXiv 2404.19341), the third Score-CAM's. `out` may be `maps`. ValueError for
+    another kind.
     """
     out = np.empty_like(maps) if out is None else out
     if kind == "tanh":
@@ -43,7 +45,9 @@ def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:
 
 
 def within_range(resized: np.ndarray, activations: np.ndarray) -> np.ndarray:
-    """In place: no rounding beyond the range of the map, or min-max scaling would make a map of a constant's rounding."""
+    """In place: no rounding beyond the range of the map, or min-max scaling would make a map of a constant's
+    rounding.
+    """
     low, high = activations.min(axis=(1, 2), keepdims=True), activations.max(axis=(1, 2), keepdims=True)
     return np.clip(resized, low, high, out=resized)
 

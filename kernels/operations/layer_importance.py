@@ -18,9 +18,10 @@ CANCELLED = 1e-6  # a mean below this part of the mean magnitude is rounding noi
 def layer_importance(alphas: Any, channels: Sequence[int], kind: str = "mean", *, stream: Stream = None) -> Any:
     """ReLU(aggregate_k alpha_k) of each layer.
 
-    alphas (B, sum K) float32, layers side by side -> (B, L) float32. kind: mean, max, min, absmean, absmax, l2. The mean is exactly 0
-    where the channels cancel. They do behind a layer norm (ConvNeXt): it makes gradients sum to zero over channels, so that the mean's
-    sign, and with it the layers that Winsor-CAM keeps, would be decided by rounding. ValueError for what does not fit; DeviceError.
+    alphas (B, sum K) float32, layers side by side -> (B, L) float32. kind: mean, max, min, absmean, absmax, l2. The
+    mean is exactly 0 where the channels cancel. They do behind a layer norm (ConvNeXt): it makes gradients sum to zero
+    over channels, so that the mean's sign, and with it the layers that Winsor-CAM keeps, would be decided by rounding.
+    ValueError for what does not fit; DeviceError.
     """
     with prepared("layer_importance", stream, alphas=alphas) as (queue, (alphas,)):
         expect_choice("layer_importance", "aggregation", kind, AGGREGATIONS)

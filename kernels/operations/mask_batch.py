@@ -28,8 +28,9 @@ def mask_batch(
 ) -> Any:
     """masked[k, c] = image[c] * gate(up(activations[k])).
 
-    image (C, H, W) float32; activations (K, h, w) float32, finite -> masked (K, C, H, W), float32, or in `out`, float32 or 16.
-    gates (K, H, W) float32, where given, receives gate(up(A)); NumPy only. ValueError for what does not fit; DeviceError.
+    image (C, H, W) float32; activations (K, h, w) float32, finite -> masked (K, C, H, W), float32, or in `out`,
+    float32 or 16. gates (K, H, W) float32, where given, receives gate(up(A)); NumPy only. ValueError for what does not
+    fit; DeviceError.
     """
     if gates is not None and any(map(is_device_array, (image, activations, out))):
         raise ValueError("mask_batch: gates are not kept on a GPU, making them again is faster: leave them out")

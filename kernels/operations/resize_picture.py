@@ -30,10 +30,12 @@ def resize_picture(
     *,
     stream: Stream = None,
 ) -> Any:
-    """(pixel / 255 - mean) / std of a picture that is resized to (height, width) as Pillow does, bit by bit, and cropped.
+    """(pixel / 255 - mean) / std of a picture that is resized to (height, width) as Pillow does, bit by bit, and
+    cropped.
 
-    picture (H, W, C) uint8; crop: (top, left, height, width) -> (C, height, width) float32, in `out` where it is given (a GPU's).
-    Resized one axis after the other, each rounded to 8 bits. filter: bilinear, bicubic, lanczos; rows_first: which axis Pillow takes first. ValueError; DeviceError.
+    picture (H, W, C) uint8; crop: (top, left, height, width) -> (C, height, width) float32, in `out` where it is given
+    (a GPU's). Resized one axis after the other, each rounded to 8 bits. filter: bilinear, bicubic, lanczos;
+    rows_first: which axis Pillow takes first. ValueError; DeviceError.
     """
     with prepared("resize_picture", stream, "out", picture=picture, out=out) as (queue, (picture, out)):
         expect_choice("resize_picture", "filter", filter, list(FILTERS))
@@ -106,8 +108,8 @@ def _by_numpy(
 def resize_spans(size: int, target: int, filter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `target` positions: its first source position, how many there are, and their weights in fixed point.
 
-    (target,) int32, (target,) int32, (target, most) int32. As Pillow resizes with antialiasing: the filter is stretched by
-    size / target where that is above 1. Where the sizes are equal nothing is filtered.
+    (target,) int32, (target,) int32, (target, most) int32. As Pillow resizes with antialiasing: the filter is
+    stretched by size / target where that is above 1. Where the sizes are equal nothing is filtered.
     """
     if size == target:
         ones = np.ones(target, np.int32)

@@ -17,8 +17,9 @@ INTERPOLATIONS = ("bilinear", "align_corners", "nearest")
 def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `target` positions along an axis of `size`: two source positions and the weight of the second.
 
-    bilinear: half-pixel centres, no antialiasing; align_corners: bilinear with the corner pixels' centres on each other;
-    nearest: floor(i size / target). All as PyTorch's interpolate. ValueError for another interpolation or sizes below 1.
+    bilinear: half-pixel centres, no antialiasing; align_corners: bilinear with the corner pixels' centres on each
+    other; nearest: floor(i size / target). All as PyTorch's interpolate. ValueError for another interpolation or sizes
+    below 1.
     """
     if size < 1 or target < 1:
         raise ValueError(f"cannot resize from {size} to {target}")

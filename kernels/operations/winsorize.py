@@ -20,11 +20,11 @@ ROW_STATE_BYTES = 8264
 def winsorize(rows: Any, percentile: float, low: float = 0.1, high: float = 1.0, *, stream: Stream = None) -> Any:
     """Clamps each row's positive entries at their own percentile, then rescales them linearly to [low, high].
 
-    rows (..., L) float (on a GPU float32) -> same shape, float32. Entries that are not positive become 0. Percentile 0 gives `high`
-    to every positive entry, as do positive entries that are all equal. The percentile interpolates linearly between order
-    statistics (torch.quantile, numpy.quantile). Infinity is a value: seen from it, finite entries are all at `low`.
-    Source: Winsor-CAM, arXiv 2507.10846. ValueError for NaN or a percentile outside 0..100. On a GPU a row with NaN becomes NaN, and
-    `Stream.synchronize` raises; DeviceError.
+    rows (..., L) float (on a GPU float32) -> same shape, float32. Entries that are not positive become 0. Percentile 0
+    gives `high` to every positive entry, as do positive entries that are all equal. The percentile interpolates
+    linearly between order statistics (torch.quantile, numpy.quantile). Infinity is a value: seen from it, finite
+    entries are all at `low`. Source: Winsor-CAM, arXiv 2507.10846. ValueError for NaN or a percentile outside 0..100.
+    On a GPU a row with NaN becomes NaN, and `Stream.synchronize` raises; DeviceError.
     """
     rows = rows if is_device_array(rows) else np.asarray(rows)
     with prepared("winsorize", stream, rows=rows) as (queue, (rows,)):

@@ -35,7 +35,8 @@ class Settings:
 class Executable(Protocol):
     """A loaded program. `run` may be called from several threads.
 
-    NumPy's arrays give NumPy's arrays; a GPU's arrays, with a backend that has a GPU, give arrays there, in stream order.
+    NumPy's arrays give NumPy's arrays; a GPU's arrays, with a backend that has a GPU, give arrays there, in stream
+    order.
     """
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...
@@ -44,8 +45,8 @@ class Executable(Protocol):
 class Backend(Protocol):
     """Opens programs.
 
-    lanes: how many runs side by side make the best of the machine, when there are many to make; a program that is opened
-    `concurrent` is run so. gpu: where its programs run, None on the CPU. str() says what it is, in words.
+    lanes: how many runs side by side make the best of the machine, when there are many to make; a program that is
+    opened `concurrent` is run so. gpu: where its programs run, None on the CPU. str() says what it is, in words.
     """
 
     name: str

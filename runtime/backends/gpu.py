@@ -35,8 +35,8 @@ class Engine(Protocol):
 
 
 class GpuProgram:
-    """A program on a GPU. Host arrays go to the GPU and the results come back; where one array is there already, the results
-    stay there, in stream order. DeviceError.
+    """A program on a GPU. Host arrays go to the GPU and the results come back; where one array is there already, the
+    results stay there, in stream order. DeviceError.
     """
 
     def __init__(self, program: Program, engine: Engine, gpu: Gpu) -> None:

@@ -33,9 +33,9 @@ _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 class OrtExecutable:
     """A program in up to two sessions: one for single images, whose sizes are then all known, and one for the rest.
 
-    Knowing every size lets ONNX Runtime keep a backward pass in the blocked layout of its convolutions: a ResNet-50 with
-    all of its layer maps runs a quarter faster. A session is made when it is first needed. A concurrent program has one
-    session, whose runs take one thread each.
+    Knowing every size lets ONNX Runtime keep a backward pass in the blocked layout of its convolutions: a ResNet-50
+    with all of its layer maps runs a quarter faster. A session is made when it is first needed. A concurrent program
+    has one session, whose runs take one thread each.
     """
 
     def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool):
@@ -85,8 +85,9 @@ class OrtBackend:
     def session(
         self, path: Path, single: bool, concurrent: bool = False, spins: bool = True, keeps_memory: bool = True
     ) -> Any:
-        """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread, and threads that
-        spin wait busily for the next run. keeps_memory: for later runs, of which one that runs once has none.
+        """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread, and
+        threads that spin wait busily for the next run. keeps_memory: for later runs, of which one that runs once has
+        none.
 
         BundleError if it cannot be loaded.
         """
@@ -209,7 +210,8 @@ def create_cuda(settings: Settings) -> OrtCudaBackend:
     runtime = _onnxruntime("cuda")
     if _CUDA not in runtime.get_available_providers():
         raise BackendUnavailable(
-            f"onnxruntime {runtime.__version__} was built without CUDA: pip uninstall onnxruntime, then pip install 'camrt[cuda]'"
+            f"onnxruntime {runtime.__version__} was built without CUDA: pip uninstall onnxruntime, then pip install "
+            "'camrt[cuda]'"
         )
     gpu = open_gpu(settings.device, captures=False)
     if hasattr(runtime, "preload_dlls"):

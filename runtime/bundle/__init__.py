@@ -1,1 +1,3 @@
-"""What export writes and the runtime reads: the manifest, the files, and the checks that come before an engine reads them."""
+"""What export writes and the runtime reads: the manifest, the files, and the checks that come before an engine reads
+them.
+"""

@@ -1,4 +1,6 @@
-"""The kinds of program that a bundle holds: one row each, which export, the manifest, the backends and the command line read."""
+"""The kinds of program that a bundle holds: one row each, which export, the manifest, the backends and the command
+line read.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,17 @@ Sizes = dict[str, tuple[int, ...]]  # tensor -> its shape without the first size
 Interface = tuple[Sizes, Sizes]  # of a program's inputs and outputs
 _EXPORT_AGAIN = "export the bundle again"
 _NOT_CUT = (
-    "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be cut: "
-    "export it with --layers last, or name another layer"
+    "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be "
+    "cut: export it with --layers last, or name another layer"
 )
 
 
 @dataclass(frozen=True)
 class KindRow:
-    """interface: (manifest, taps) -> what a program takes and gives, without `context:` and `grid:` tensors. runs_once: it runs once
-    an explanation, which rests on the activation and the class that it finds: so it is float32 in every precision, and on a CPU leaves
-    no thread spinning beside the runs that follow. engine: built by `camrt build` unless told otherwise, as winsor_cam and
-    score_cam_pp need it. missing: what to do where a bundle has none.
+    """interface: (manifest, taps) -> what a program takes and gives, without `context:` and `grid:` tensors.
+    runs_once: it runs once an explanation, which rests on the activation and the class that it finds: so it is float32
+    in every precision, and on a CPU leaves no thread spinning beside the runs that follow. engine: built by `camrt
+    build` unless told otherwise, as winsor_cam and score_cam_pp need it. missing: what to do where a bundle has none.
     """
 
     interface: Callable[[Manifest, Sequence[Tap]], Interface]
@@ -91,8 +93,9 @@ KINDS: dict[str, KindRow] = {
     Kind.LAYER_MAPS: KindRow(lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)), engine=True),
     Kind.FULL_GRAD: KindRow(
         lambda m, taps: (_image(m) | _seed(m), _logits(m)),
-        missing="it needs a gradient rule for every operator down to the image and every bias on a grid of the image, which "
-        "this network lacks; or the bundle is old, then export it again",
+        missing="it needs a gradient rule "
+        "for every operator down to the image and every bias on a grid of the image, which this network lacks; or "
+        "the bundle is old, then export it again",
     ),
     Kind.TRUNK: KindRow(lambda m, taps: (_image(m), _logits(m) | _single(taps)), runs_once=True, missing=_NOT_CUT),
     Kind.HEAD: KindRow(lambda m, taps: (_single(taps), _logits(m)), missing=_NOT_CUT),

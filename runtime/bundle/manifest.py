@@ -32,11 +32,11 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # what users say -> what pr
 class Tap:
     """A tensor (batch, channels, *grid) whose activation and gradient the programs expose.
 
-    roles: "conv" (a convolution's output) and/or "last" (the last spatial block). batch_norm: "after" where the network
-    normalises this output next, "none" where no batch norm follows in the graph: it has none, or it came folded into
-    the convolution, and then the tap is the folded convolution's output. layout: how the network holds it (NCHW, NHWC,
-    tokens: (batch, prefix + height * width, channels), or LND: tokens before the batch); it leaves every program as NCHW, without
-    the prefix.
+    roles: "conv" (a convolution's output) and/or "last" (the last spatial block). batch_norm: "after" where the
+    network normalises this output next, "none" where no batch norm follows in the graph: it has none, or it came
+    folded into the convolution, and then the tap is the folded convolution's output. layout: how the network holds it
+    (NCHW, NHWC, tokens: (batch, prefix + height * width, channels), or LND: tokens before the batch); it leaves every
+    program as NCHW, without the prefix.
     """
 
     name: str
@@ -52,7 +52,8 @@ class Tap:
 class Program:
     """One ONNX file: what it computes (`kind`), for which taps, and its interface, which is float32 in any precision.
 
-    precision: float32, or float16, where convolutions and matrix products are in float16 and the rest where that is safe.
+    precision: float32, or float16, where convolutions and matrix products are in float16 and the rest where that is
+    safe.
     """
 
     kind: str
@@ -77,9 +78,9 @@ class Program:
 class Preprocess:
     """From an image file to the network's input: resize -> centre crop -> /255 -> (x - mean) / std.
 
-    resize: (h, w), or one number for the shorter side; crop: (h, w) or None; mean, std: one number per channel, in the network's
-    order. fit: "stretch" resizes to (h, w) whatever the picture's shape; "letterbox" resizes the picture to fit into (h, w) and
-    fills the rest with the shade `fill` (0..255). channels: "RGB" or "BGR", the network's order.
+    resize: (h, w), or one number for the shorter side; crop: (h, w) or None; mean, std: one number per channel, in the
+    network's order. fit: "stretch" resizes to (h, w) whatever the picture's shape; "letterbox" resizes the picture to
+    fit into (h, w) and fills the rest with the shade `fill` (0..255). channels: "RGB" or "BGR", the network's order.
     """
 
     resize: tuple[int, int] | int
@@ -102,10 +103,12 @@ class Normalized:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime must know to run a bundle and to say what it is. Sizes are in elements, shapes without batch.
+    """Everything a runtime must know to run a bundle and to say what it is. Sizes are in elements, shapes without
+    batch.
 
-    final_activation: the one that was set aside from the network's end; activation: what its user says makes probabilities of the
-    logits. last_layer: the layer of the role "last", tapped or not. normalized: what masks multiply in place of the image.
+    final_activation: the one that was set aside from the network's end; activation: what its user says makes
+    probabilities of the logits. last_layer: the layer of the role "last", tapped or not. normalized: what masks
+    multiply in place of the image.
     """
 
     name: str
@@ -131,8 +134,8 @@ class Manifest:
 
     @property
     def probability(self) -> str:
-        """What makes probabilities of logits, "softmax" or "sigmoid": as the user says; as the network ended; else the softmax of
-        several classes and the sigmoid of one.
+        """What makes probabilities of logits, "softmax" or "sigmoid": as the user says; as the network ended; else the
+        softmax of several classes and the sigmoid of one.
         """
         if self.activation is not None:
             return self.activation

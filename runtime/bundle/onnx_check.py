@@ -1,7 +1,8 @@
 """Whether an ONNX file keeps to what camrt emits, before an engine gets to read it.
 
-A bundle may come from anybody. Its programs need no subgraphs, no functions, no operators of other domains, and no file but the
-bundle's own weights; and nothing that they declare is larger than the bytes that are there, or than what fits a machine.
+A bundle may come from anybody. Its programs need no subgraphs, no functions, no operators of other domains, and no
+file but the bundle's own weights; and nothing that they declare is larger than the bytes that are there, or than what
+fits a machine.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class Bundle:
         return path
 
     def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
-        """The smallest program of a kind that covers the layers, in a precision; in fp16 some kinds are float32 all the same.
+        """The smallest program of a kind that covers the layers, in a precision; in fp16 some kinds are float32 all
+        the same.
 
         CamrtError if there is none.
         """
@@ -80,7 +81,9 @@ def read_bundle(path: str | Path) -> Bundle:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Puts another manifest in the place of a bundle's, at once. InputError if it does not hold together; BundleError."""
+    """Puts another manifest in the place of a bundle's, at once. InputError if it does not hold together;
+    BundleError.
+    """
     check_recipe(manifest.preprocess, manifest.input_shape)
     text = manifest.to_json()
     try:

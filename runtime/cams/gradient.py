@@ -83,8 +83,8 @@ def eigen_cam(layers: Activations) -> Result:
 
 @cam("full_grad", needs=GridMaps, layers=None, source="Srinivas and Fleuret, FullGrad, arXiv 1905.00780")
 def full_grad(grids: GridMaps) -> Result:
-    """sum_c minmax|x_c g_c| + sum over biases b of sum_k up(minmax|b_k g_k|), over the image x and every convolution and batch
-    norm that adds a constant; biases of linear and layer norm layers, which have no grid, are left out.
+    """sum_c minmax|x_c g_c| + sum over biases b of sum_k up(minmax|b_k g_k|), over the image x and every convolution
+    and batch norm that adds a constant; biases of linear and layer norm layers, which have no grid, are left out.
     """
     total = np.zeros((len(grids.seeds), *grids.size), np.float32)
     for maps in grids.maps:
@@ -93,8 +93,8 @@ def full_grad(grids: GridMaps) -> Result:
 
 
 def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, comparisons: int = 3) -> np.ndarray:
-    """Cotangent of sum_i p_i (z_t - alpha z_i) / (sum_i p_i + 1e-9), p the softmax of the logits z, and i the classes whose
-    logits are nearest to the target's.
+    """Cotangent of sum_i p_i (z_t - alpha z_i) / (sum_i p_i + 1e-9), p the softmax of the logits z, and i the classes
+    whose logits are nearest to the target's.
 
     logits (S, classes); seeds (S, classes), one-hot -> (S, classes). InputError for other seeds, or one class.
     """
@@ -139,8 +139,8 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
     seeds=finer_seeds,
 )
 def finer_cam(layers: LayerMaps, alpha: float = 1.0, comparisons: int = 3) -> Result:
-    """Grad-CAM of how the class differs from the `comparisons` classes with the nearest logits, z_t - alpha z_i, weighed by
-    their probabilities.
+    """Grad-CAM of how the class differs from the `comparisons` classes with the nearest logits, z_t - alpha z_i,
+    weighed by their probabilities.
     """
     del alpha, comparisons  # the layers come from the seeds that they made
     return combined(layers.map_of_layers(), layers.size)

@@ -1,4 +1,6 @@
-"""Integrative CAM, reconstructed from its abstract (arXiv 2412.01354): every convolution's map with a bias, adaptively weighed."""
+"""Integrative CAM, reconstructed from its abstract (arXiv 2412.01354): every convolution's map with a bias, adaptively
+weighed.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def _ratio(third: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def terms(smooth: str | Smooth, score: np.ndarray, logits: np.ndarray, seeds: np.ndarray) -> Terms:
-    """Of scores (S,), explained by seeds (S, classes); UnknownMethod for an unknown name, InputError where f'(S) is 0 or not finite."""
+    """Of scores (S,), explained by seeds (S, classes); UnknownMethod for an unknown name, InputError where f'(S) is 0
+    or not finite.
+    """
     if isinstance(smooth, Smooth):
         first = np.asarray(smooth.first(score), np.float64)
         if not (np.isfinite(first) & (first != 0)).all():
@@ -112,8 +116,9 @@ def integrative_cam(layers: Gradients, smooth: str | Smooth = "identity") -> Res
     """sum_l lambda_l minmax(up(ReLU(sum_k w_k A_k + b_l / (h w)))): a reconstruction, the paper's text is not public.
 
     Y = f(S) for a smooth f (identity, exp, softmax: the class's probability, softplus, or camrt.Smooth); r = f'''/f'';
-    w_k = f' sum_ij a ReLU(g), a = g^2 / (2 g^2 + r g^3 sum_ij A_k), 0 where g = 0; b_l = Y - sum_k w_k sum_ij A_k, so that a
-    map sums to Y before its ReLU; lambda_l proportional to mean|g_l| mean|A_l|, which rescaling a layer does not change.
+    w_k = f' sum_ij a ReLU(g), a = g^2 / (2 g^2 + r g^3 sum_ij A_k), 0 where g = 0; b_l = Y - sum_k w_k sum_ij A_k, so
+    that a map sums to Y before its ReLU; lambda_l proportional to mean|g_l| mean|A_l|, which rescaling a layer does
+    not change.
     """
     score = (layers.logits.astype(np.float64) * layers.seeds).sum(axis=1)
     of_score = terms(smooth, score, layers.logits.astype(np.float64), layers.seeds)

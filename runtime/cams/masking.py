@@ -20,8 +20,8 @@ SCORE_CAM_VARIANTS = ("original", "pytorch_grad_cam")
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of the image seen through masks, by the first of each part of them, (S, n) each, in the runs' memory; summed:
-    sum_k score_k gate(up(A_k)), (S, H, W), if asked for.
+    """Scores of the image seen through masks, by the first of each part of them, (S, n) each, in the runs' memory;
+    summed: sum_k score_k gate(up(A_k)), (S, H, W), if asked for.
     """
 
     parts: dict[int, Any]
@@ -46,9 +46,9 @@ def _score(
 ) -> _Scores:
     """Runs the image through the masks of the live channels (indices).
 
-    A score is seed . probabilities (of the kind `probability`, the network's own by default), less the offset (S,) where there
-    is one, times the mask's weight where there are weights, one for each live channel. For a seed that means "not this class" it
-    is the complement's probability.
+    A score is seed . probabilities (of the kind `probability`, the network's own by default), less the offset (S,)
+    where there is one, times the mask's weight where there are weights, one for each live channel. For a seed that
+    means "not this class" it is the complement's probability.
     """
     memory, stream = runs.memory, runs.memory.stream
     lacking = complements(runs.seeds)
@@ -120,8 +120,8 @@ def _extremes(runs: MaskedRuns, activation: Any) -> np.ndarray:
 def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: float) -> tuple[np.ndarray, float]:
     """Drops as many channels as the bound allows, the weakest first: (those left, the bound that holds).
 
-    Leaving channel k out changes sum_k s_k H_k, |s_k| <= 1, nowhere by more than max |H_k|. Bilinear resizing does not leave
-    the range of its input, and the gates grow with |A|.
+    Leaving channel k out changes sum_k s_k H_k, |s_k| <= 1, nowhere by more than max |H_k|. Bilinear resizing does not
+    leave the range of its input, and the gates grow with |A|.
     """
     if max_error == 0 or not len(candidates):
         return candidates, 0.0
@@ -136,9 +136,10 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     """minmax(ReLU(sum_k s_k H_k)), H_k = tanh(up(A_k)), s_k = the class's probability for the masked input x H_k.
 
     variant: tanh; tanh_mask_only sums up(A_k) in H_k's place; sigmoid_relu, H_k = sigmoid(ReLU(up(A_k) / 2)).
-    baseline="zero": s_k minus the score of the all-zero input. x is the normalised input. Channels that add exactly nothing
-    never run. max_error: leave out channels as long as the map before ReLU and minmax changes nowhere by more; the bound that
-    held is details["error_bound"]. Several layers: the mean of their maps, minmax again. InputError, UnknownMethod.
+    baseline="zero": s_k minus the score of the all-zero input. x is the normalised input. Channels that add exactly
+    nothing never run. max_error: leave out channels as long as the map before ReLU and minmax changes nowhere by more;
+    the bound that held is details["error_bound"]. Several layers: the mean of their maps, minmax again. InputError,
+    UnknownMethod.
     """
     chosen(variant, VARIANTS, "variant")
     chosen(baseline, ("none", "zero"), "baseline")
@@ -154,7 +155,8 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
         still = np.logical_not(extremes.any(axis=1))
         candidates = np.arange(len(activation)) if kind == "sigmoid_relu" else np.flatnonzero(np.logical_not(still))
         candidates, bound = _within(extremes, summed_gate, candidates, max_error / reach)
-        # sigmoid_relu makes one and the same mask, 1/2, of all channels that are zero everywhere: the first runs for all
+        # sigmoid_relu makes one and the same mask, 1/2, of all channels that are zero everywhere: the first runs for
+        # all
         alike = candidates[still[candidates]]
         live, weights = np.setdiff1d(candidates, alike[1:]), None
         if len(alike) > 1:
@@ -169,8 +171,8 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
 def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
     """minmax(ReLU(sum_k s_k up(A_k))), s_k = the class's probability for the input masked by minmax(up(A_k)).
 
-    variant: original skips channels that are constant; pytorch_grad_cam aligns corners when it upsamples masks, takes logits,
-    a softmax over the channels, sums at the tap's resolution and scales as that library does. UnknownMethod.
+    variant: original skips channels that are constant; pytorch_grad_cam aligns corners when it upsamples masks, takes
+    logits, a softmax over the channels, sums at the tap's resolution and scales as that library does. UnknownMethod.
     """
     chosen(variant, SCORE_CAM_VARIANTS, "variant")
     totals, count = [], 0

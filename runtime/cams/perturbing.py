@@ -17,7 +17,9 @@ _WINDOW = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 16
 
 
 def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], count: int, logits: bool) -> np.ndarray:
-    """seed . logits, or . probabilities, (S, count) of activations that changed(part of 0..count) makes, (n, K, h, w)."""
+    """seed . logits, or . probabilities, (S, count) of activations that changed(part of 0..count) makes, (n,
+    K, h, w).
+    """
     parts = [slice(start, min(start + heads.batch, count)) for start in range(0, count, heads.batch)]
     out = np.concatenate(heads.in_lanes(lambda part: heads.heads[index](changed(part)), parts))
     if logits:
@@ -30,8 +32,8 @@ def ablation_cam(heads: Heads) -> Result:
     """ReLU(sum_k w_k A_k), w_k = (S - S_k) / S, S_k the logit when channel k is set to zero.
 
     Runs only the network behind the tap, and only channels that are not zero already. Where activations are negative
-    pytorch-grad-cam subtracts 1e7 in place of ablating; this is the paper's zero. Where S is 0, w_k = S - S_k. For the class "not"
-    of a single score S is the score, so that w_k = (S_k - S) / S: what lowers "not" raises the class.
+    pytorch-grad-cam subtracts 1e7 in place of ablating; this is the paper's zero. Where S is 0, w_k = S - S_k. For the
+    class "not" of a single score S is the score, so that w_k = (S_k - S) / S: what lowers "not" raises the class.
     """
     per_layer = []
     score = (heads.logits.astype(np.float64) * heads.seeds).sum(axis=1)
@@ -59,9 +61,9 @@ def ablation_cam(heads: Heads) -> Result:
 def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original") -> Result:
     """M_ij = the class's probability when the tap keeps its activation at position (i, j) alone.
 
-    gaussian: the position's activation is spread over its 3 x 3 neighbours with weights 1/4, 1/8, 1/16, as the paper offers.
-    Tokens before the grid (a class token) keep theirs. variant="openvino_xai": the logit in the probability's place, from its
-    lowest up, as that library takes it. InputError, UnknownMethod.
+    gaussian: the position's activation is spread over its 3 x 3 neighbours with weights 1/4, 1/8, 1/16, as the paper
+    offers. Tokens before the grid (a class token) keep theirs. variant="openvino_xai": the logit in the probability's
+    place, from its lowest up, as that library takes it. InputError, UnknownMethod.
     """
     chosen(variant, RECIPRO_CAM_VARIANTS, "variant")
     if not isinstance(gaussian, bool):

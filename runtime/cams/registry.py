@@ -15,8 +15,9 @@ from .data import DATA, MethodData
 
 @dataclass(frozen=True)
 class Result:
-    """maps (S, H, W) float32; layer_weights (S, L) float32, on the host or, of a method that runs there, on a GPU; details:
-    name -> (S,); retune: new options -> Result; check: warns of what is odd about the result, once it is on the host.
+    """maps (S, H, W) float32; layer_weights (S, L) float32, on the host or, of a method that runs there, on a GPU;
+    details: name -> (S,); retune: new options -> Result; check: warns of what is odd about the result, once it is on
+    the host.
     """
 
     maps: Any
@@ -47,8 +48,9 @@ def join(results: Sequence[Result]) -> Result:
 @dataclass(frozen=True)
 class Method:
     """A registered method: the class of data that it reads, the role of its default layers (None: it takes none), its
-    function, where it comes from, and for a method that explains another score than the class's, (logits (S, classes), seeds
-    (S, classes), options) -> the seeds to explain. on_gpu: its function also takes a GPU's arrays, and leaves them there.
+    function, where it comes from, and for a method that explains another score than the class's, (logits (S, classes),
+    seeds (S, classes), options) -> the seeds to explain. on_gpu: its function also takes a GPU's arrays, and leaves
+    them there.
     """
 
     name: str
@@ -90,8 +92,8 @@ def cam(
     seeds: Callable[..., np.ndarray] | None = None,
     on_gpu: bool = False,
 ) -> Callable[[Function], Function]:
-    """Registers a method under `name`. ValueError if the name is taken, `needs` is no class of cams/data, or is one whose data never lie
-    on a GPU where on_gpu says that the method runs there.
+    """Registers a method under `name`. ValueError if the name is taken, `needs` is no class of cams/data, or is one
+    whose data never lie on a GPU where on_gpu says that the method runs there.
     """
 
     def register(function: Function) -> Function:

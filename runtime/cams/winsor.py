@@ -25,9 +25,10 @@ def winsor_cam(
 ) -> Result:
     """sum_l w_l up(minmax(ReLU(sum_k alpha_lk A_lk))), not normalised.
 
-    w = winsorize(ReLU(aggregate_k alpha_lk), percentile) rescaled to [low, high]; maps are resized to the largest tap's
-    grid, then to the input, by interpolation: bilinear or nearest. layer_aggregation: mean, max, min, absmean, absmax, l2; gradient_aggregation, how the alphas
-    were pooled: the same and sum. InputError for a value out of range. Warns where no layer is important: that map is zero.
+    w = winsorize(ReLU(aggregate_k alpha_lk), percentile) rescaled to [low, high]; maps are resized to the largest
+    tap's grid, then to the input, by interpolation: bilinear or nearest. layer_aggregation: mean, max, min, absmean,
+    absmax, l2; gradient_aggregation, how the alphas were pooled: the same and sum. InputError for a value out of
+    range. Warns where no layer is important: that map is zero.
     """
     del gradient_aggregation  # the layers come pooled by it
     stream, on_gpu = layers.memory.stream, layers.memory.stream is not None

@@ -37,8 +37,8 @@ def as_batch(images: Any, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarr
 class Opened:
     """Images that were read and checked, and are still to be preprocessed: on the host by Pillow, or on a GPU.
 
-    images: one or a sequence of paths, Pillow images or uint8 HWC arrays, which are preprocessed; or float32 arrays, NCHW
-    or a sequence of CHW, taken as they are. InputError names what does not fit.
+    images: one or a sequence of paths, Pillow images or uint8 HWC arrays, which are preprocessed; or float32 arrays,
+    NCHW or a sequence of CHW, taken as they are. InputError names what does not fit.
     """
 
     def __init__(self, images: Any, manifest: Manifest) -> None:
@@ -153,8 +153,8 @@ def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess
     recipe = manifest.preprocess
     if recipe is None:
         raise InputError(
-            f"{where}: this bundle does not say how pictures become its input: set it with camrt recipe BUNDLE (--resize, --crop, "
-            "--mean, --std), or pass preprocessed float32 arrays"
+            f"{where}: this bundle does not say how pictures become its input: set it with camrt recipe BUNDLE "
+            "(--resize, --crop, --mean, --std), or pass preprocessed float32 arrays"
         )
     (height, width), (top, left, *given) = placed(size, recipe)
     if recipe.fit == "letterbox" and tuple(given) == manifest.input_shape[1:]:
@@ -170,7 +170,8 @@ def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess
 
 
 def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> tuple[np.ndarray, np.ndarray]:
-    """Resize, crop, scale and normalise as the manifest says: (C, H, W) float32 and the cropped picture, uint8 (H, W, 3).
+    """Resize, crop, scale and normalise as the manifest says: (C, H, W) float32 and the cropped picture, uint8 (H, W,
+    3).
 
     InputError if the bundle records no preprocessing.
     """
@@ -182,8 +183,9 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
 
 
 def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """What a picture of size (width, height) is resized to, (height, width), and the part of it that is kept: (top, left, height,
-    width). In a letterbox it is more than the picture, and top and left are 0 or less; an odd row or column is filled below or right.
+    """What a picture of size (width, height) is resized to, (height, width), and the part of it that is kept: (top,
+    left, height, width). In a letterbox it is more than the picture, and top and left are 0 or less; an odd row or
+    column is filled below or right.
     """
     if recipe.fit == "letterbox":
         (full_height, full_width), (picture_width, picture_height) = recipe.resize, size  # type: ignore[misc]
@@ -241,7 +243,9 @@ def _turns() -> bool:
 
 
 def undo(tensor: np.ndarray, recipe: Preprocess | None) -> np.ndarray:
-    """The picture behind a network input (C, H, W), uint8 (H, W, 3); without a recipe its range is stretched to 0..255."""
+    """The picture behind a network input (C, H, W), uint8 (H, W, 3); without a recipe its range is stretched to
+    0..255.
+    """
     pixels = tensor.transpose(1, 2, 0).astype(np.float32)
     if recipe is not None and len(recipe.mean) in (1, pixels.shape[2]):
         pixels = in_order(pixels * np.array(recipe.std, np.float32) + np.array(recipe.mean, np.float32), recipe)

@@ -15,7 +15,8 @@ NOT_FINITE = "the network gave NaN or infinity: check its weights and the images
 
 @dataclass(frozen=True)
 class Batch:
-    """S explanations that run together: S images with a seed each, or one image with S seeds. `first`: the first image's number.
+    """S explanations that run together: S images with a seed each, or one image with S seeds. `first`: the first
+    image's number.
 
     The images are where the backend runs, the seeds on the host.
     """
@@ -51,7 +52,9 @@ def repeated(array: np.ndarray, rows: int) -> np.ndarray:
 
 
 def scores_of(out: Mapping[str, np.ndarray], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and seeds (S, classes) of a program's outputs on the host; a row of zeros becomes the one-hot row of the top class."""
+    """Logits and seeds (S, classes) of a program's outputs on the host; a row of zeros becomes the one-hot row of the
+    top class.
+    """
     logits = repeated(out["logits"][: len(batch.seeds)], len(batch.seeds))
     return logits, top_class_where_zero(batch.seeds, logits)
 

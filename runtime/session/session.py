@@ -1,7 +1,7 @@
 """The programs of one bundle, opened when they are first needed, and run one batch after the other.
 
-On a GPU images and seeds go there once; methods that run there find their arrays there and leave their maps there, and of
-what the others read only the programs' outputs come back.
+On a GPU images and seeds go there once; methods that run there find their arrays there and leave their maps there, and
+of what the others read only the programs' outputs come back.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .timing import Stages, Timed
 
 
 class Session:
-    """May be used from several threads. max_batch: the most images or targets in a run; it halves where a GPU's memory does not
-    suffice. stages: where the time of calls goes, while somebody asks.
+    """May be used from several threads. max_batch: the most images or targets in a run; it halves where a GPU's memory
+    does not suffice. stages: where the time of calls goes, while somebody asks.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int, precision: str) -> None:
@@ -81,7 +81,9 @@ class Session:
         return executable if self.stages is None else Timed(executable, self.stages)
 
     def run(self, program: Program, batch: Batch, share_image: bool, on_gpu: bool = False) -> dict[str, Any]:
-        """A program that takes images and seeds. share_image: one image serves several seeds; on_gpu: the results stay there."""
+        """A program that takes images and seeds. share_image: one image serves several seeds; on_gpu: the results stay
+        there.
+        """
         images = batch.images
         if not share_image and len(images) != len(batch.seeds):
             images = self.memory.repeated(images, len(batch.seeds))
@@ -108,7 +110,9 @@ class Session:
         return np.concatenate(self.memory.get(*found))
 
     def normalized(self, images: Any) -> Any:
-        """(B, C, H, W) -> what masks multiply, where the images are: the images, or what the network's first layer reads."""
+        """(B, C, H, W) -> what masks multiply, where the images are: the images, or what the network's first layer
+        reads.
+        """
         if self.manifest.normalized is None:
             return images
         return self.open(self.program(Kind.NORMALIZE)).run({"image": images})["normalized"]
@@ -126,7 +130,9 @@ class Session:
 
     @contextmanager
     def exclusive(self, halving: bool = False) -> Iterator[None]:
-        """One thread at a time uses a GPU's stream. CamrtError for what goes wrong there; OutOfMemory if the caller will halve."""
+        """One thread at a time uses a GPU's stream. CamrtError for what goes wrong there; OutOfMemory if the caller
+        will halve.
+        """
         if self.backend.gpu is None:
             yield
             return
@@ -139,7 +145,8 @@ class Session:
             raise CamrtError(str(error)) from error
 
     def make_room(self) -> bool:
-        """After a GPU's memory was used up: gives back what can be; where that is not much, takes half as much at a time.
+        """After a GPU's memory was used up: gives back what can be; where that is not much, takes half as much at a
+        time.
 
         False where it cannot.
         """

@@ -15,8 +15,8 @@ Interval = tuple[float, float]
 class Stages:
     """When each stage was at work, on any thread. By `Explainer.timed`.
 
-    preprocess: from what the caller gave to the network's input; network: a program runs; method: what a CAM method does
-    around the network. synchronize: waits for the work that was queued.
+    preprocess: from what the caller gave to the network's input; network: a program runs; method: what a CAM method
+    does around the network. synchronize: waits for the work that was queued.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:

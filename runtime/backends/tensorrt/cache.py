@@ -1,7 +1,7 @@
 """The cache of engines: files in the user's own folder, each named by what determines it, written whole or not at all.
 
-An engine is native code. One is loaded only from this folder, only if this user alone can write it, and only if its bytes
-are those that were written for exactly this program, GPU, library and profile.
+An engine is native code. One is loaded only from this folder, only if this user alone can write it, and only if its
+bytes are those that were written for exactly this program, GPU, library and profile.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _limit() -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the cache: what determines it (None where the file is damaged), its size in bytes, when it was last used."""
+    """A file of the cache: what determines it (None where the file is damaged), its size in bytes, when it was last
+    used.
+    """
 
     path: Path
     key: dict[str, Any] | None
@@ -75,7 +77,8 @@ class EngineCache:
         return self.folder / f"{hashlib.sha256(text).hexdigest()}{_SUFFIX}"
 
     def fetch(self, key: dict[str, Any], build: Callable[[], bytes]) -> bytes:
-        """The engine of that key, built and kept if it is not there. Of several processes one builds and the others wait.
+        """The engine of that key, built and kept if it is not there. Of several processes one builds and the others
+        wait.
 
         Where the cache cannot be written the engine is built, with a warning, and not kept. Errors of `build`.
         """
@@ -99,7 +102,8 @@ class EngineCache:
 
     def _warn(self, error: OSError) -> None:
         warnings.warn(
-            f"{self.folder}: engines cannot be kept there ({first_line(error)}): set {FOLDER_VARIABLE} to another folder",
+            f"{self.folder}: engines cannot be kept there ({first_line(error)}): set {FOLDER_VARIABLE} to another "
+            "folder",
             stacklevel=3,
         )
 

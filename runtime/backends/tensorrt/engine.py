@@ -23,8 +23,8 @@ _ALIGNMENT = 512  # bytes, of what an engine is given: tensors want 256, scratch
 class _Loaded:
     """An engine in the GPU's memory; it dies with its runtime.
 
-    context: what runs it next; None before the first run, and when a captured graph has taken it. compiled: the kernels that
-    TensorRT for RTX compiled for any of its contexts.
+    context: what runs it next; None before the first run, and when a captured graph has taken it. compiled: the
+    kernels that TensorRT for RTX compiled for any of its contexts.
     """
 
     runtime: Any
@@ -96,8 +96,8 @@ class TensorRtEngine:
     def _context(self, loaded: _Loaded) -> Any:
         """What runs the engine.
 
-        A captured graph holds its context's state: nobody else may use that context from then on. The run before set the same
-        shapes, which a capture must not do.
+        A captured graph holds its context's state: nobody else may use that context from then on. The run before set
+        the same shapes, which a capture must not do.
         """
         stream = self._backend.gpu.stream
         if loaded.context is None:

@@ -47,8 +47,8 @@ SHAPES = ("single", "batch", "targets")  # one image; as many images as seeds; o
 class Shapes:
     """For which sizes an engine is: a kind of SHAPES, and where they vary the largest.
 
-    An engine for each, because one that must allow image and seed to differ in size, or to be one, takes many times as long
-    to build and is slower.
+    An engine for each, because one that must allow image and seed to differ in size, or to be one, takes many times as
+    long to build and is slower.
     """
 
     kind: str

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class MethodData:
     """What a method's function takes first, for S explanations that run together.
 
-    taps: of the layers that it is of; logits (S, classes). kinds: of the programs that give it. on_gpu: whether it can lie on a GPU; captured: whether what computes it there can be replayed
-    as a CUDA graph. by_image: whether one image with all of its targets is a batch of its own.
+    taps: of the layers that it is of; logits (S, classes). kinds: of the programs that give it. on_gpu: whether it can
+    lie on a GPU; captured: whether what computes it there can be replayed as a CUDA graph. by_image: whether one image
+    with all of its targets is a batch of its own.
     """
 
     kinds: ClassVar[tuple[Kind, ...]]

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class Heads(MethodData):
     """One image, its activations (K, h, w) per layer, and the rest of the network after each layer.
 
-    heads: changed activations (N, K, h, w) -> logits (N, classes), for any N; batch: how many to make at a time. in_lanes(work,
-    parts): what work gives for each part, in their order, several at a time where the backend has several lanes.
+    heads: changed activations (N, K, h, w) -> logits (N, classes), for any N; batch: how many to make at a time.
+    in_lanes(work, parts): what work gives for each part, in their order, several at a time where the backend has
+    several lanes.
     """
 
     kinds = (Kind.TRUNK, Kind.HEAD)

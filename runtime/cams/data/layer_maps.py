@@ -34,9 +34,9 @@ GRADIENT_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class LayerMaps(MethodData):
     """What the layer_maps program gives for L layers, side by side in the order of `taps`.
 
-    logits (S, classes); seeds (S, classes), the explained combination of logits; alphas (S, sum K): mean over the grid of the
-    gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input. memory: where logits,
-    alphas and maps are; on a GPU a seed of zeros is left as it is.
+    logits (S, classes); seeds (S, classes), the explained combination of logits; alphas (S, sum K): mean over the grid
+    of the gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input. memory:
+    where logits, alphas and maps are; on a GPU a seed of zeros is left as it is.
     """
 
     kinds = (Kind.LAYER_MAPS,)
@@ -77,8 +77,8 @@ class LayerMaps(MethodData):
     def read(
         cls, session: Session, batch: Batch, layers: Sequence[str], options: Mapping[str, Any], on_gpu: bool = False
     ) -> LayerMaps:
-        """An aggregation of gradients other than the mean takes whole gradients out of the network. On a GPU all of the program's
-        layers are read.
+        """An aggregation of gradients other than the mean takes whole gradients out of the network. On a GPU all of
+        the program's layers are read.
         """
         aggregation = str(options.get("gradient_aggregation", "mean"))
         mean = aggregation == "mean"

@@ -36,8 +36,8 @@ class MaskedRuns(MethodData):
     """One image (C, H, W), its activations (K, h, w) per layer, and the network to run masked images through.
 
     logits and seeds (S, classes) are on the host, the image and the activations in `memory`. probability: the kind of
-    kernels.class_scores that makes logits probabilities. batches(count, work): calls work(part, lane) for parts of 0..count,
-    several at a time where the backend has several lanes; a part always goes to the same lane.
+    kernels.class_scores that makes logits probabilities. batches(count, work): calls work(part, lane) for parts of
+    0..count, several at a time where the backend has several lanes; a part always goes to the same lane.
     """
 
     kinds = (Kind.ACTIVATIONS, Kind.CLASSIFY)
