@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 import camrt
-from camrt.compare import cosine_distance, largest_difference
 from camrt.kernels import DeviceError, minmax
 from camrt.runtime.backends import BACKENDS
+from camrt.verification.distances import cosine_distance, largest_difference
 
 MODELS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2")
 METHODS = ("winsor_cam", "score_cam_pp")
@@ -38,9 +38,9 @@ def prepare(folder: Path, models: list[str]) -> None:
     from common import build
 
     from camrt.export.probes import smooth_images
-    from camrt.oracle import module_oracle
     from camrt.runtime.bundle.reading import read_bundle
-    from camrt.verify import verify_bundle
+    from camrt.verification.oracle import module_oracle
+    from camrt.verification.verify import verify_bundle
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in models:

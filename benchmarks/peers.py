@@ -36,10 +36,11 @@ from support import DATA, mobilenet, scaled
 from torch import nn
 
 import camrt
-from camrt.compare import largest_difference
+from camrt.export.autograd import record
 from camrt.export.probes import last_bits, smooth_images
-from camrt.export.reference import in_float64, record, winsor_cam
 from camrt.runtime.explainer import Explainer
+from camrt.verification.distances import largest_difference
+from camrt.verification.methods import in_float64, winsor_cam
 
 LIMIT = 1e-3
 SIZE = 224

@@ -27,11 +27,11 @@ from support import DATA, import_torchvision, mobilenet
 from torch import nn
 
 import camrt
-from camrt.compare import largest_difference
 from camrt.export.probes import smooth_images
 from camrt.kernels import mask_batch
 from camrt.runtime.cams import Lane, MaskedRuns
 from camrt.runtime.session.batches import Batch
+from camrt.verification.distances import largest_difference
 
 
 def open_model(name: str) -> tuple[nn.Module, str, np.ndarray]:

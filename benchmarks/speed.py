@@ -25,10 +25,10 @@ from common import build, machine, print_times, summary, take_turns, versions, w
 
 import camrt
 from camrt.export.probes import smooth_images
-from camrt.oracle import module_oracle
 from camrt.runtime.backends import Settings, create
 from camrt.runtime.bundle.reading import read_bundle
-from camrt.verify import verify_bundle
+from camrt.verification.oracle import module_oracle
+from camrt.verification.verify import verify_bundle
 
 
 def export_memory(name: str, size: int) -> dict[str, float]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from .compare import cosine_distance, largest_difference
 from .kernels import minmax
 from .runtime.errors import BackendUnavailable, CamrtError
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import Explanation
 from .runtime.images.preprocess import as_batch
+from .verification.distances import cosine_distance, largest_difference
 
 FORWARD = "forward pass"
 LIMIT = 1e-3  # from the maps of ONNX Runtime on the CPU in float32, after min-max: in float16 of 1 - cosine

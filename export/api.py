@@ -58,10 +58,10 @@ def export_model(
     UnsupportedOperator: no gradient rule. UnknownLayer. BundleError: `path` exists or cannot be written.
     """
     check_packages("torch", "onnx", "onnxscript")
+    from .autograd import agreement, eager_logits
     from .check import RowsMixed
     from .from_torch import NotTraced, trace_module, weights_digest
     from .modules import check_output, prepare_module
-    from .reference import agreement, eager_logits
 
     shape = _shape(input_shape)
     module = prepare_module(model, output)

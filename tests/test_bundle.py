@@ -18,9 +18,9 @@ from torch import nn
 
 import camrt
 from camrt.export.probes import smooth_images
-from camrt.oracle import module_oracle
 from camrt.runtime.bundle.manifest import MANIFEST
-from camrt.verify import verify, verify_bundle
+from camrt.verification.oracle import module_oracle
+from camrt.verification.verify import verify, verify_bundle
 
 FILES = [
     "activations.last.onnx",

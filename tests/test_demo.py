@@ -10,7 +10,7 @@ import camrt
 from camrt.cli import main
 from camrt.demo.run import BUNDLE, FIRST_SEED
 from camrt.demo.scenes import CLASSES, SIZE, draw_scene
-from camrt.verify import verify
+from camrt.verification.verify import verify
 
 
 @pytest.fixture(scope="module")

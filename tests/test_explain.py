@@ -13,10 +13,11 @@ from PIL import Image
 from support import assert_maps_close, scaled, small_net
 
 import camrt
+from camrt.export.autograd import record
 from camrt.export.probes import smooth_images
-from camrt.export.reference import grad_cam, record, winsor_cam
 from camrt.kernels import layer_importance
 from camrt.runtime.cams import GRADIENT_AGGREGATIONS
+from camrt.verification.methods import grad_cam, winsor_cam
 
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
 IMAGES = smooth_images((3, 32, 32), 4)
@@ -113,7 +114,7 @@ def test_gradient_aggregations(explainer: camrt.Explainer, aggregation: str) -> 
         }[aggregation]
         alphas.append(np.maximum(alpha.mean(1), 0))
         maps.append(torch.from_numpy(np.maximum(np.einsum("bk,bkhw->bhw", alpha, a), 0)))
-    from camrt.export.reference import minmax, resize, winsor_weights
+    from camrt.verification.methods import minmax, resize, winsor_weights
 
     weights = torch.stack([winsor_weights(torch.from_numpy(row), 30) for row in np.stack(alphas, 1)])
     stack = torch.stack([resize(resize(minmax(m), (16, 16)), (32, 32)) for m in maps], 1)

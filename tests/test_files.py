@@ -20,7 +20,7 @@ from test_onnx import Graph, classifier, scores_of, softmax
 
 import camrt
 from camrt.export.probes import smooth_images
-from camrt.verify import verify
+from camrt.verification.verify import verify
 
 SIZE = (20, 18)
 IMAGES = smooth_images((3, *SIZE), 3)

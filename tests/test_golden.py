@@ -15,11 +15,12 @@ from support import DATA, assert_maps_close, mobilenet, needs_data, scaled
 from torch import nn
 
 import camrt
-from camrt.export import reference_runs
+from camrt.export.autograd import Recorded, record
 from camrt.export.probes import last_bits
-from camrt.export.reference import LAYER_METHODS, Recorded, combined, finer_seed, in_float64, record, winsor_cam
 from camrt.runtime.bundle.manifest import Tap
-from camrt.verify import verify
+from camrt.verification import method_runs
+from camrt.verification.methods import LAYER_METHODS, combined, finer_seed, in_float64, winsor_cam
+from camrt.verification.verify import verify
 
 pytestmark = needs_data
 
@@ -155,9 +156,9 @@ def reference_map(key: str, model: nn.Module, image: torch.Tensor, label: int) -
     name, options, layers = ROWS[key]
     if name == "full_grad":
         seed = torch.nn.functional.one_hot(torch.tensor([label]), 1000).float()
-        return reference_runs.full_grad(image, *reference_runs.biases_of_module(model, image, seed))[0]
+        return method_runs.full_grad(image, *method_runs.biases_of_module(model, image, seed))[0]
     if name in ("score_cam_pp", "score_cam", "ablation_cam"):
-        return getattr(reference_runs, name)(model, image, label, LAST, **options)
+        return getattr(method_runs, name)(model, image, label, LAST, **options)
     target: int | torch.Tensor = label
     if name == "finer_cam":
         with torch.no_grad():

@@ -16,7 +16,6 @@ from support import small_net
 
 import camrt
 from camrt import kernels
-from camrt.compare import cosine_distance, largest_difference
 from camrt.export.probes import smooth_images
 from camrt.kernels import minmax
 from camrt.kernels.build import sources_hash
@@ -24,6 +23,7 @@ from camrt.kernels.gpu import device as gpu
 from camrt.kernels.gpu.queue import Launch
 from camrt.runtime.backends import BACKENDS
 from camrt.runtime.cams import METHODS
+from camrt.verification.distances import cosine_distance, largest_difference
 
 pytestmark = pytest.mark.gpu
 

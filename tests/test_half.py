@@ -9,11 +9,11 @@ import pytest
 from support import DATA, mobilenet, needs_data
 
 import camrt
-from camrt.compare import cosine_distance
 from camrt.kernels import minmax
-from camrt.rounding import RoundingBackend
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.explainer import Explainer
+from camrt.verification.distances import cosine_distance
+from camrt.verification.rounding import RoundingBackend
 
 PREPROCESS = camrt.Preprocess(resize=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 METHODS = {

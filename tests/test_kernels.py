@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from camrt import kernels
-from camrt.export.reference import winsor_weights
+from camrt.verification.methods import winsor_weights
 
 SIZES = [
     ((1, 1), (5, 7)),

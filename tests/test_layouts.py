@@ -15,8 +15,8 @@ from torch import nn
 
 import camrt
 from camrt.export.probes import smooth_images
-from camrt.oracle import module_oracle
-from camrt.verify import verify_bundle
+from camrt.verification.oracle import module_oracle
+from camrt.verification.verify import verify_bundle
 
 
 class Gated(nn.Module):

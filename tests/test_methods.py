@@ -18,13 +18,14 @@ from support import small_net
 from torch import nn
 
 import camrt
-from camrt.compare import largest_difference
-from camrt.export import reference, reference_runs
+from camrt.export.autograd import record
 from camrt.export.probes import smooth_images
 from camrt.runtime.cams import METHODS, Lane, MaskedRuns
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
 from camrt.runtime.session.batches import batches
 from camrt.runtime.session.explaining import read
+from camrt.verification import method_runs, methods
+from camrt.verification.distances import largest_difference
 
 IMAGES = smooth_images((3, 32, 32), 3)
 TARGETS = [1, 4, 0]
@@ -50,37 +51,37 @@ def _said(option: Any) -> str:
 
 def layer_case(name: str) -> Case:
     def compute(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
-        return reference.LAYER_METHODS[name](reference.record(model, image, target, [tap.name]), image.shape[2:])[0]
+        return methods.LAYER_METHODS[name](record(model, image, target, [tap.name]), image.shape[2:])[0]
 
     return Case(name, compute)
 
 
 def run_case(name: str, **options: Any) -> Case:
-    compute = getattr(reference_runs, name)
+    compute = getattr(method_runs, name)
     return Case(name, lambda m, x, t, tap: compute(m, x, t, tap, **options), options)
 
 
 def winsor(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
-    recorded = reference.record(model, image, target, CONVOLUTIONS)
-    return reference.winsor_cam(recorded, image.shape[2:], 50, "max")[0][0]
+    recorded = record(model, image, target, CONVOLUTIONS)
+    return methods.winsor_cam(recorded, image.shape[2:], 50, "max")[0][0]
 
 
 def full_grad(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
     seed = nn.functional.one_hot(torch.tensor([target]), 5).to(image.dtype)
-    return reference_runs.full_grad(image, *reference_runs.biases_of_module(model, image, seed))[0]
+    return method_runs.full_grad(image, *method_runs.biases_of_module(model, image, seed))[0]
 
 
 def finer(model: nn.Module, image: torch.Tensor, target: int, tap: Any, alpha: float, comparisons: int) -> torch.Tensor:
     with torch.no_grad():
-        seed = reference.finer_seed(model(image), target, alpha, comparisons)
-    return reference.grad_cam(reference.record(model, image, seed, [tap.name]), image.shape[2:])[0]
+        seed = methods.finer_seed(model(image), target, alpha, comparisons)
+    return methods.grad_cam(record(model, image, seed, [tap.name]), image.shape[2:])[0]
 
 
 def integrative(smooth: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     def compute(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
-        recorded = reference.record(model, image, target, CONVOLUTIONS)
+        recorded = record(model, image, target, CONVOLUTIONS)
         seed = nn.functional.one_hot(torch.tensor([target]), 5).to(image.dtype)
-        return reference.integrative_cam(recorded, seed, image.shape[2:], smooth)[0][0]
+        return methods.integrative_cam(recorded, seed, image.shape[2:], smooth)[0][0]
 
     return compute
 
@@ -96,7 +97,7 @@ square = camrt.Smooth(lambda s: s**2 + s**3, lambda s: 2 * s + 3 * s**2, lambda 
 
 CASES = [
     Case("winsor_cam", winsor, {"percentile": 50, "layer_aggregation": "max"}),
-    *(layer_case(name) for name in reference.LAYER_METHODS),
+    *(layer_case(name) for name in methods.LAYER_METHODS),
     Case("integrative_cam", integrative(lambda s: s)),
     Case("integrative_cam", integrative(torch.exp), {"smooth": "exp"}),
     Case("integrative_cam", integrative(nn.functional.softplus), {"smooth": "softplus"}),
@@ -121,7 +122,7 @@ CASES = [
 
 @functools.cache
 def in_float64() -> nn.Module:
-    return reference.in_float64(small_net())
+    return methods.in_float64(small_net())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -152,11 +153,11 @@ def test_every_method_is_documented(method: Any) -> None:
         assert option in method.function.__doc__, f"{option} is not explained"
 
 
-@pytest.mark.parametrize("method", reference.LAYER_METHODS)
+@pytest.mark.parametrize("method", methods.LAYER_METHODS)
 def test_several_layers_are_averaged(method: str, explainer: camrt.Explainer) -> None:
     layers = ["block.0", "head"]
-    recorded = reference.record(in_float64(), torch.from_numpy(IMAGES[:1]).double(), 1, layers)
-    want = reference.LAYER_METHODS[method](recorded, (32, 32)).numpy().astype(np.float32)
+    recorded = record(in_float64(), torch.from_numpy(IMAGES[:1]).double(), 1, layers)
+    want = methods.LAYER_METHODS[method](recorded, (32, 32)).numpy().astype(np.float32)
     result = explainer.explain(IMAGES[:1], method, 1, layers)
     assert largest_difference(result.maps, want) < LIMIT
     assert result.layers == ("block.0", "head") and (result.layer_weights == 0.5).all()

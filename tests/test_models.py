@@ -2,7 +2,7 @@
 to every comparison of `camrt verify`, and built into TensorRT engines.
 
 The comparisons are of activations, gradients and maps with PyTorch in float64, per tap, by the limits in
-camrt.comparisons.
+camrt.verification.comparisons.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from onnx import TensorProto
 from torch import nn
 
 import camrt
-from camrt.compare import cosine_distance, largest_difference
-from camrt.export import reference_runs
 from camrt.export.probes import smooth_images
-from camrt.export.reference import LAYER_METHODS
-from camrt.oracle import module_oracle
 from camrt.runtime.backends.tensorrt.build import build_engine
 from camrt.runtime.backends.tensorrt.library import find_library
 from camrt.runtime.backends.tensorrt.target import Shapes, Target
 from camrt.runtime.bundle.reading import Bundle, read_bundle
-from camrt.verify import Report, verify, verify_bundle
+from camrt.verification import method_runs
+from camrt.verification.distances import cosine_distance, largest_difference
+from camrt.verification.methods import LAYER_METHODS
+from camrt.verification.oracle import module_oracle
+from camrt.verification.verify import Report, verify, verify_bundle
 
 # whose float16 programs are put to every comparison; of the others they are built into engines
 HALF = ("resnet18", "squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5", "convnext_tiny")
@@ -102,7 +102,7 @@ def test_transformer(name: str, tmp_path: Path) -> None:
     label = int(explainer.classify(image).argmax())
     said = 0
     for name in ("score_cam_pp", "score_cam", "ablation_cam", "recipro_cam"):
-        want = getattr(reference_runs, name)(model, torch.from_numpy(image), label, tap).numpy()
+        want = getattr(method_runs, name)(model, torch.from_numpy(image), label, tap).numpy()
         got = explainer.explain(image, name, label).maps[0]
         assert largest_difference(got, want) < 1e-3, name
         said += np.ptp(want) > 0.5

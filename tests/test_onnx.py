@@ -16,7 +16,7 @@ import camrt
 from camrt.export.autodiff import RULES
 from camrt.export.probes import smooth_images
 from camrt.runtime.bundle.reading import read_bundle
-from camrt.verify import verify
+from camrt.verification.verify import verify
 
 IMAGES = smooth_images((3, 20, 18), 3)
 

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import camrt
-from camrt.compare import relative_l2
-from camrt.comparisons import GRAPH_LIMIT
 from camrt.export.autodiff import RULES
 from camrt.export.interpreter import Interpreter
 from camrt.export.probes import smooth_images
-from camrt.oracle import open_oracle
 from camrt.runtime.backends import create
 from camrt.runtime.bundle.reading import read_bundle
-from camrt.verify import verify
+from camrt.verification.comparisons import GRAPH_LIMIT
+from camrt.verification.distances import relative_l2
+from camrt.verification.oracle import open_oracle
+from camrt.verification.verify import verify
 
 # of a gradient. Networks that subtract means and sum what is left amplify what float32 constants leave (1e-7) a
 # hundredfold and more; a rule that is wrong is off by far more than this, and tests/test_vjp.py holds each rule to

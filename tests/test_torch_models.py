@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 import camrt
+from camrt.export.autograd import record
 from camrt.export.modules import prepare_module
 from camrt.export.probes import smooth_images
-from camrt.export.reference import combined, record
-from camrt.oracle import module_oracle
 from camrt.runtime.errors import ExportError
-from camrt.verify import verify, verify_bundle
+from camrt.verification.methods import combined
+from camrt.verification.oracle import module_oracle
+from camrt.verification.verify import verify, verify_bundle
 
 SHAPE = (3, 16, 20)
 IMAGES = smooth_images(SHAPE, 3)

@@ -23,7 +23,7 @@ from support import import_torchvision
 
 import camrt
 from camrt.export.probes import as_pixels, smooth_images
-from camrt.verify import verify
+from camrt.verification.verify import verify
 
 
 def measured(source: Path, work: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def verify(options: argparse.Namespace) -> int:
     check_packages("torch", "onnx", "onnxscript")
     from ..runtime.bundle.reading import read_bundle
     from ..runtime.images.preprocess import as_batch
-    from ..verify import verify
+    from ..verification.verify import verify
 
     images = None
     if options.images is not None:

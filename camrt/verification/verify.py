@@ -9,6 +9,14 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ..export.probes import last_bits, smooth_images
+from ..kernels import DeviceError
+from ..runtime.backends import Backend, Executable, Settings, create
+from ..runtime.bundle.kinds import Kind
+from ..runtime.bundle.manifest import Program
+from ..runtime.bundle.reading import Bundle, read_bundle
+from ..runtime.errors import CamrtError
+from ..runtime.explainer import Explainer
 from .comparisons import (
     FLOAT32_UNITS,
     QUANTISED_UNITS,
@@ -25,16 +33,8 @@ from .comparisons import (
     source_rows,
     use_rows,
 )
-from .export.probes import last_bits, smooth_images
-from .kernels import DeviceError
 from .oracle import Oracle, open_oracle
 from .rounding import RoundingBackend
-from .runtime.backends import Backend, Executable, Settings, create
-from .runtime.bundle.kinds import Kind
-from .runtime.bundle.manifest import Program
-from .runtime.bundle.reading import Bundle, read_bundle
-from .runtime.errors import CamrtError
-from .runtime.explainer import Explainer
 
 FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled
 
@@ -103,7 +103,7 @@ def _compared(
     """steps: whether small changes of the images count as rounding, because activations are no continuous function of
     them.
     """
-    from .export.reference import as_maps
+    from ..export.autograd import as_maps
 
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images

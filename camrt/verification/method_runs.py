@@ -12,13 +12,14 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..export.autograd import TOKENS, as_maps, record
+from ..export.from_torch import is_a
+from ..export.layouts import Layout
+from ..export.modules import Selected, module_of, unwrapped
+from ..export.recording import recording
+from ..export.stop_gradient import checkpoints_as_calls
 from ..runtime.bundle.manifest import Tap
-from .from_torch import is_a
-from .layouts import Layout
-from .modules import Selected, module_of, unwrapped
-from .recording import recording
-from .reference import TOKENS, as_maps, combined, minmax, record, resize, weighted
-from .stop_gradient import checkpoints_as_calls
+from .methods import combined, minmax, resize, weighted
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .runtime.bundle.manifest import Program
-from .runtime.bundle.reading import Bundle
+from ..runtime.bundle.manifest import Program
+from ..runtime.bundle.reading import Bundle
 
 
 class RoundingBackend:
@@ -31,7 +31,7 @@ class _Rounded:
     def __init__(self, path: Path, outputs: list[str]) -> None:
         import torch
 
-        from .export.interpreter import Interpreter
+        from ..export.interpreter import Interpreter
 
         self._program = Interpreter(path, torch.float32, rounding=True)
         self._outputs = outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from camrt.compare import cosine_distance, largest_difference, relative_l2
+from camrt.verification.distances import cosine_distance, largest_difference, relative_l2
 
 ONES = np.ones((2, 3))
 

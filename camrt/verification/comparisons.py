@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compare import cosine_distance, largest_difference, relative_l2
-from .export.probes import as_pixels, last_bits
-from .kernels import minmax
+from ..export.probes import as_pixels, last_bits
+from ..kernels import minmax
+from ..runtime.backends import Backend
+from ..runtime.bundle.kinds import Kind
+from ..runtime.bundle.manifest import Program
+from ..runtime.bundle.reading import Bundle
+from ..runtime.cams import GridMaps
+from ..runtime.cams.gradient import full_grad
+from ..runtime.explainer import Explainer
+from .distances import cosine_distance, largest_difference, relative_l2
 from .oracle import Oracle
-from .runtime.backends import Backend
-from .runtime.bundle.kinds import Kind
-from .runtime.bundle.manifest import Program
-from .runtime.bundle.reading import Bundle
-from .runtime.cams import GridMaps
-from .runtime.cams.gradient import full_grad
-from .runtime.explainer import Explainer
 
 if TYPE_CHECKING:
-    from .export.reference import Recorded
+    from ..export.autograd import Recorded
 
 GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
 FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
@@ -157,7 +157,8 @@ def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
     """Alphas (B, sum K) and maps (B, sum h w), as the layer_maps program lays them out."""
     import torch
 
-    from .export.reference import layer_cam_maps, select
+    from ..export.autograd import select
+    from .methods import layer_cam_maps
 
     alphas, maps = layer_cam_maps(select(recorded, taps))
     return torch.cat(alphas, 1), torch.cat([m.flatten(1) for m in maps], 1)
@@ -186,9 +187,9 @@ def use_rows(
 
 def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
     """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
-    from .export.check import finished
-    from .export.from_onnx import read_graph, source_logits
-    from .export.graph import Attempt
+    from ..export.check import finished
+    from ..export.from_onnx import read_graph, source_logits
+    from ..export.graph import Attempt
 
     manifest = bundle.manifest
     spec = manifest.source.get("spec")
@@ -219,7 +220,7 @@ def graph_rows(
     """The widest gradient program's arithmetic, in float64, without ONNX Runtime."""
     import torch
 
-    from .export.interpreter import Interpreter
+    from ..export.interpreter import Interpreter
 
     program = bundle.program(Kind.GRADIENTS, [t.name for t in bundle.manifest.taps], precision)
     progress(f"checking {program.file} in float64")
@@ -248,7 +249,8 @@ def method_rows(
     """Winsor-CAM, Integrative CAM, and at the last block every method that reads one activation and gradient."""
     import torch
 
-    from .export.reference import LAYER_METHODS, integrative_cam, select, winsor_cam
+    from ..export.autograd import select
+    from .methods import LAYER_METHODS, integrative_cam, winsor_cam
 
     size = batch.shape[2:]
     roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
@@ -313,7 +315,7 @@ def full_grad_graph_rows(
     """The program's own arithmetic in float64."""
     import torch
 
-    from .export.interpreter import Interpreter
+    from ..export.interpreter import Interpreter
 
     if reference is None:
         return
