@@ -36,8 +36,8 @@ from support import DATA, mobilenet, scaled
 from torch import nn
 
 import camrt
-from camrt.export.autograd import record
 from camrt.export.probes import last_bits, smooth_images
+from camrt.export.pytorch.autograd import record
 from camrt.runtime.explainer import Explainer
 from camrt.verification.distances import largest_difference
 from camrt.verification.methods import in_float64, winsor_cam

@@ -58,10 +58,10 @@ def export_model(
     UnsupportedOperator: no gradient rule. UnknownLayer. BundleError: `path` exists or cannot be written.
     """
     check_packages("torch", "onnx", "onnxscript")
-    from .autograd import agreement, eager_logits
     from .check import RowsMixed
-    from .from_torch import NotTraced, trace_module, weights_digest
-    from .modules import check_output, prepare_module
+    from .pytorch.autograd import agreement, eager_logits
+    from .pytorch.from_torch import NotTraced, trace_module, weights_digest
+    from .pytorch.modules import check_output, prepare_module
 
     shape = _shape(input_shape)
     module = prepare_module(model, output)
@@ -106,7 +106,7 @@ def export_onnx(
     is set aside: gradients are of the logits before it. Other arguments and errors as export_model.
     """
     check_packages("onnx", "onnxscript")
-    from .from_onnx import read_graph, refuse_invalid, source_logits
+    from .files.from_onnx import read_graph, refuse_invalid, source_logits
 
     _check_path(path, overwrite)
     check_activation(activation)
@@ -169,7 +169,7 @@ def _export(
     """
     from .check import NotFinite, NothingRead, RowsMixed, zero_gradients
     from .graph import Attempt
-    from .logits import BatchElsewhere
+    from .layers.logits import BatchElsewhere
 
     attempt, reason = Attempt(), ""
     while True:
@@ -208,7 +208,7 @@ def _write(
     from .bundle import write_bundle
     from .check import Checker, looks_like_probabilities, warn_of_probabilities
     from .graph import named_values
-    from .logits import class_count, is_product, made_of_probabilities
+    from .layers.logits import class_count, is_product, made_of_probabilities
     from .probes import as_pixels, smooth_images
     from .programs import build_programs, seeds_share_image
     from .tape import static_dims

@@ -21,7 +21,7 @@ from ..runtime.bundle.manifest import Manifest, Program
 from ..runtime.errors import CamrtError, ExportError
 from .autodiff import on_path
 from .graph import TappedGraph, named_values
-from .layouts import layouts, tap_at
+from .layers.layouts import layouts, tap_at
 from .probes import as_pixels, smooth_images
 from .programs import gradients
 from .tape import static_dims

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from .graph import TappedGraph, finish, is_batch, named_values
-from .layouts import Layout, from_maps, layouts, prefix_of, to_maps
+from .layers.layouts import Layout, from_maps, layouts, prefix_of, to_maps
 from .tape import Tape, constant_of, dims, output
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)

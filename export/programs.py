@@ -21,7 +21,7 @@ from .autodiff import NOT_SHARED, on_path
 from .autodiff import gradients as cotangents
 from .graph import TappedGraph, batch_norm_affine, finish, fold_batch_norm, keeps_batch_apart, named_values
 from .head import head, normalize, score, trunk
-from .layouts import layouts, to_maps
+from .layers.layouts import layouts, to_maps
 from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 

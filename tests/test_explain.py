@@ -13,8 +13,8 @@ from PIL import Image
 from support import assert_maps_close, scaled, small_net
 
 import camrt
-from camrt.export.autograd import record
 from camrt.export.probes import smooth_images
+from camrt.export.pytorch.autograd import record
 from camrt.kernels import layer_importance
 from camrt.runtime.cams import GRADIENT_AGGREGATIONS
 from camrt.verification.methods import grad_cam, winsor_cam

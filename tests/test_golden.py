@@ -15,8 +15,8 @@ from support import DATA, assert_maps_close, mobilenet, needs_data, scaled
 from torch import nn
 
 import camrt
-from camrt.export.autograd import Recorded, record
 from camrt.export.probes import last_bits
+from camrt.export.pytorch.autograd import Recorded, record
 from camrt.runtime.bundle.manifest import Tap
 from camrt.verification import method_runs
 from camrt.verification.methods import LAYER_METHODS, combined, finer_seed, in_float64, winsor_cam

@@ -18,8 +18,8 @@ from support import small_net
 from torch import nn
 
 import camrt
-from camrt.export.autograd import record
 from camrt.export.probes import smooth_images
+from camrt.export.pytorch.autograd import record
 from camrt.runtime.cams import METHODS, Lane, MaskedRuns
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
 from camrt.runtime.session.batches import batches

@@ -13,7 +13,7 @@ from PIL import Image
 
 import camrt
 from camrt.cli import main
-from camrt.export.sources import processed
+from camrt.export.pytorch.sources import processed
 from camrt.runtime.bundle.manifest import Preprocess
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.images.preprocess import as_batch, placed, undo

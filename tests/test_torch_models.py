@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 import camrt
-from camrt.export.autograd import record
-from camrt.export.modules import prepare_module
 from camrt.export.probes import smooth_images
+from camrt.export.pytorch.autograd import record
+from camrt.export.pytorch.modules import prepare_module
 from camrt.runtime.errors import ExportError
 from camrt.verification.methods import combined
 from camrt.verification.oracle import module_oracle

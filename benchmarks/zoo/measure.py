@@ -63,7 +63,7 @@ def described(source: Path) -> dict[str, Any]:
 def export(source: Path, bundle: Path) -> None:
     """As `camrt export` does."""
     if source.is_dir():
-        from camrt.export.sources import open_source
+        from camrt.export.pytorch.sources import open_source
 
         opened = open_source(f"hf:{source}")
         assert opened.input_shape is not None

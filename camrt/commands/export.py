@@ -45,7 +45,7 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
     from ..export.api import check_packages, export_model
 
     check_packages("torch", "onnx", "onnxscript")
-    from ..export.sources import open_source
+    from ..export.pytorch.sources import open_source
 
     with Stages() as stages:
         stages(f"opening {options.source}")

@@ -23,7 +23,7 @@ from .distances import cosine_distance, largest_difference, relative_l2
 from .oracle import Oracle
 
 if TYPE_CHECKING:
-    from ..export.autograd import Recorded
+    from ..export.pytorch.autograd import Recorded
 
 GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
 FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
@@ -157,7 +157,7 @@ def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
     """Alphas (B, sum K) and maps (B, sum h w), as the layer_maps program lays them out."""
     import torch
 
-    from ..export.autograd import select
+    from ..export.pytorch.autograd import select
     from .methods import layer_cam_maps
 
     alphas, maps = layer_cam_maps(select(recorded, taps))
@@ -188,7 +188,7 @@ def use_rows(
 def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
     """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
     from ..export.check import finished
-    from ..export.from_onnx import read_graph, source_logits
+    from ..export.files.from_onnx import read_graph, source_logits
     from ..export.graph import Attempt
 
     manifest = bundle.manifest
@@ -249,7 +249,7 @@ def method_rows(
     """Winsor-CAM, Integrative CAM, and at the last block every method that reads one activation and gradient."""
     import torch
 
-    from ..export.autograd import select
+    from ..export.pytorch.autograd import select
     from .methods import LAYER_METHODS, integrative_cam, winsor_cam
 
     size = batch.shape[2:]

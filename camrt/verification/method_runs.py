@@ -12,12 +12,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..export.autograd import TOKENS, as_maps, record
-from ..export.from_torch import is_a
-from ..export.layouts import Layout
-from ..export.modules import Selected, module_of, unwrapped
-from ..export.recording import recording
-from ..export.stop_gradient import checkpoints_as_calls
+from ..export.layers.layouts import Layout
+from ..export.pytorch.autograd import TOKENS, as_maps, record
+from ..export.pytorch.from_torch import is_a
+from ..export.pytorch.modules import Selected, module_of, unwrapped
+from ..export.pytorch.recording import recording
+from ..export.pytorch.stop_gradient import checkpoints_as_calls
 from ..runtime.bundle.manifest import Tap
 from .methods import combined, minmax, resize, weighted
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..export.autograd import Recorded
+from ..export.pytorch.autograd import Recorded
 
 
 def in_float64(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from ..runtime.bundle.reading import Bundle
 from ..runtime.errors import CamrtError, ExportError
 
 if TYPE_CHECKING:
-    from ..export.autograd import Recorded
+    from ..export.pytorch.autograd import Recorded
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def module_oracle(model: Any, name: str) -> Oracle:
     """A float32 PyTorch module, by hooks and autograd. It is cast back and forth, which loses nothing."""
     import torch
 
-    from ..export.autograd import record
-    from ..export.modules import own_gradients
+    from ..export.pytorch.autograd import record
+    from ..export.pytorch.modules import own_gradients
     from .method_runs import biases_of_module
     from .method_runs import full_grad as full_grad_of
 
@@ -63,8 +63,8 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
     """An ONNX graph run by PyTorch operators under autograd; taps: layer -> value."""
     import torch
 
-    from ..export.autograd import Recorded
     from ..export.interpreter import Interpreter
+    from ..export.pytorch.autograd import Recorded
     from .method_runs import full_grad as full_grad_of
 
     interpreters = {kind: Interpreter(graph, kind) for kind in (torch.float64, torch.float32)}
@@ -109,9 +109,9 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
     manifest = bundle.manifest
     spec = source or manifest.source.get("spec")
     if manifest.source["kind"] == "torch" and spec and manifest.final_activation is None:
-        from ..export.from_torch import weights_digest
-        from ..export.modules import prepare_module
-        from ..export.sources import open_source
+        from ..export.pytorch.from_torch import weights_digest
+        from ..export.pytorch.modules import prepare_module
+        from ..export.pytorch.sources import open_source
 
         model = prepare_module(open_source(spec).model, manifest.source.get("output"))
         if weights_digest(model) != manifest.source["weights_sha256"]:
@@ -119,7 +119,7 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
         if _runs_in_float64(model, manifest.input_shape):
             return module_oracle(model, f"{spec} in PyTorch")
     if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
-        from ..export.from_onnx import read_graph
+        from ..export.files.from_onnx import read_graph
         from ..export.graph import Attempt
 
         with warnings.catch_warnings():

@@ -103,7 +103,7 @@ def _compared(
     """steps: whether small changes of the images count as rounding, because activations are no continuous function of
     them.
     """
-    from ..export.autograd import as_maps
+    from ..export.pytorch.autograd import as_maps
 
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images

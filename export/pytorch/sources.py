@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle.manifest import Preprocess
-from ..runtime.errors import ExportError, first_line
+from ...runtime.bundle.manifest import Preprocess
+from ...runtime.errors import ExportError, first_line
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.bundle.manifest import Tap
-from ..runtime.errors import ExportError, first_line
-from .check import Checker, check_gradients, relative_l2
-from .graph import TappedGraph
+from ...runtime.bundle.manifest import Tap
+from ...runtime.errors import ExportError, first_line
+from ..check import Checker, check_gradients, relative_l2
+from ..graph import TappedGraph
 from .modules import own_gradients, without_autocast
 from .recording import function_name, recording
 from .stop_gradient import checkpoints_as_calls
@@ -179,8 +179,8 @@ def _exact(
     """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer. cotangent: of the
     model's scores; seed: of the logits.
     """
-    from .interpreter import Interpreter
-    from .programs import gradients
+    from ..interpreter import Interpreter
+    from ..programs import gradients
 
     taps = [t for t, _ in graph.taps]
     try:

@@ -17,7 +17,7 @@ from onnxscript import values
 from torch import library
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..runtime.errors import ExportError
+from ...runtime.errors import ExportError
 
 
 @library.custom_op("camrt::stop_gradient", mutates_args=())

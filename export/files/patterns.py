@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from ..tape import attribute, constant_of, dims, initializer, made_by
 from .shapes import ShapeWalk
-from .tape import attribute, constant_of, dims, initializer, made_by
 
 
 def simplify(graph: ir.Graph) -> None:

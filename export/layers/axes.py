@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from .patterns import reduced_axes
-from .tape import attribute, constant_of, dims
+from ..files.patterns import reduced_axes
+from ..tape import attribute, constant_of, dims
 
 
 @dataclass(frozen=True)

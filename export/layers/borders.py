@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from ..tape import attribute, constant_of, dims
 from .axes import Axes, Border
-from .tape import attribute, constant_of, dims
 
 _OTHER_PART = 0.1  # of the image: a grid that is moved by more shows another part of the picture
 _SMALL_STRIDE = 3  # windows further apart take a picture to patches

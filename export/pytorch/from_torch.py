@@ -20,21 +20,21 @@ from torch import nn
 from torch.export.unflatten import InterpreterModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..runtime.errors import ExportError, UnsupportedOperator, first_line
-from .graph import FIRST, Attempt, TappedGraph, batch_norm_after, run_passes
-from .layouts import tap_at
-from .logits import find_logits
+from ...runtime.errors import ExportError, UnsupportedOperator, first_line
+from ..files.onnx_file import OPSET, modernise
+from ..files.prepare import settle
+from ..graph import FIRST, Attempt, TappedGraph, batch_norm_after, run_passes
+from ..layers.layouts import tap_at
+from ..layers.logits import find_logits
+from ..layers.normalized import normalized_image
+from ..layers.reads import refuse_unread
+from ..layers.taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap, warn_of_no_last
+from ..tape import made_by
 from .modules import backward_functions, backward_nodes, module_of, unwrapped, without_autocast
-from .normalized import normalized_image
-from .onnx_file import OPSET, modernise
-from .prepare import settle
 from .readings import Reading, ReadingsGiven, ReadingsNoted
-from .reads import refuse_unread
 from .recording import recording
 from .rewrites import rewrite_operators
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
-from .tape import made_by
-from .taps import check_names, choose, feature_maps, is_finished, not_a_map, nothing_to_tap, warn_of_no_last
 
 _CONVOLUTIONS = (nn.Conv2d,)
 _NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first

@@ -10,18 +10,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..runtime.backends.one_file import Run, open_file
-from ..runtime.errors import BundleError, ExportError, first_line
-from .check import Logits
-from .graph import FIRST, Attempt, TappedGraph, batch_norm_after
-from .layouts import tap_at
-from .logits import find_logits
-from .normalized import normalized_image
+from ...runtime.backends.one_file import Run, open_file
+from ...runtime.errors import BundleError, ExportError, first_line
+from ..check import Logits
+from ..graph import FIRST, Attempt, TappedGraph, batch_norm_after
+from ..layers.layouts import tap_at
+from ..layers.logits import find_logits
+from ..layers.normalized import normalized_image
+from ..layers.reads import refuse_unread
+from ..layers.taps import ROLES, choose, feature_maps, is_finished, not_a_map, warn_of_no_last
+from ..tape import dims, made_by
 from .onnx_file import computes_in_half, modernise, read_model
 from .prepare import channels_first, settle, take_numbers_as_float
-from .reads import refuse_unread
-from .tape import dims, made_by
-from .taps import ROLES, choose, feature_maps, is_finished, not_a_map, warn_of_no_last
 
 
 def read_graph(

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError, first_line
+from ...runtime.errors import ExportError, first_line
+from ..tape import constant_of, initializer, is_float
 from .branches import inline_branch
 from .evaluation import NodeInference, evaluate_node, has_subgraph
 from .facts import BatchPinned, Facts, Multiple, Shape, label
 from .shape_rules import RULES
-from .tape import constant_of, initializer, is_float
 
 MOST_NUMBERS = 1 << 22  # of contents that are kept for each batch size
 MOST_CONSTANT = 1 << 27  # of a constant that is computed

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from ..runtime.bundle.manifest import LARGEST_SIDE, MOST_ELEMENTS
-from ..runtime.errors import ExportError
+from ...runtime.bundle.manifest import LARGEST_SIDE, MOST_ELEMENTS
+from ...runtime.errors import ExportError
+from ..graph import run_passes
+from ..tape import attribute, dims
 from .facts import BatchPinned
-from .graph import run_passes
 from .patterns import simplify, write_boxes
 from .shapes import ShapeWalk
-from .tape import attribute, dims
 
 _PICTURES = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .tape import initializer
+from ..tape import initializer
 
 
 def inline_branch(graph: ir.Graph, node: ir.Node, taken: bool) -> list[ir.Node]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..runtime.bundle.manifest import Tap
+from ...runtime.bundle.manifest import Tap
+from ..tape import Tape, dims
 from .axes import BATCH, Axes, grid_of
 from .follow import follow
-from .tape import Tape, dims
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError, UnknownLayer, near
-from .autodiff import on_path
+from ...runtime.errors import ExportError, UnknownLayer, near
+from ..autodiff import on_path
+from ..tape import constant_of, dims, made_by
 from .axes import Axes
 from .follow import follow
 from .layouts import Layout, named_layouts
 from .reads import carries_all, read_by_prefix_only
-from .tape import constant_of, dims, made_by
 
 ROLES = ("conv", "last", "default")
 

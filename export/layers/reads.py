@@ -6,10 +6,10 @@ from collections.abc import Container, Mapping
 
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError
+from ...runtime.errors import ExportError
+from ..tape import attribute, constant_of, dims
 from .axes import ELEMENTWISE
 from .layouts import Layout
-from .tape import attribute, constant_of, dims
 
 
 def read_by_prefix_only(

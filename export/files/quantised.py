@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError
-from .tape import attribute, constant_of, initializer
+from ...runtime.errors import ExportError
+from ..tape import attribute, constant_of, initializer
 
 Build = Callable[["_Rewriter", ir.Node], "ir.Value"]
 _REWRITES: dict[str, Build] = {}

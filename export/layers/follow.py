@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from ..tape import attribute, constant_of, dims
 from .axes import (
     ELEMENTWISE,
     Axes,
@@ -25,7 +26,6 @@ from .axes import (
     is_nchw,
 )
 from .borders import border_behind_resize, border_behind_window, joint_border
-from .tape import attribute, constant_of, dims
 
 # fmt: off
 _MAPS_TO_MAPS = {

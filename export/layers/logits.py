@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError
-from .patterns import reduced_axes
-from .tape import attribute, constant_of, dims, initializer, made_by
+from ...runtime.errors import ExportError
+from ..files.patterns import reduced_axes
+from ..tape import attribute, constant_of, dims, initializer, made_by
 
 _PASSED = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Clip", "QuantizeLinear")
 _PASSED += ("DequantizeLinear", "Dropout")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime.errors import ExportError, first_line
+from ...runtime.errors import ExportError, first_line
 
 
 class Selected(nn.Module):

@@ -15,13 +15,13 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from ..runtime.errors import ExportError, first_line
+from ...runtime.errors import ExportError, first_line
+from ..graph import run_passes
+from ..tape import attribute, constant_of
 from .evaluation import unknown_operator
 from .facts import label
-from .graph import run_passes
 from .quantised import to_qdq
 from .shapes import RANDOM
-from .tape import attribute, constant_of
 
 OPSET = 18  # the oldest opset whose forms the gradient rules read; older models are converted to it
 OLDEST = 9  # the oldest opset that is converted

@@ -12,8 +12,8 @@ from collections.abc import Container, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from ..tape import attribute, constant_of
 from .layouts import Layout
-from .tape import attribute, constant_of
 
 # operators that change each number by constants or move whole channels
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Clip", "BatchNormalization", "Pow", "Max", "Min"}

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import infer_node_outputs
 
-from ..runtime.errors import ExportError, first_line
+from ...runtime.errors import ExportError, first_line
 from .facts import Shape, label
 
 _AS_INPUT = {"GroupNormalization", "MeanVarianceNormalization", "Celu", "ThresholdedRelu", "LpNormalization"}

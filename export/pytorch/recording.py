@@ -15,7 +15,7 @@ from torch import nn
 from torch.export.unflatten import InterpreterModule
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.errors import ExportError
+from ...runtime.errors import ExportError
 from .modules import unwrapped
 from .stop_gradient import stop_gradient
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.errors import ExportError
+from ...runtime.errors import ExportError
+from ..tape import attribute, initializer
 from .facts import BatchPinned, Facts, Shape, changing, label
-from .tape import attribute, initializer
 
 if TYPE_CHECKING:
     from .shapes import ShapeWalk

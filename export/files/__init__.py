@@ -1,0 +1,1 @@
+"""ONNX files as users bring them: read, brought to one form, their sizes found, their batch freed."""

@@ -1,0 +1,1 @@
+"""PyTorch models as users bring them: found, traced, and held against PyTorch's own gradients."""
