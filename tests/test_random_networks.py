@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import camrt
+from camrt.export import vjp  # noqa: F401  registers the rules
 from camrt.export.autodiff import RULES
 from camrt.export.interpreter import Interpreter
 from camrt.export.probes import smooth_images
@@ -411,33 +412,18 @@ def test_a_tapped_layer_that_is_padded_next(tmp_path: Path) -> None:
     assert verify(camrt.export_onnx(tmp_path / "padded.onnx", tmp_path / "padded.camrt")).passed
 
 
-def test_the_steps_make_every_operator_that_has_a_rule() -> None:
-    """But for those that only attention and old exporters need: tests/test_vjp.py has a row for each of them."""
-    text = Path(__file__).read_text()
-    missing = {kind for kind in RULES if f'"{kind}"' not in text.split("def test_the_steps")[0]}
-    assert missing == {
-        *(
-            "ScatterND",
-            "ScatterElements",
-            "GatherND",
-            "GatherElements",
-            "TopK",
-            "Squeeze",
-            "Unsqueeze",
-            "Tile",
-            "Trilu",
-        ),
-        *(
-            "Swish",
-            "RMSNormalization",
-            "MeanVarianceNormalization",
-            "GridSample",
-            "Einsum",
-            "Hardmax",
-            "Mod",
-            "GlobalLpPool",
-        ),
-        *("ReduceSumSquare", "ReduceMin", "ReduceL1", "ReduceProd", "ReduceLogSum", "Sign", "Round", "Floor", "Ceil"),
-        *("Tan", "Asin", "Acos", "Sinh", "Cosh", "Acosh", "Atanh"),
-        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
-    }
+def test_the_steps_make_most_operators_that_have_a_rule() -> None:
+    """The others are those that only attention and old exporters need; tests/test_vjp.py has a row for each rule."""
+    made: set[str] = set()
+
+    @settings(max_examples=300, derandomize=True, deadline=None, database=None)
+    @given(st.data())
+    def make(data: st.DataObject) -> None:
+        for step in STEPS:
+            n = Network(data.draw)
+            conv(n)
+            step(n)
+            made.update(node.op_type for node in n.nodes)
+
+    make()
+    assert len(made & set(RULES)) >= 70, sorted(set(RULES) - made)
