@@ -18,7 +18,7 @@ from PIL import Image
 from . import __version__
 from .commands.methods import Chosen
 from .runtime import metrics
-from .runtime.errors import InputError, UnknownMethod
+from .runtime.errors import InputError, UnknownName
 from .runtime.explainer import Explainer
 from .runtime.images.preprocess import as_batch, fit, open_image
 
@@ -124,7 +124,7 @@ def evaluate(
     names = list(METRICS if masks is not None else FAITHFULNESS) if wanted is None else list(wanted)
     for name in names:
         if name not in METRICS:
-            raise UnknownMethod(f"no metric {name!r}: use {', '.join(METRICS)}")
+            raise UnknownName(f"no metric {name!r}: use {', '.join(METRICS)}")
         if name in LOCALISATION and masks is None:
             raise InputError(f"metric {name!r} needs masks of the objects: pass --masks FOLDER")
     if steps < 1 or not 0 <= threshold <= 1:

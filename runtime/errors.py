@@ -30,8 +30,12 @@ class InputError(CamrtError):
     """Images, targets or parameters do not fit."""
 
 
-class UnknownMethod(CamrtError):
-    """A method, backend or option name that does not exist."""
+class UnknownName(CamrtError):
+    """A name that does not exist: of a backend, a program, a metric."""
+
+
+class UnknownMethod(UnknownName):
+    """A method, or an option of a method, that does not exist."""
 
 
 class BackendUnavailable(CamrtError):

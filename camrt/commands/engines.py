@@ -8,7 +8,7 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
-from ..runtime.errors import EngineError, InputError, UnknownMethod, near
+from ..runtime.errors import EngineError, InputError, UnknownName, near
 from .stages import Stages
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _shapes(options: argparse.Namespace) -> list[Shapes]:
 
 
 def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
-    """What to build. InputError, UnknownMethod."""
+    """What to build. InputError, UnknownName."""
     from ..runtime.bundle.kinds import KINDS, Kind
     from ..runtime.bundle.manifest import PRECISIONS
 
@@ -95,7 +95,7 @@ def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
     known = {p.file: p for p in programs}
     for name in options.programs:
         if name not in known:
-            raise UnknownMethod(f"{bundle.path} has no program {name!r}{near(name, list(known))}")
+            raise UnknownName(f"{bundle.path} has no program {name!r}{near(name, list(known))}")
     return [known[name] for name in dict.fromkeys(options.programs)]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ..bundle.manifest import Program
 from ..bundle.reading import Bundle
-from ..errors import BackendUnavailable, UnknownMethod
+from ..errors import BackendUnavailable, UnknownName
 from .gpu import Gpu
 
 BACKENDS = {  # the best first: module, function
@@ -59,7 +59,7 @@ class Backend(Protocol):
 
 
 def create(name: str = "auto", settings: Settings | None = None) -> Backend:
-    """The backend of that name; "auto" is the best that can be used here. BackendUnavailable, UnknownMethod."""
+    """The backend of that name; "auto" is the best that can be used here. BackendUnavailable, UnknownName."""
     settings = settings or Settings()
     if name == "auto":
         problems = []
@@ -70,7 +70,7 @@ def create(name: str = "auto", settings: Settings | None = None) -> Backend:
                 problems.append(f"{candidate}: {error}")
         raise BackendUnavailable("no backend can be used here; " + "; ".join(problems))
     if name not in BACKENDS:
-        raise UnknownMethod(f"no backend {name!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise UnknownName(f"no backend {name!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     module, function = BACKENDS[name]
     return getattr(importlib.import_module(f".{module}", __name__), function)(settings)
 
