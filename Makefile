@@ -1,5 +1,7 @@
 # make demo      explains pictures with the network in the package (no torch)
 # make test      sets up everything and runs the tests
+# make check     ruff and pyright, under a minute
+# make quick     a selection of the tests, about two minutes
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
 # make models    writes networks with the exporters that users have, exports and verifies each, writes docs/models.md
@@ -7,16 +9,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+QUICK := tests/test_vjp.py tests/test_kernels.py tests/test_methods.py tests/test_explain.py tests/test_bundle.py tests/test_files.py \
+	tests/test_distances.py tests/test_metrics.py
 PEERS := .venv-peers/bin/python
 WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
 
-.PHONY: demo test coverage peers models clean
+.PHONY: demo test check quick coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: .venv/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/test_house.py -k 'pyright or imports'
+
+quick: .venv/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal $(QUICK)
 
 .venv/demo-ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('camrt needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11' if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)"
