@@ -1,4 +1,4 @@
-"""The wheel's CUDA kernels: compiled where nvcc is, left out aloud where it is not. The rest is in pyproject.toml."""
+"""The wheel's CUDA kernels: compiled where nvcc is, else left out with a message. The rest is in pyproject.toml."""
 
 from __future__ import annotations
 

@@ -294,8 +294,8 @@ def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: boo
 def _seed(tape: Tape, logits: ir.Value, precision: str) -> tuple[ir.Value, Callable[[ir.Value, int], ir.Value]]:
     """The program's `seed` input; rows of zeros become the one-hot row of the image's top class (the first, in a tie).
 
-    In mixed precision the seed is scaled, so that no gradient underflows. Returned with it: (what is linear in the
-    seed, its rank) -> the same for the seed that was given, in float32.
+    In mixed precision the seed is scaled, so that no gradient underflows. Returned with it: a function of (what is
+    linear in the seed, its rank) that undoes the scaling and returns float32.
     """
     classes = dims(logits)[1]
     assert classes is not None

@@ -43,7 +43,7 @@ def prepared(kernel: str, stream: Stream, written: str = "", **values: Any) -> I
             queue.wait_for(other)
         yield queue, found
         for other in others:
-            queue.lead(other)
+            queue.hold_back(other)
 
 
 def _queue(stream: Stream, arrays: Sequence[DeviceArray]) -> AbstractContextManager[Queue]:

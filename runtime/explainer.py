@@ -115,20 +115,20 @@ class Explainer:
             result.check(result)
 
         count, several = seeds.shape[:2], targets.several
-        lead = count if several else count[:1]
+        leading = count if several else count[:1]
         classes = targets.classes
         if classes is not None:
-            classes = np.where(classes < 0, logits.argmax(axis=1)[:, None], classes).reshape(lead)
+            classes = np.where(classes < 0, logits.argmax(axis=1)[:, None], classes).reshape(leading)
         return Explanation(
             method=method.name,
-            maps=result.maps.reshape(*lead, *result.maps.shape[1:]),
+            maps=result.maps.reshape(*leading, *result.maps.shape[1:]),
             target=classes,
             logits=logits,
             layers=tuple(t.name for t in self.manifest.taps if t.name in names),
-            layer_weights=result.layer_weights.reshape(*lead, -1) if names else np.zeros((*lead, 0), np.float32),
+            layer_weights=result.layer_weights.reshape(*leading, -1) if names else np.zeros((*leading, 0), np.float32),
             options=method.options | options,
             _draw=draw,
-            details={name: values.reshape(lead) for name, values in result.details.items()},
+            details={name: values.reshape(leading) for name, values in result.details.items()},
             _retune=result.retune,
         )
 

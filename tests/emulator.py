@@ -187,7 +187,7 @@ class EmulatedGpu:
     def wait_for(self, stream: int) -> None:
         raise AssertionError(f"nothing is queued elsewhere, but stream {stream} is waited for")
 
-    lead = wait_for
+    hold_back = wait_for
 
 
 class EmulatedGraph:
@@ -225,4 +225,4 @@ class Ledger:
 
     def wait_for(self, stream: int) -> None: ...
 
-    def lead(self, stream: int) -> None: ...
+    def hold_back(self, stream: int) -> None: ...

@@ -173,7 +173,7 @@ def test_another_streams_arrays_are_waited_for_and_let_go() -> None:
         def wait_for(self, stream: int) -> None:
             self.log.append(("waits for", stream))
 
-        def lead(self, stream: int) -> None:
+        def hold_back(self, stream: int) -> None:
             self.log.append(("leads", stream))
 
     queue = Ordered()

@@ -179,4 +179,4 @@ def in_order_of(handle: int, pointer: int) -> Iterator[Stream]:
         queue.wait_for(handle)
     yield queue
     if queue.handle != handle:
-        queue.lead(handle)
+        queue.hold_back(handle)

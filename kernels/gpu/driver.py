@@ -27,7 +27,7 @@ def _call(function: str, *arguments: Any) -> None:
         raise DeviceError(f"{function}: {(name.value or str(code).encode()).decode()}")
 
 
-class Fence:
+class StreamOrder:
     """An event that lets one stream wait for another, whoever made them: streams are handles. Needs the context
     current.
     """

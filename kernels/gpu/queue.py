@@ -70,7 +70,7 @@ class Queue(Protocol):
         """What is queued here from now on waits for what is queued there until now."""
         ...
 
-    def lead(self, stream: int) -> None:
+    def hold_back(self, stream: int) -> None:
         """What is queued there from now on waits for what is queued here until now."""
         ...
 

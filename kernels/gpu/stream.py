@@ -39,13 +39,13 @@ class Stream:
             self._flag = cuda.pagelocked_empty(1, np.int32, mem_flags=cuda.host_alloc_flags.DEVICEMAP)
             self._flag[:] = 0
             pointer = int(self._flag.base.get_device_pointer())
-            self._fence = driver.Fence()
+            self._order = driver.StreamOrder()
         self.fault = DeviceArray(pointer, (1,), np.dtype(np.int32), owner=self._flag)
 
     def __del__(self) -> None:
         if hasattr(self, "fault") and not self.device.closed:
             with self.device.active():  # PyCUDA frees nothing outside the context's thread without it
-                self._fence.destroy()
+                self._order.destroy()
                 self._constants.clear()
                 self._pool.clear()
                 self._pinned.clear()
@@ -73,7 +73,7 @@ class Stream:
         self.hold(block)
         pointer = 0 if block is None else int(block.memory)
         place = CUDA, self.device.ordinal
-        return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.lead)
+        return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.hold_back)
 
     def pinned(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
         """An array on the host that is copied without being staged. Not to be written while a copy from it is
@@ -164,19 +164,19 @@ class Stream:
             self._graph.others.add(stream)
             return
         with self.device.active():
-            self._fence(stream, self.handle)
+            self._order(stream, self.handle)
 
-    def lead(self, stream: int) -> None:
+    def hold_back(self, stream: int) -> None:
         if self._graph is not None:
             self._graph.others.add(stream)
             return
         with self.device.active():
-            self._fence(self.handle, stream)
+            self._order(self.handle, stream)
 
-    def event(self) -> Moment:
+    def event(self) -> Event:
         """The moment in the queue that comes now."""
         with self.device.active("event") as cuda:
-            return Moment(self.device, cuda.Event().record(self._stream))
+            return Event(self.device, cuda.Event().record(self._stream))
 
     def synchronize(self) -> None:
         """Waits for all that is queued. ValueError for NaN in a row that winsorize got, or where check_finite looked;
@@ -216,7 +216,7 @@ class Stream:
             self._graph = None
 
 
-class Moment:
+class Event:
     """A moment in a stream's queue."""
 
     def __init__(self, device: Device, event: Any) -> None:
@@ -227,7 +227,7 @@ class Moment:
         with self._device.active("the kernels queued before"):
             self._event.synchronize()
 
-    def time_till(self, later: Moment) -> float:
+    def time_till(self, later: Event) -> float:
         """Milliseconds; both must have come."""
         with self._device.active("event"):
             return self._event.time_till(later._event)
@@ -256,7 +256,7 @@ class Graph:
                 self._stream.wait_for(stream)
             driver.launch_graph(self.executable, self._stream.handle)
             for stream in self.others:
-                self._stream.lead(stream)
+                self._stream.hold_back(stream)
 
     def __del__(self) -> None:
         if self.executable is not None and not self._stream.device.closed:
