@@ -30,10 +30,10 @@ from camrt.runtime.backends.gpu import Gpu
 from camrt.runtime.backends.ort import OrtCudaEngine
 from camrt.runtime.backends.tensorrt import backend as backend_module
 from camrt.runtime.backends.tensorrt.backend import TensorRtBackend
+from camrt.runtime.backends.tensorrt.bindings import Library, find_library
 from camrt.runtime.backends.tensorrt.build import build_engine
 from camrt.runtime.backends.tensorrt.cache import EngineCache
 from camrt.runtime.backends.tensorrt.engine import TensorRtEngine
-from camrt.runtime.backends.tensorrt.library import Library, find_library
 from camrt.runtime.backends.tensorrt.target import Shapes, Target, engine_key
 from camrt.runtime.bundle.onnx_symbols import rename_symbol
 from camrt.runtime.bundle.reading import read_bundle

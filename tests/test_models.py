@@ -20,8 +20,8 @@ from torch import nn
 
 import camrt
 from camrt.export.probes import smooth_images
+from camrt.runtime.backends.tensorrt.bindings import find_library
 from camrt.runtime.backends.tensorrt.build import build_engine
-from camrt.runtime.backends.tensorrt.library import find_library
 from camrt.runtime.backends.tensorrt.target import Shapes, Target
 from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.verification import method_runs

@@ -12,15 +12,15 @@ from ..runtime.errors import EngineError, InputError, UnknownName, near
 from .stages import Stages
 
 if TYPE_CHECKING:
-    from ..runtime.backends.tensorrt.library import Capability, Library
+    from ..runtime.backends.tensorrt.bindings import Capability, Library
     from ..runtime.backends.tensorrt.target import Shapes, Target
     from ..runtime.bundle.manifest import Program
     from ..runtime.bundle.reading import Bundle
 
 
 def build(options: argparse.Namespace) -> int:
+    from ..runtime.backends.tensorrt.bindings import find_library
     from ..runtime.backends.tensorrt.cache import EngineCache
-    from ..runtime.backends.tensorrt.library import find_library
     from ..runtime.backends.tensorrt.target import engine_key
     from ..runtime.bundle.reading import read_bundle
 

@@ -9,9 +9,9 @@ from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
 from ...errors import BackendUnavailable, EngineError
 from ..gpu import Gpu, GpuProgram, open_gpu
+from .bindings import Library, compute_capability_member, find_library, first_line_of, logger
 from .cache import EngineCache
 from .engine import TensorRtEngine
-from .library import Library, compute_capability_member, find_library, first_line_of, logger
 from .target import Target
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from ...bundle.manifest import Program
 from ...bundle.onnx_symbols import rename_symbol
 from ...errors import EngineError, first_line
-from .library import Library, compute_capability_member, first_line_of, logger
+from .bindings import Library, compute_capability_member, first_line_of, logger
 from .target import Shapes, Target
 
 Progress = Callable[[str], None]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
-from .library import Capability, Library
+from .bindings import Capability, Library
 
 _RECIPE = 2  # of engines: to be raised with every change of build_engine that changes what it builds
 
