@@ -9,9 +9,8 @@ import numpy as np
 
 from ..call import Stream, prepared
 from ..checks import expect, expect_choice, expect_sides
-from ..gpu.arrays import is_device_array
 from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s, is_wide, strips
-from .gates import GATES, gate, gate_extremes, within_range
+from .gates import GATES, gate, gate_extremes, refuse_gates_on_gpu, within_range
 from .resizing import INTERPOLATIONS, resize_tables, upsample
 
 MAPS_PER_CHUNK = 32  # sums of float32 stay short, and many chunks fill the GPU
@@ -33,8 +32,7 @@ def accumulate_maps(
     total (S, H, W), scores (S, K), activations (K, h, w), all float32 and finite. gates: what mask_batch kept, to spare
     making them again; NumPy only. ValueError for what does not fit; DeviceError.
     """
-    if gates is not None and any(map(is_device_array, (total, scores, activations))):
-        raise ValueError("accumulate_maps: gates are not kept on a GPU, making them again is faster: leave them out")
+    refuse_gates_on_gpu("accumulate_maps", gates, total, scores, activations)
     with prepared("accumulate_maps", stream, "total", total=total, scores=scores, activations=activations) as (
         queue,
         (total, scores, activations),

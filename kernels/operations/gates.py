@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..gpu.arrays import DeviceArray
+from ..gpu.arrays import DeviceArray, is_device_array
 from ..gpu.queue import NOTHING, THREADS, Argument, Launch, Queue, blocks, int32s
 
 GATES = ("tanh", "sigmoid_relu", "minmax", "identity")
@@ -50,6 +51,12 @@ def within_range(resized: np.ndarray, activations: np.ndarray) -> np.ndarray:
     """
     low, high = activations.min(axis=(1, 2), keepdims=True), activations.max(axis=(1, 2), keepdims=True)
     return np.clip(resized, low, high, out=resized)
+
+
+def refuse_gates_on_gpu(kernel: str, gates: Any, *arrays: Any) -> None:
+    """ValueError where gates are to be kept of arrays on a GPU."""
+    if gates is not None and any(map(is_device_array, arrays)):
+        raise ValueError(f"{kernel}: gates are not kept on a GPU, making them again is faster: leave them out")
 
 
 def gate_extremes(queue: Queue, kind: str, maps: DeviceArray, tables: Sequence[DeviceArray]) -> Argument:

@@ -8,9 +8,8 @@ import numpy as np
 
 from ..call import Stream, prepared
 from ..checks import expect, expect_choice, expect_sides
-from ..gpu.arrays import is_device_array
 from ..gpu.queue import THREADS, Launch, blocks, int32s, is_wide, strips
-from .gates import GATES, gate, gate_extremes, within_range
+from .gates import GATES, gate, gate_extremes, refuse_gates_on_gpu, within_range
 from .resizing import INTERPOLATIONS, resize_tables, resized_bands, resized_columns
 
 MAPS_PER_BLOCK = 16  # enough to share the pixels and the positions of the resize
@@ -32,8 +31,7 @@ def mask_batch(
     float32 or 16. gates (K, H, W) float32, where given, receives gate(up(A)); NumPy only. ValueError for what does not
     fit; DeviceError.
     """
-    if gates is not None and any(map(is_device_array, (image, activations, out))):
-        raise ValueError("mask_batch: gates are not kept on a GPU, making them again is faster: leave them out")
+    refuse_gates_on_gpu("mask_batch", gates, image, activations, out)
     with prepared("mask_batch", stream, "out", image=image, activations=activations, out=out) as (
         queue,
         (image, activations, out),

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .manifest import Manifest, Tap
@@ -102,8 +102,3 @@ KINDS: dict[str, KindRow] = {
     Kind.NORMALIZE: KindRow(lambda m, taps: (_image(m), _normalized(m)), runs_once=True, engine=True),
     Kind.SCORE: KindRow(lambda m, taps: (_normalized(m), _logits(m)), engine=True),
 }
-
-
-def interface_of(kind: str, manifest: Manifest, taps: Sequence[Tap]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `KindRow.interface`. KeyError for a kind that does not exist."""
-    return KINDS[kind].interface(manifest, taps)

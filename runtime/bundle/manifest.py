@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, InputError, first_line
-from .kinds import Kind, interface_of
+from .kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -259,7 +259,7 @@ def _program(program: Program, m: Manifest) -> None:
             known = isinstance(shape, list) and all(d in ("batch", "seeds") or _is_size(d) for d in shape)
             if not known or not shape or (name.startswith("grid:") and len(shape) != 3):
                 raise ValueError(f"the shape of {name!r:.100}")
-    for tensors, wanted in zip((program.inputs, program.outputs), interface_of(program.kind, m, taps), strict=True):
+    for tensors, wanted in zip((program.inputs, program.outputs), KINDS[program.kind].interface(m, taps), strict=True):
         found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
         if found != wanted:
             raise ValueError(f"what {program.file!r:.100} takes or gives is not what {program.kind!r:.100} must")

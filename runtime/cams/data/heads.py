@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,13 +62,15 @@ class Heads(MethodData):
             activations.append(out["activation"][0])
             last = out
         assert last is not None
-
-        def in_lanes(work: Callable[[slice], np.ndarray], parts: Sequence[slice]) -> list[np.ndarray]:
-            return session.lanes.map(work, parts)
-
         logits, seeds = scores_of(last, batch)
-        of_logits = lambda z: probabilities(z, session.manifest)  # noqa: E731
         return cls(
-            *(taps, logits, seeds, tuple(activations), tuple(heads)),
-            *(of_logits, session.max_batch, in_lanes, session.size),
+            taps=taps,
+            logits=logits,
+            seeds=seeds,
+            activations=tuple(activations),
+            heads=tuple(heads),
+            probabilities=partial(probabilities, manifest=session.manifest),
+            batch=session.max_batch,
+            in_lanes=session.lanes.map,
+            size=session.size,
         )
