@@ -73,8 +73,9 @@ def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
 
         masks = mask_batch(image[0], prepared.activations[0][:16])
 
-        def run_network(some: slice, lane: Lane) -> None:
-            lane.run(masks[: some.stop - some.start])
+        def run_network(lane: Lane) -> None:
+            for some in lane.batches:
+                lane.run(masks[: some.stop - some.start])
 
         contenders: dict[str, Callable[[], Any]] = {
             "pytorch-grad-cam ScoreCAM": peer,
@@ -82,7 +83,7 @@ def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
                 image, "score_cam", target, variant="pytorch_grad_cam"
             ),
             "score_cam_pp": lambda: explainer.explain(image, "score_cam_pp", target),
-            "network": lambda: prepared.batches(count, run_network),
+            "network": lambda: prepared.share(count, run_network),
         }
         times = take_turns(contenders, runs, warm_up=2)
     ours = times["score_cam_pp"]

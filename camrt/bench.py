@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .kernels import minmax
+from .method_choice import MethodChoice
 from .runtime.errors import BackendUnavailable, CamrtError
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import Explanation
@@ -25,17 +26,8 @@ LIMIT = 1e-3  # from the maps of ONNX Runtime on the CPU in float32, after min-m
 WARM_UP = 3  # the third of a shape is the first that a CUDA graph replays
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A method with options, as it was written; or, without a method, the forward pass."""
-
-    name: str
-    method: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass
-class Measured:
+class Measurements:
     """Seconds of calls, by contender and batch size, turn by turn; seconds of stages in other calls, of one image.
 
     checked: what the maps were compared with, and how far they were.
@@ -69,15 +61,16 @@ class Measured:
 
 def measure(
     explainer: Explainer,
-    contenders: Sequence[Contender],
+    contenders: Sequence[MethodChoice],
     images: Sequence[Any],
     batches: Sequence[int],
     runs: int,
-    measured: Measured,
+    measured: Measurements,
     seconds: float = 60.0,
 ) -> Iterator[str]:
     """Fills `measured`, and says before each step what it is; may be stopped at any of them.
 
+    contenders: methods; the forward pass runs beside them.
     images: pictures as `explain` takes them, or network inputs; used in turn. Stages are of calls with them. Latency
     and throughput are from the network's input to the map, so that the ratio to the forward pass says what explaining
     adds. Contenders take turns, after three calls each; `seconds`: after which a batch size has had enough turns, at
@@ -88,14 +81,14 @@ def measure(
     yield "comparing with the CPU"
     measured.checked = check(explainer, contenders, images[0])
     inputs, _ = as_batch(images, explainer.manifest)
-    everyone = [Contender(FORWARD), *contenders]
+    everyone = [MethodChoice(FORWARD, ""), *contenders]
     for contender in contenders:
-        yield f"stages of {contender.name}"
-        measured.stages[contender.name] = stages(explainer, contender, images[0], min(runs, 20))
+        yield f"stages of {contender.text}"
+        measured.stages[contender.text] = stages(explainer, contender, images[0], min(runs, 20))
     for batch in batches:
         given = inputs[np.arange(batch) % len(inputs)]
         for contender in everyone:
-            measured.times[contender.name, batch] = []
+            measured.times[contender.text, batch] = []
             for _ in range(WARM_UP):
                 run(explainer, contender, given)
         started = time.perf_counter()
@@ -106,18 +99,18 @@ def measure(
             for contender in everyone:
                 begun = time.perf_counter()
                 run(explainer, contender, given)
-                measured.times[contender.name, batch].append(time.perf_counter() - begun)
+                measured.times[contender.text, batch].append(time.perf_counter() - begun)
         measured.memory = memory(explainer)
 
 
-def run(explainer: Explainer, contender: Contender, images: Any) -> Explanation | None:
-    if not contender.method:
+def run(explainer: Explainer, contender: MethodChoice, images: Any) -> Explanation | None:
+    if not contender.name:
         explainer.classify(images)
         return None
-    return explainer.explain(images, contender.method, **contender.options)
+    return explainer.explain(images, contender.name, **contender.options)
 
 
-def stages(explainer: Explainer, contender: Contender, image: Any, runs: int) -> list[dict[str, float]]:
+def stages(explainer: Explainer, contender: MethodChoice, image: Any, runs: int) -> list[dict[str, float]]:
     """Seconds of each stage, call by call."""
     found = []
     for turn in range(WARM_UP + runs):
@@ -130,7 +123,7 @@ def stages(explainer: Explainer, contender: Contender, image: Any, runs: int) ->
     return found
 
 
-def check(explainer: Explainer, contenders: Sequence[Contender], image: Any) -> str:
+def check(explainer: Explainer, contenders: Sequence[MethodChoice], image: Any) -> str:
     """Compares maps with those of ONNX Runtime on the CPU in float32. CamrtError where they differ; says what was
     found.
     """
@@ -148,12 +141,12 @@ def check(explainer: Explainer, contenders: Sequence[Contender], image: Any) -> 
     for contender in contenders:
         want = run(reference, contender, [image])
         assert want is not None
-        got = explainer.explain([image], contender.method, want.target, **contender.options)
+        got = explainer.explain([image], contender.name, want.target, **contender.options)
         found = distance(minmax(got.maps), minmax(want.maps))
         worst = max(worst, found)
         if not found <= LIMIT:
             raise CamrtError(
-                f"{contender.name}: not timed, because its map is wrong: {found:.2g} from the CPU's in float32, "
+                f"{contender.text}: not timed, because its map is wrong: {found:.2g} from the CPU's in float32, "
                 f"allowed {LIMIT}"
             )
     return (

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from . import __version__
-from .commands.methods import Chosen
+from .method_choice import MethodChoice
 from .runtime import metrics
 from .runtime.errors import InputError, UnknownName
 from .runtime.explainer import Explainer
@@ -104,7 +104,7 @@ def find_masks(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 def evaluate(
     explainer: Explainer,
     images: Sequence[Path],
-    methods: Sequence[Chosen],
+    methods: Sequence[MethodChoice],
     out: Path,
     masks: Path | None = None,
     wanted: Sequence[str] | None = None,
@@ -210,7 +210,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _measure(
     explainer: Explainer,
     batch: np.ndarray,
-    method: Chosen,
+    method: MethodChoice,
     mask: Mask | None,
     names: Sequence[str],
     steps: int,
@@ -265,7 +265,7 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Cell:
     return Cell(float(values.mean()), float(low), float(high), len(values))
 
 
-def tabulate(records: Sequence[dict[str, Any]], methods: Sequence[Chosen]) -> dict[str, dict[str, Cell]]:
+def tabulate(records: Sequence[dict[str, Any]], methods: Sequence[MethodChoice]) -> dict[str, dict[str, Cell]]:
     """method -> metric -> cell. Win is among the methods here, over the images that all of them have."""
     of_method = {m.text: {r["image"]: r for r in records if r["method"] == m.text} for m in methods}
     common = sorted(set.intersection(*(set(rows) for rows in of_method.values()))) if of_method else []

@@ -22,9 +22,9 @@ from evaluate_demo import METHODS
 from PIL import Image, ImageDraw, ImageFont
 
 import camrt
-from camrt.commands.methods import parse_method
 from camrt.demo.run import BUNDLE, FIRST_SEED
 from camrt.demo.scenes import draw_scene
+from camrt.method_choice import parse_method
 from camrt.runtime.images.overlay import overlay
 
 DEFAULT_DATA = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import install
 from ..runtime.bundle.manifest import PRECISIONS, Manifest, Normalized, Preprocess, check_activation, check_recipe
 from ..runtime.errors import CamrtError, ExportError, InputError
 
@@ -283,7 +284,7 @@ def check_packages(*packages: str) -> None:
     """CamrtError names the packages of the export extra that are missing."""
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
-        raise CamrtError(f"export needs {', '.join(missing)}: pip install 'camrt[export]'")
+        raise CamrtError(f"export needs {', '.join(missing)}: {install.extra('export')}")
 
 
 def _shape(values: Sequence[int]) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ..runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, Program
 from ..runtime.errors import BundleError
 from .folder import whole_folder
-from .programs import Built
+from .programs import BuiltProgram
 
 _INLINE_BYTES = 1024  # smaller constants stay inside the program
 _ALIGNMENT = 4096  # a memory-mapped tensor starts on a page
@@ -56,7 +56,7 @@ class WeightsFile:
 def write_bundle(
     path: str | Path,
     manifest: Manifest,
-    programs: Sequence[Built],
+    programs: Sequence[BuiltProgram],
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     check: Callable[[Path, Manifest], None] = lambda folder, manifest: None,

@@ -30,7 +30,7 @@ SEED_SCALE = 256.0
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltProgram:
     """A program before it is written."""
 
     kind: str
@@ -40,7 +40,7 @@ class Built:
     precision: str
 
 
-def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[Built]:
+def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[BuiltProgram]:
     """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient
     programs; and for the last block and every layer that is no convolution the network cut there: trunk and head. In
     the graph's precision; programs that run once an explanation are always float32.
@@ -57,7 +57,7 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
         if model is not None:
             taps = tuple(t.name for t, _ in scope.taps)
             model = to_half(model) if half else model
-            built.append(Built(kind, f"{name}.onnx", taps, model, "float16" if half else "float32"))
+            built.append(BuiltProgram(kind, f"{name}.onnx", taps, model, "float16" if half else "float32"))
 
     add(Kind.CLASSIFY, "", whole, classify)
     if graph.normalized is not None:

@@ -6,6 +6,7 @@ sources, which build.py compiles; gpu/ owns the GPU; call.py says how arrays of 
 
 from .errors import DeviceError, OutOfMemory
 from .gpu.arrays import DeviceArray
+from .gpu.protocol import GpuDevice, GpuStream
 from .operations.accumulate_maps import accumulate_maps
 from .operations.channels import channel_extremes, take_channels
 from .operations.check_finite import check_finite
@@ -26,6 +27,8 @@ __all__ = [
     "PROBABILITIES",
     "DeviceArray",
     "DeviceError",
+    "GpuDevice",
+    "GpuStream",
     "OutOfMemory",
     "accumulate_maps",
     "channel_extremes",

@@ -17,7 +17,7 @@ from .bundle.reading import Bundle, read_bundle
 from .cams import GRADIENT_AGGREGATIONS, Method, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
-from .images.preprocess import Opened
+from .images.preprocess import ImageBatch
 from .scores import probabilities
 from .session.batches import batches, check_finite, top_class_where_zero
 from .session.explaining import explain_batch
@@ -62,8 +62,8 @@ class Explainer:
 
     def classify(self, images: Any) -> np.ndarray:
         """Logits (B, classes) float32."""
-        opened = Opened(images, self.manifest)
-        return self._within_memory(lambda: self.session.logits(self._placed(opened)[0]))
+        pictures = ImageBatch(images, self.manifest)
+        return self._within_memory(lambda: self.session.logits(self._placed(pictures)[0]))
 
     def explain(
         self,
@@ -87,23 +87,23 @@ class Explainer:
         chosen.check_options(options)
         names = self._layers(chosen, layers)
         with self.session.stage("preprocess"):
-            opened = Opened(images, self.manifest)
-        targets = self.targets(target, len(opened))
+            pictures = ImageBatch(images, self.manifest)
+        targets = self.targets(target, len(pictures))
         aggregation = str(options.get("gradient_aggregation", "mean"))
         if aggregation not in GRADIENT_AGGREGATIONS:
             raise UnknownMethod(f"gradient_aggregation {aggregation!r}: use {', '.join(GRADIENT_AGGREGATIONS)}")
-        return self._within_memory(lambda: self._explained(opened, chosen, targets, names, options))
+        return self._within_memory(lambda: self._explained(pictures, chosen, targets, names, options))
 
     def _explained(
-        self, opened: Opened, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
+        self, pictures: ImageBatch, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
     ) -> Explanation:
         with self.session.stage("preprocess"):
-            images, draw = self._placed(opened)
+            images, draw = self._placed(pictures)
         seeds = targets.seeds
         if method.seeds is not None:
             seeds = self._seeds_of(method, images, seeds, options)
 
-        logits = np.empty((len(opened), self.manifest.num_classes), np.float32)
+        logits = np.empty((len(pictures), self.manifest.num_classes), np.float32)
         results = []
         for batch in batches(images, seeds, method.by_image, self.session.max_batch):
             result, found = explain_batch(self.session, method, batch, names, options)
@@ -132,10 +132,10 @@ class Explainer:
             _retune=result.retune,
         )
 
-    def _placed(self, opened: Opened) -> tuple[Any, Callable[[], list[np.ndarray]]]:
+    def _placed(self, images: ImageBatch) -> tuple[Any, Callable[[], list[np.ndarray]]]:
         """The network's input where the backend runs, and what draws the pictures that maps cover."""
-        memory = self.session.memory
-        return opened.on_host() if memory.stream is None else opened.on_gpu(memory)
+        stream = self.session.memory.stream
+        return images.on_host() if stream is None else images.on_gpu(stream)
 
     def _within_memory(self, work: Callable[[], Any]) -> Any:
         """work(), again with half as much at a time where a GPU's memory does not suffice. CamrtError."""
@@ -171,8 +171,10 @@ class Explainer:
         """What masks multiply, (B, C', H, W) float32: the network's input, or where the network normalises it itself,
         what its first layer reads.
         """
-        opened = Opened(images, self.manifest)
-        return self._within_memory(lambda: self.session.memory.get(self.session.normalized(self._placed(opened)[0]))[0])
+        pictures = ImageBatch(images, self.manifest)
+        return self._within_memory(
+            lambda: self.session.memory.get(self.session.normalized(self._placed(pictures)[0]))[0]
+        )
 
     def normalized_probabilities(self, normalized: np.ndarray) -> np.ndarray:
         """`probabilities` of what `normalized` gives, (B, C', H, W)."""

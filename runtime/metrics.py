@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .. import install
 from .errors import CamrtError
 
 Score = Callable[[np.ndarray], np.ndarray]  # network inputs (N, C, H, W) -> probabilities of the explained class (N,)
@@ -162,7 +163,7 @@ def _scipy(module: str):
 
         return importlib.import_module(f"scipy.{module}")
     except ImportError:
-        raise CamrtError("insertion and road need scipy: pip install 'camrt[evaluate]'") from None
+        raise CamrtError(f"insertion and road need scipy: {install.extra('evaluate')}") from None
 
 
 # ---- agreement with a mask: object (H, W) bool; pixels outside `valid` (H, W) bool are left out

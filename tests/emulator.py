@@ -8,7 +8,7 @@ import subprocess
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,11 @@ class EmulatedGpu:
         """What is captured holds its arrays by itself."""
 
     @property
-    def device(self) -> EmulatedGpu:
-        return self
+    def device(self) -> EmulatedDevice:
+        return EmulatedDevice()
 
-    def give_back(self) -> None:
-        """Nothing is kept."""
+    def event(self) -> EmulatedEvent:
+        return EmulatedEvent()
 
     @property
     def capturing(self) -> bool:
@@ -188,6 +188,24 @@ class EmulatedGpu:
         raise AssertionError(f"nothing is queued elsewhere, but stream {stream} is waited for")
 
     hold_back = wait_for
+
+
+class EmulatedDevice:
+    ordinal, compute_capability, model, closed = 0, (0, 0), "emulated", False
+
+    def active(self, what: str = "") -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def memory(self) -> tuple[int, int]:
+        return 0, 0
+
+    def give_back(self) -> None:
+        """Nothing is kept."""
+
+
+class EmulatedEvent:
+    def synchronize(self) -> None:
+        """Everything has come: nothing waits."""
 
 
 class EmulatedGraph:

@@ -14,13 +14,14 @@ import pytest
 import camrt
 from camrt import bench
 from camrt.cli import main
+from camrt.method_choice import MethodChoice
 from camrt.runtime.backends import create
 from camrt.runtime.bundle.manifest import Program
 from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.runtime.explainer import Explainer
 from camrt.runtime.session.timing import Stages, covered
 
-METHODS = [bench.Contender("winsor_cam", "winsor_cam"), bench.Contender("score_cam_pp", "score_cam_pp")]
+METHODS = [MethodChoice("winsor_cam", "winsor_cam"), MethodChoice("score_cam_pp", "score_cam_pp")]
 
 
 def test_the_command(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,14 +57,14 @@ class Slow:
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> Any:
         executable, slow = self._backend.open(bundle, program, concurrent), self
 
-        class Opened:
+        class SlowExecutable:
             def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 time.sleep(slow.seconds)
                 slow.runs += 1
                 out = executable.run(feeds)
                 return {k: v if k == "logits" else v + (1 - slow.factor) * v.max() for k, v in out.items()}
 
-        return Opened()
+        return SlowExecutable()
 
 
 def test_stages_are_where_the_time_goes(exported: Path) -> None:
@@ -112,19 +113,19 @@ def test_interrupted_it_prints_what_it_has(
 
 
 def test_wrong_maps_are_not_timed(exported: Path) -> None:
-    contenders = [bench.Contender("winsor_cam", "winsor_cam")]
+    contenders = [MethodChoice("winsor_cam", "winsor_cam")]
     good = Explainer(read_bundle(exported), Slow())
     assert bench.check(good, contenders, bench.example(good)).startswith("maps at most 0.0e+00 from")
     wrong = Explainer(read_bundle(exported), Slow(factor=0.5))
     with pytest.raises(camrt.CamrtError, match="winsor_cam: not timed, because its map is wrong"):
-        list(bench.measure(wrong, contenders, [bench.example(wrong)], [1], 1, bench.Measured()))
+        list(bench.measure(wrong, contenders, [bench.example(wrong)], [1], 1, bench.Measurements()))
     reference = Explainer(read_bundle(exported), create("onnxruntime"))
     assert "camrt verify" in bench.check(reference, contenders, bench.example(reference))
 
 
 def test_time_is_limited(exported: Path) -> None:
     explainer = Explainer(read_bundle(exported), Slow(0.02))
-    measured = bench.Measured()
+    measured = bench.Measurements()
     for _ in bench.measure(explainer, METHODS[:1], [bench.example(explainer)], [1], 1000, measured, seconds=0.5):
         pass
     assert 3 <= len(measured.times["winsor_cam", 1]) < 30

@@ -16,7 +16,7 @@ from support import ROOT, import_torchvision, small_net
 
 import camrt
 from camrt.cli import main
-from camrt.commands.explain import find_images
+from camrt.image_files import find_images
 
 MODULE = """
 import torch
@@ -346,7 +346,7 @@ def test_how_a_command_ends(
     def command(_: object) -> int:
         raise raised
 
-    monkeypatch.setattr("camrt.commands.info.info", command)
+    monkeypatch.setattr("camrt.commands.info.run", command)
     assert main(["info", "x.camrt"]) == code
     assert capsys.readouterr().err == said
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -23,7 +23,7 @@ from support import small_net
 
 import camrt
 from camrt.cli import main
-from camrt.commands import engines
+from camrt.commands import build
 from camrt.kernels import DeviceArray, OutOfMemory
 from camrt.runtime.backends import Settings, create
 from camrt.runtime.backends.gpu import Gpu
@@ -76,12 +76,12 @@ def test_a_machine_builds_the_engines_that_it_looks_up(
     library = Library(name, trt)
     card = SimpleNamespace(compute_capability=capability, name="Orin", model="Orin, 16 multiprocessors, 30000 MiB")
     monkeypatch.setattr(backend_module, "find_library", lambda: library)
-    monkeypatch.setattr(backend_module, "open_gpu", lambda *_, **__: Gpu(SimpleNamespace(device=card), True))
+    monkeypatch.setattr(backend_module, "open_gpu", lambda *_, **__: Gpu(cast(Any, SimpleNamespace(device=card)), True))
     monkeypatch.setattr(backend_module, "logger", lambda trt: None)
     monkeypatch.setattr("camrt.kernels.gpu.device.device", lambda: card)
     bundle = read_bundle(exported)
     program, shapes = bundle.manifest.programs[0], Shapes("single")
-    (target,) = engines._targets(library, None)
+    (target,) = build.targets(library, None)
     found = backend_module.create(Settings())
     assert engine_key(library, bundle, program, target, shapes) == engine_key(
         library, bundle, program, found.target, shapes
@@ -454,7 +454,7 @@ def noted(both: Path) -> Noted:
     )
     stream, opened = NotedStream(), read_bundle(both)
     target = Target((9, 0), "Some GPU")
-    backend = TensorRtBackend(Library("tensorrt", trt), Gpu(stream), target, Settings())
+    backend = TensorRtBackend(Library("tensorrt", trt), Gpu(cast(Any, stream)), target, Settings())
     program = opened.program("classify")
     for shapes in (Shapes("single"), Shapes("batch", 16)):
         key = engine_key(backend.tensorrt, opened, program, target, shapes)

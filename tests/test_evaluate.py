@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 import camrt
+from camrt import install
 from camrt.cli import main
-from camrt.commands.methods import Chosen, parse_method
 from camrt.demo.run import BUNDLE, FIRST_SEED
 from camrt.demo.scenes import draw_scene
 from camrt.evaluate import RESULTS, as_markdown, bootstrap, evaluate, find_masks, read_mask, tabulate
+from camrt.method_choice import MethodChoice, parse_method
 from camrt.runtime.backends.ort import OrtBackend
 
 METHODS = ["winsor_cam:percentile=50", "grad_cam"]
@@ -231,7 +232,7 @@ def test_without_scipy_the_extra_is_named(
 
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
     assert run(scenes, methods=["grad_cam"]) == 2
-    assert "insertion and road need scipy: pip install 'camrt[evaluate]'" in capsys.readouterr().err
+    assert f"insertion and road need scipy: {install.extra('evaluate')}" in capsys.readouterr().err
 
 
 def test_bootstrap_covers_the_mean() -> None:
@@ -245,7 +246,7 @@ def test_bootstrap_covers_the_mean() -> None:
 
 
 def test_the_table_marks_the_best_by_the_metrics_direction() -> None:
-    methods = [Chosen("a", "a", {}), Chosen("b", "b", {})]
+    methods = [MethodChoice("a", "a", {}), MethodChoice("b", "b", {})]
     rows = [
         {"image": str(i), "method": m, "average_drop": d, "iou": v}
         for i in range(2)

@@ -16,7 +16,7 @@ from torch import nn
 
 import camrt
 from camrt.export.probes import last_bits
-from camrt.export.pytorch.autograd import Recorded, record
+from camrt.export.pytorch.autograd import Record, record
 from camrt.runtime.bundle.manifest import Tap
 from camrt.verification import method_runs
 from camrt.verification.methods import LAYER_METHODS, combined, finer_seed, in_float64, winsor_cam
@@ -55,7 +55,7 @@ def opened(photo: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def recorded(model: nn.Module, convolutions: list[str], photo: str) -> Recorded:
+def recorded(model: nn.Module, convolutions: list[str], photo: str) -> Record:
     return record(model, torch.from_numpy(opened(photo)), PHOTOS[photo][1], [*convolutions, *MULTI])
 
 
@@ -73,7 +73,7 @@ def assert_golden(got: np.ndarray, want: np.ndarray, photo: str, alternatives: C
 
 
 @functools.cache
-def other_roundings(model: nn.Module, photo: str, layers: tuple[str, ...]) -> list[Recorded]:
+def other_roundings(model: nn.Module, photo: str, layers: tuple[str, ...]) -> list[Record]:
     """What PyTorch records, in float32, for the photo and copies that differ from it in their last bits."""
     images = last_bits(opened(photo), 48, units=12)
     return [record(model, torch.from_numpy(x), PHOTOS[photo][1], layers) for x in images]
@@ -92,7 +92,7 @@ def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     return camrt.export_model(model, path, (3, 224, 224), layers, classes=classes, preprocess=PREPROCESS)
 
 
-def test_logits_of_the_reference(recorded: Recorded, golden: dict[str, np.ndarray]) -> None:
+def test_logits_of_the_reference(recorded: Record, golden: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(recorded.logits[0].numpy(), golden["logits"], atol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_golden_maps(key: str, exported: Path, model: nn.Module, photo: str, gol
     assert_maps_close(reference, scaled(golden[key]), 1e-3)
 
 
-def test_golden_eigen_cam(exported: Path, recorded: Recorded, photo: str, golden: dict[str, np.ndarray]) -> None:
+def test_golden_eigen_cam(exported: Path, recorded: Record, photo: str, golden: dict[str, np.ndarray]) -> None:
     """A singular vector's sign is arbitrary, and the golden map of the zebra has the one that its mean activation
     speaks against: what must agree with it is the projection, under one sign or the other.
     """
@@ -220,11 +220,11 @@ def test_exported_network_recognises_the_photo(exported: Path, photo: str, golde
 
 
 def assert_winsor_cam(
-    got: camrt.Explanation, reference: Recorded, options: tuple, photo: str, model: nn.Module, layers: list[str]
+    got: camrt.Explanation, reference: Record, options: tuple, photo: str, model: nn.Module, layers: list[str]
 ) -> None:
     """Maps, after min-max, and weights of one image against the reference in PyTorch, both from the same run."""
 
-    def both(recorded: Recorded) -> np.ndarray:
+    def both(recorded: Record) -> np.ndarray:
         maps, weights, _ = winsor_cam(recorded, (224, 224), *options)
         return np.concatenate([scaled(maps[0].numpy()).ravel(), weights[0].numpy()])[None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from support import ROOT
 
 import camrt
+from camrt import install
 
 PACKAGES = {
     "camrt": ROOT / "camrt",
@@ -21,18 +23,28 @@ PACKAGES = {
     "kernels": ROOT / "kernels",
 }
 
-# For each package, what it may import of ours, by prefix.
+# For each part of the house, what it may import of ours, by prefix.
 ALLOWED = {
-    "camrt": ("camrt", "export", "runtime", "kernels"),
+    "camrt/commands": ("",),
+    "camrt/cli.py": ("commands", "runtime.errors", "__version__"),
+    "camrt/__main__.py": ("cli",),
+    "camrt/demo": ("demo", "runtime", "install"),
+    "camrt/verification": ("verification", "export", "runtime", "kernels"),
+    "camrt/install.py": (),
+    "camrt/image_files.py": ("runtime.errors",),
+    "camrt/method_choice.py": ("runtime",),
+    "camrt": ("verification.distances", "method_choice", "runtime", "kernels", "export.api", "__version__"),
     "export": (
         "export",
+        "install",
         "runtime.bundle.manifest",
         "runtime.bundle.kinds",
         "runtime.errors",
         "runtime.backends.one_file",
+        "__version__",
     ),
-    "runtime": ("runtime", "kernels"),
-    "kernels": ("kernels",),
+    "runtime": ("runtime", "kernels", "install"),
+    "kernels": ("kernels", "install"),
 }
 HEAVY = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"} | {
     *("pycuda", "torch", "onnx", "onnx_ir", "onnxscript")
@@ -44,40 +56,62 @@ def sources() -> list[tuple[str, Path]]:
     return [(name, file) for name, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
 
 
-def own_imports(package: str, file: Path) -> list[str]:
-    """Relative imports of a file, as paths from the repository's root: runtime.errors."""
+def own_imports(file: Path) -> list[str]:
+    """What a file imports of ours, in whichever form, from the top of the installed package: runtime.errors."""
     place = list(file.relative_to(ROOT).with_suffix("").parts)
-    if package == "camrt":
-        place = place[1:] if len(place) > 1 else place
-        place = ["", *place]
-    else:
-        place = ["", *place]
-    found = []
+    if place[0] == "camrt":
+        place = place[1:]
+    place = ["camrt", *place]
+    names = []
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = place[: len(place) - node.level]
-            found.append(".".join([*base[1:], *([node.module] if node.module else [a.name for a in node.names][:1])]))
-    return found
+        if isinstance(node, ast.ImportFrom):
+            base = place[: len(place) - node.level] if node.level else []
+            module = [*base, *(node.module or "").split(".")] if node.module else base
+            names += [".".join([*module, a.name]) for a in node.names]
+        elif isinstance(node, ast.Import):
+            names += [a.name for a in node.names]
+    return [name.removeprefix("camrt.") for name in names if name.startswith("camrt.")]
 
 
 def absolute_imports(file: Path) -> set[str]:
-    found = set()
+    """The packages that a file imports, statically or by `import_module("...")`."""
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found.update(a.name.split(".")[0] for a in node.names)
+            names.update(a.name.split(".")[0] for a in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names.update(str(a.value).split(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant))
+    return names
 
 
-@pytest.mark.parametrize(
-    ("package", "file"), sources(), ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else ""
-)
-def test_imports_follow_the_house(package: str, file: Path) -> None:
+def rules_of(file: Path) -> tuple[str, ...]:
+    place = file.relative_to(ROOT).as_posix()
+    return ALLOWED[next(part for part in ALLOWED if place == part or place.startswith(part + "/"))]
+
+
+@pytest.mark.parametrize("file", [f for _, f in sources()], ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_imports_follow_the_house(file: Path) -> None:
     assert not absolute_imports(file) & {"camrt", *PACKAGES}, "import our own relatively"
-    if package != "camrt":  # the front door may import everything
-        for target in own_imports(package, file):
-            assert any(target == a or target.startswith(a + ".") for a in ALLOWED[package]), target
+    for target in own_imports(file):
+        assert any(not a or target == a or target.startswith(a + ".") for a in rules_of(file)), (
+            f"{file.relative_to(ROOT)} imports {target}: see ALLOWED in tests/test_house.py"
+        )
+
+
+def test_every_form_of_import_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "runtime" / "cams" / "x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "from ... import export, kernels\nfrom ...camrt import bench\nfrom . import base\nfrom ..errors import near\n"
+        "import camrt.export.api\ndef f():\n    from camrt import cli\n    importlib.import_module('torch.nn')"
+    )
+    assert own_imports(file) == [
+        *("export", "kernels", "camrt.bench", "runtime.cams.base", "runtime.errors.near", "export.api", "cli")
+    ]
+    assert absolute_imports(file) == {"camrt", "torch"}
 
 
 @pytest.mark.parametrize("package", ["runtime", "kernels"])
@@ -144,7 +178,7 @@ def test_a_missing_extra_is_named(missing: str, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"camrt: export needs {missing}: pip install 'camrt[export]'"
+    assert done.stderr.strip() == f"camrt: export needs {missing}: {install.extra('export')}"
 
 
 def test_a_missing_backend_is_named(exported: Path) -> None:
@@ -154,11 +188,40 @@ def test_a_missing_backend_is_named(exported: Path) -> None:
         f"    try: camrt.load({str(exported)!r}, name)\n    except camrt.CamrtError as error: print(error)"
     )
     named, auto = python(code).splitlines()
-    assert named == "onnxruntime is not installed: pip install 'camrt[cpu]'"
+    assert named == f"onnxruntime is not installed: {install.extra('cpu')}"
     assert auto.startswith("no backend can be used here; tensorrt: ")
-    assert auto.endswith("onnxruntime: onnxruntime is not installed: pip install 'camrt[cpu]'")
+    assert auto.endswith(f"onnxruntime: onnxruntime is not installed: {install.extra('cpu')}")
     with pytest.raises(camrt.CamrtError, match="no backend 'cuda9': use 'auto', 'tensorrt', 'onnxruntime-cuda', 'onnx"):
         camrt.load(exported, backend="cuda9")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "advice"),
+    [
+        (None, "pip install 'camrt[cpu]'"),
+        ({"url": "file:///home/me/my%20camrt", "dir_info": {}}, "pip install '/home/me/my camrt[cpu]'"),
+        ({"url": "file:///home/me/camrt", "dir_info": {"editable": True}}, "pip install -e '/home/me/camrt[cpu]'"),
+        (
+            {"url": "file:///home/me/camrt-0.1.0-py3-none-any.whl", "archive_info": {}},
+            "pip install 'camrt[cpu] @ file:///home/me/camrt-0.1.0-py3-none-any.whl'",
+        ),
+        (
+            {"url": "https://host/camrt.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install 'camrt[cpu] @ git+https://host/camrt.git'",
+        ),
+    ],
+    ids=["index", "folder", "editable", "wheel", "repository"],
+)
+def test_advice_to_install_names_where_camrt_came_from(
+    recorded: dict | None, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "camrt-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: camrt\nVersion: 0.1.0\n")
+    if recorded is not None:
+        (folder / "direct_url.json").write_text(json.dumps(recorded))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert install.extra("cpu") == advice
 
 
 def test_every_package_is_installed() -> None:

@@ -4,7 +4,6 @@ float64.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -258,23 +257,18 @@ def test_masks_do_not_outlive_their_batch(explainer: camrt.Explainer) -> None:
     """The buffers of a lane hold one batch of masks, whatever the number of channels."""
     held: list[int] = []
     small = camrt.Explainer(explainer.bundle, explainer.backend, max_batch=2)
-    whole = MaskedRuns.read
+    share = MaskedRuns.share
 
-    def spy(*arguments: Any) -> Any:
-        runs = whole(*arguments)
+    def spy(runs: MaskedRuns, count: int, work: Any) -> Any:
+        def noted(lane: Lane) -> Any:
+            assert lane.gates is not None
+            held.extend([lane.masked.nbytes + lane.gates.nbytes] * len(lane.batches))
+            return work(lane)
 
-        def counted(count: int, work: Any) -> None:
-            def noted(part: slice, lane: Lane) -> None:
-                assert lane.gates is not None
-                held.append(lane.masked.nbytes + lane.gates.nbytes)
-                work(part, lane)
-
-            runs.batches(count, noted)
-
-        return dataclasses.replace(runs, batches=counted)
+        return share(runs, count, noted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MaskedRuns, "read", spy)
+        patch.setattr(MaskedRuns, "share", spy)
         result = small.explain(IMAGES[:1], "score_cam_pp", 1)
     assert len(held) == 6 and set(held) == {2 * 4 * 32 * 32 * 4}
     assert largest_difference(result.maps, explainer.explain(IMAGES[:1], "score_cam_pp", 1).maps) < 1e-5

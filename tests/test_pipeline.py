@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import PREPROCESS
-from emulator import EmulatedGpu
+from emulator import EmulatedDevice, EmulatedGpu
 from PIL import Image
 
 import camrt
@@ -312,6 +312,6 @@ def test_what_is_kept_for_later_is_given_back_before_batches_are_halved(
 ) -> None:
     on_gpu.explain(IMAGES)
     backend.room = 0
-    monkeypatch.setattr(EmulatedGpu, "give_back", lambda _: setattr(backend, "room", 1000))
+    monkeypatch.setattr(EmulatedDevice, "give_back", lambda _: setattr(backend, "room", 1000))
     assert_same(on_gpu.explain(IMAGES, percentile=10), explainer.explain(IMAGES, percentile=10))
     assert on_gpu.session.max_batch == 2

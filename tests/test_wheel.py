@@ -77,7 +77,8 @@ def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 150, 3), dtype=np.uint8)).save(
         tmp_path / "picture.png"
     )
-    assert "export needs onnx, onnxscript: pip install 'camrt[export]'" in call(python, "-c", CHECK, cwd=tmp_path)
+    advice = f"export needs onnx, onnxscript: pip install 'camrt[export] @ file://{wheel}'"
+    assert advice in call(python, "-c", CHECK, cwd=tmp_path)
     names, size = call(python, "-c", SIZES, cwd=tmp_path).splitlines()
     assert {"camrt", "numpy", "pillow", "tqdm"} == set(names.split())
     assert 20 < float(size) < 120 - PYCUDA_MB, "what an edge device needs beside its engine library"

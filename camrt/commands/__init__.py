@@ -1,1 +1,1 @@
-"""The commands of the command line: each takes the parsed options and returns the exit code."""
+"""The commands of the command line, one a file: HELP, add_arguments(parser), run(options) -> exit code."""

@@ -7,13 +7,33 @@ import importlib.util
 import json
 import sys
 import warnings
+from pathlib import Path
 
+from .. import install
+from ..image_files import find_images
+from ..method_choice import parse_method
 from ..runtime.errors import InputError
-from .explain import find_images
-from .methods import parse_method
+
+HELP = "measure latency, throughput, memory and stages of explanations"
 
 
-def bench(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", nargs="*", help="files, folders or patterns (default: a random picture)")
+    parser.add_argument(
+        "--methods", nargs="+", default=["winsor_cam"], help="NAME or NAME:option=value,... (default: winsor_cam)"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="batch sizes (default: 1 4 16)")
+    parser.add_argument("--runs", type=int, default=50, help="calls of each at most (default: 50)")
+    parser.add_argument("--seconds", type=float, default=60, help="a batch size at most, roughly (default: 60)")
+    parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
+    parser.add_argument("--threads", type=int, help="of a run on the CPU (default: one per core)")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--plot", type=Path, help="a picture to write (.png, .svg, .pdf); needs matplotlib")
+
+
+def run(options: argparse.Namespace) -> int:
     """Prints and writes tables; interrupted, of what was measured until then (exit code 130)."""
     from tqdm import tqdm
 
@@ -28,13 +48,10 @@ def bench(options: argparse.Namespace) -> int:
         precision=options.precision,
         threads=options.threads,
     )
-    contenders = []
-    for text in dict.fromkeys(options.methods):
-        chosen = parse_method(text)
-        contenders.append(benchmark.Contender(chosen.text, chosen.name, chosen.options))
+    contenders = [parse_method(text) for text in dict.fromkeys(options.methods)]
     images = [str(p) for p in find_images(options.images)] or [benchmark.example(explainer)]
     batches = sorted(set(options.batches))
-    measured, interrupted = benchmark.Measured(), False
+    measured, interrupted = benchmark.Measurements(), False
     steps = benchmark.measure(explainer, contenders, images, batches, options.runs, measured, options.seconds)
     total = 1 + len(contenders) + options.runs * len(batches)
     with tqdm(total=total, leave=False, disable=None) as bar, warnings.catch_warnings():
@@ -72,7 +89,7 @@ def _check(options: argparse.Namespace) -> None:
     if min(options.batches) < 1 or options.runs < 1:
         raise InputError("--batches and --runs: from 1")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'camrt[bench]'")
+        raise InputError(f"--plot needs matplotlib: {install.extra('bench')}")
     if options.plot is not None and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {options.plot}: name it .png, .svg or .pdf")
     for path in (options.out, options.plot):

@@ -7,13 +7,33 @@ import dataclasses
 import json
 import sys
 import warnings
+from pathlib import Path
 
+from ..image_files import find_images
+from ..method_choice import parse_method
 from ..runtime.errors import InputError
-from .explain import find_images
-from .methods import parse_method
+
+HELP = "measure methods over a folder of images"
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("folder", type=Path, help="images")
+    parser.add_argument("--masks", type=Path, help="folder with object masks named like the images")
+    parser.add_argument(
+        "--methods", nargs="+", default=["winsor_cam", "grad_cam"], help="NAME or NAME:option=value,..."
+    )
+    parser.add_argument("--metrics", nargs="+", help="default: all that apply")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
+    parser.add_argument("--steps", type=int, default=32, help="of insertion and deletion (default: 32)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="of the second IoU (default: 0.5)")
+    parser.add_argument(
+        "--void", type=int, help="mask value to leave out (default: 255 in palette pictures, else none)"
+    )
+    parser.add_argument("--backend", default="auto")
+
+
+def run(options: argparse.Namespace) -> int:
     """Prints and writes a table; 1 if images could not be used."""
     from tqdm import tqdm
 

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..image_files import find_images
+from ..method_choice import parse_method
 from ..runtime.errors import InputError
-from .methods import parse_method
 
 if TYPE_CHECKING:
     from ..runtime.explainer import Explainer
     from ..runtime.explanation import Explanation
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+HELP = "write overlays and maps of images"
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Image files named by files, folders (searched through) and glob patterns, each once. InputError if one names
-    none.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.exists():
-            files = [path]
-        else:
-            files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-        if not files:
-            raise InputError(f"{pattern}: no images there" if path.is_dir() else f"{pattern}: no such file")
-        found.update(dict.fromkeys(files))
-    return list(found)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", nargs="+", help="files, folders or glob patterns")
+    parser.add_argument(
+        "--out", type=Path, default=Path("explanations"), help="folder to write (default: explanations)"
+    )
+    parser.add_argument("--method", default="winsor_cam", help="NAME or NAME:option=value,... (see 'camrt methods')")
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        help="class numbers or names, or "
+        "'not' for what speaks against a network's single class (default: each image's top class)",
+    )
+    parser.add_argument("--percentile", type=float, help="Winsor-CAM's percentile, 0..100 (default: 90)")
+    parser.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")
+    parser.add_argument("--batch", type=int, default=8, help="images in one run (default: 8)")
+    parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
+    parser.add_argument("--no-overlay", action="store_true", help="write no PNG")
+    parser.add_argument("--no-maps", action="store_true", help="write no .npy")
 
 
-def explain(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..runtime.explainer import load

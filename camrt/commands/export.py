@@ -8,11 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import InputError
-from .recipe import preprocess_of
-from .stages import Stages
+from . import preprocess_options
+from .progress import Progress
+
+HELP = "turn a trained model into a bundle"
 
 
-def export(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="package.module:callable, torchvision:NAME[:WEIGHTS], timm:NAME, hf:FOLDER, FILE.pt2 or FILE.onnx",
+    )
+    parser.add_argument("bundle", type=Path, help="folder to write, e.g. resnet50.camrt")
+    parser.add_argument(
+        "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="where the source does not say"
+    )
+    parser.add_argument("--layers", nargs="+", default=["default"], help="conv, last, default (both) or names")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "fp16"),
+        default=["fp32"],
+        help="of the programs: one or both (default: fp32)",
+    )
+    parser.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one a line")
+    preprocess_options.add_arguments(parser)
+    parser.add_argument("--output", help="which output, attribute or key holds the logits, where there are several")
+    parser.add_argument("--name", help="the model's name in the manifest")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def run(options: argparse.Namespace) -> int:
     layers: Any = options.layers[0] if options.layers in (["conv"], ["last"], ["default"]) else options.layers
     common: dict[str, Any] = {
         "layers": layers,
@@ -25,14 +51,14 @@ def export(options: argparse.Namespace) -> int:
     if options.source.lower().endswith(".onnx"):
         from ..export.api import export_onnx
 
-        with Stages() as stages:
+        with Progress() as progress:
             path = export_onnx(
                 options.source,
                 options.bundle,
                 input_shape=options.input_shape,
                 output=options.output,
-                preprocess=preprocess_of(options, None, options.input_shape),
-                progress=stages,
+                preprocess=preprocess_options.preprocess_of(options, None, options.input_shape),
+                progress=progress,
                 **common,
             )
     else:
@@ -47,8 +73,8 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
     check_packages("torch", "onnx", "onnxscript")
     from ..export.pytorch.sources import open_source
 
-    with Stages() as stages:
-        stages(f"opening {options.source}")
+    with Progress() as progress:
+        progress(f"opening {options.source}")
         source = open_source(options.source)
         shape = options.input_shape or source.input_shape
         if shape is None:
@@ -60,10 +86,10 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
             source.model,
             options.bundle,
             shape,
-            preprocess=preprocess_of(options, source.preprocess if same else None, shape),
+            preprocess=preprocess_options.preprocess_of(options, source.preprocess if same else None, shape),
             output=options.output or source.output,
             source=source.spec,
-            progress=stages,
+            progress=progress,
             **common,
         )
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..runtime.errors import BackendUnavailable, InputError
 from .recipe import said_of_scores
 
+HELP = "show what a bundle holds, or what can run it here"
 
-def info(options: argparse.Namespace) -> int:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, nargs="?")
+    parser.add_argument("--json", action="store_true", help="print the manifest")
+    parser.add_argument(
+        "--backends", action="store_true", help="which backends can be used here, and why not the others"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     if options.backends:
         return _backends()
     if options.bundle is None:

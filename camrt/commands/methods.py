@@ -1,51 +1,20 @@
-"""camrt methods, and how a method with options is written: score_cam_pp:variant=tanh_mask_only,baseline=zero."""
+"""camrt methods."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import Any
-
-from ..runtime.errors import InputError
 
 LEADING = ("winsor_cam", "score_cam_pp", "integrative_cam")  # listed before the baselines
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A method with options, and how it was written."""
-
-    text: str
-    name: str
-    options: dict[str, Any]
+HELP = "list the CAM methods, their formulas and sources"
 
 
-def parse_method(text: str) -> Chosen:
-    """UnknownMethod for a method or option that does not exist, InputError if the text cannot be read."""
-    from ..runtime.cams import method_named
-
-    name, _, rest = text.partition(":")
-    method = method_named(name)
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"method {text!r}: write options as {name}:option=value,option=value")
-        options[key] = _value(value)
-    method.check_options(options)
-    return Chosen(text, name, options)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="one method, in full")
 
 
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def methods(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Lists the methods, or explains one."""
     from ..runtime.cams import METHODS, method_named
 

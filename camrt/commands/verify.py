@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .explain import find_images
-from .stages import Stages
+from ..image_files import find_images
+from .progress import Progress
+
+HELP = "compare a bundle with PyTorch in float64; exit code 1 if it differs"
 
 
-def verify(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("source", nargs="?", help="as for export (default: what the bundle records)")
+    parser.add_argument("--images", nargs="+", help="files, folders or patterns (default: two random images)")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--all", action="store_true", help="print every row, not the worst of each kind")
+
+
+def run(options: argparse.Namespace) -> int:
     from ..export.api import check_packages
 
     check_packages("torch", "onnx", "onnxscript")
@@ -21,8 +32,8 @@ def verify(options: argparse.Namespace) -> int:
     images = None
     if options.images is not None:
         images, _ = as_batch([str(p) for p in find_images(options.images)], read_bundle(options.bundle).manifest)
-    with Stages() as stages:
-        report = verify(options.bundle, options.source, images, options.backend, stages)
+    with Progress() as progress:
+        report = verify(options.bundle, options.source, images, options.backend, progress)
     rows = report.rows if options.all else _worst(report.rows)
     print(f"reference: {report.oracle}, in float64")
     print(f"{'':5}{'program':24}{'compared':40}{'distance':>10}{'PyTorch':>10}{'limit':>10}")

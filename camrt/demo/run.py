@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import install
 from ..runtime.errors import InputError
 from ..runtime.explainer import load
 from ..runtime.images.overlay import overlay
@@ -59,7 +60,7 @@ def run(out: Path, scenes: int = 6, seed: int = 0) -> Path:
     )
     print(f"Look at {path}: what the network saw, at four Winsor-CAM percentiles and by Grad-CAM.")
     print("With a model of your own:")
-    print("  pip install '.[export,cpu]'     (in camrt's folder)")
+    print(f"  {install.extra('export,cpu')}")
     print("  camrt export torchvision:resnet50:DEFAULT resnet50.camrt     (or package.module:callable, or model.onnx)")
     print("  camrt explain resnet50.camrt photo.jpg")
     return path

@@ -23,7 +23,7 @@ from .distances import cosine_distance, largest_difference, relative_l2
 from .oracle import Oracle
 
 if TYPE_CHECKING:
-    from ..export.pytorch.autograd import Recorded
+    from ..export.pytorch.autograd import Record
 
 GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
 FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Compared:
+class MapComparison:
     """How maps of a precision are compared: what the rows say, the distance, and what is allowed of it."""
 
     label: str
@@ -72,13 +72,13 @@ class Compared:
     limit: float
 
     @classmethod
-    def of(cls, precision: str, engine: str) -> Compared:
+    def of(cls, precision: str, engine: str) -> MapComparison:
         if precision == "fp32":
             return cls("methods", largest_difference, MAP_LIMIT)
         return cls(f"methods fp16 {engine}", cosine_distance, HALF_LIMIT)
 
 
-def class_rows(explainer: Explainer, what: Compared, batch: np.ndarray, double: Recorded) -> Iterator[Row]:
+def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, double: Record) -> Iterator[Row]:
     """By how much of the range of its logits the top class in float16 falls short of the reference's."""
     want = double.logits.numpy()
     found = explainer.classify(batch).argmax(axis=1)
@@ -110,13 +110,13 @@ def program_rows(
     file: str,
     out: dict[str, np.ndarray],
     taps: Sequence[str],
-    double: Recorded,
-    singles: Sequence[Recorded],
+    double: Record,
+    singles: Sequence[Record],
     steps: bool,
 ) -> Iterator[Row]:
     """steps: whether activations are no continuous function of the image, as those of a quantised network."""
 
-    def row(subject: str, name: str, pick: Callable[[Recorded], Any], continuous: bool) -> Row:
+    def row(subject: str, name: str, pick: Callable[[Record], Any], continuous: bool) -> Row:
         runs = singles[:1] if continuous and not steps else singles
         want, own = pick(double).numpy(), [pick(r).numpy() for r in runs]
         return _row(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
@@ -139,8 +139,8 @@ def head_rows(
     engine: Backend,
     program: Program,
     batch: np.ndarray,
-    double: Recorded,
-    singles: Sequence[Recorded],
+    double: Record,
+    singles: Sequence[Record],
     steps: bool,
 ) -> Iterator[Row]:
     """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
@@ -153,7 +153,7 @@ def head_rows(
     yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
 
 
-def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
+def _side_by_side(recorded: Record, taps: Sequence[str]) -> tuple[Any, Any]:
     """Alphas (B, sum K) and maps (B, sum h w), as the layer_maps program lays them out."""
     import torch
 
@@ -165,7 +165,7 @@ def _side_by_side(recorded: Recorded, taps: Sequence[str]) -> tuple[Any, Any]:
 
 
 def use_rows(
-    bundle: Bundle, engine: Backend, batch: np.ndarray, seed: np.ndarray, double: Recorded, singles: Sequence[Recorded]
+    bundle: Bundle, engine: Backend, batch: np.ndarray, seed: np.ndarray, double: Record, singles: Sequence[Record]
 ) -> Iterator[Row]:
     """The widest layer_maps program as users run it: one image alone, and one image with two targets.
 
@@ -214,7 +214,7 @@ def graph_rows(
     precision: str,
     batch: np.ndarray,
     seed: np.ndarray,
-    double: Recorded,
+    double: Record,
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
     """The widest gradient program's arithmetic, in float64, without ONNX Runtime."""
@@ -239,11 +239,11 @@ def graph_rows(
 
 def method_rows(
     explainer: Explainer,
-    what: Compared,
+    what: MapComparison,
     batch: np.ndarray,
     seed: np.ndarray,
-    double: Recorded,
-    singles: Sequence[Recorded],
+    double: Record,
+    singles: Sequence[Record],
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
     """Winsor-CAM, Integrative CAM, and at the last block every method that reads one activation and gradient."""
@@ -255,7 +255,7 @@ def method_rows(
     size = batch.shape[2:]
     roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
 
-    def row(subject: str, got: np.ndarray, compute: Callable[[Recorded], Any]) -> Row:
+    def row(subject: str, got: np.ndarray, compute: Callable[[Record], Any]) -> Row:
         want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
         return _row(what.label, subject, minmax(got), want, own, what.distance, what.limit)
 
@@ -273,7 +273,7 @@ def method_rows(
         progress("checking integrative_cam")
         got = explainer.explain(batch, "integrative_cam", seed).maps
 
-        def integrative(recorded: Recorded) -> Any:
+        def integrative(recorded: Record) -> Any:
             kind = recorded.logits.dtype
             return integrative_cam(select(recorded, roles["conv"]), torch.from_numpy(seed).to(kind), size)[0]
 
@@ -302,7 +302,7 @@ def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarr
 
 
 def full_grad_rows(
-    explainer: Explainer, what: Compared, batch: np.ndarray, seed: np.ndarray, reference: FullGrads | None
+    explainer: Explainer, what: MapComparison, batch: np.ndarray, seed: np.ndarray, reference: FullGrads | None
 ) -> Iterator[Row]:
     if reference is not None:
         got = explainer.explain(batch, "full_grad", seed).maps

@@ -15,7 +15,7 @@ from torch import nn
 from ..export.layers.layouts import Layout
 from ..export.pytorch.autograd import TOKENS, as_maps, record
 from ..export.pytorch.from_torch import is_a
-from ..export.pytorch.modules import Selected, module_of, unwrapped
+from ..export.pytorch.modules import OutputSelector, module_of, unwrapped
 from ..export.pytorch.recording import recording
 from ..export.pytorch.stop_gradient import checkpoints_as_calls
 from ..runtime.bundle.manifest import Tap
@@ -182,7 +182,7 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
         for parameter in trained:
             parameter.requires_grad = True
     entry = nn.Sequential(nn.Identity(), model)  # the image is then the output of a module, which `record` can record
-    prefix = "1.model." if isinstance(model, Selected) else "1."
+    prefix = "1.model." if isinstance(model, OutputSelector) else "1."
     recorded = record(entry, image, seed, ["0", *(prefix + name for name in biased)])
     return recorded.gradients["0"], [(constant, recorded.gradients[prefix + name]) for name, constant in biased.items()]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..export.pytorch.autograd import Recorded
+from ..export.pytorch.autograd import Record
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -29,7 +29,7 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(x[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
-def layer_cam_maps(recorded: Recorded) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def layer_cam_maps(recorded: Record) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Per layer: alpha = mean over the grid of the gradient (B, K), and sum_k alpha_k A_k (B, h, w)."""
     alphas = [g.mean((2, 3)) for g in recorded.gradients.values()]
     maps = [(a[:, :, None, None] * x).sum(1) for a, x in zip(alphas, recorded.activations.values(), strict=True)]
@@ -59,7 +59,7 @@ def mean_of_alphas(alpha: torch.Tensor) -> torch.Tensor:
 
 
 def winsor_cam(
-    recorded: Recorded, size: Sequence[int], percentile: float = 90, layer_aggregation: str = "mean"
+    recorded: Record, size: Sequence[int], percentile: float = 90, layer_aggregation: str = "mean"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Winsor-CAM over the recorded layers (arXiv 2507.10846): map (B, *size), weights (B, L), importances (B, L)."""
     alphas, maps = layer_cam_maps(recorded)
@@ -86,7 +86,7 @@ def weighted(weights: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
     return (weights[:, :, None, None] * activation).sum(1)
 
 
-def grad_cam(recorded: Recorded, size: Sequence[int]) -> torch.Tensor:
+def grad_cam(recorded: Record, size: Sequence[int]) -> torch.Tensor:
     """Grad-CAM (arXiv 1610.02391), layers averaged: (B, *size)."""
     return combined(layer_cam_maps(recorded)[1], size)
 
@@ -120,7 +120,7 @@ def _eigen_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor
 
 
 def integrative_cam(
-    recorded: Recorded,
+    recorded: Record,
     seed: torch.Tensor,
     size: Sequence[int],
     smooth: Callable[[torch.Tensor], torch.Tensor] = lambda s: s,
@@ -165,7 +165,7 @@ def finer_seed(logits: torch.Tensor, target: int, alpha: float = 1.0, comparison
         return torch.autograd.grad(score, z)[0]
 
 
-LAYER_METHODS: dict[str, Callable[[Recorded, Sequence[int]], torch.Tensor]] = {
+LAYER_METHODS: dict[str, Callable[[Record, Sequence[int]], torch.Tensor]] = {
     "grad_cam": grad_cam,
     "grad_cam_pp": _of_layers(_grad_cam_pp),
     "x_grad_cam": _of_layers(_x_grad_cam),

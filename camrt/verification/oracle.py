@@ -15,7 +15,7 @@ from ..runtime.bundle.reading import Bundle
 from ..runtime.errors import CamrtError, ExportError
 
 if TYPE_CHECKING:
-    from ..export.pytorch.autograd import Recorded
+    from ..export.pytorch.autograd import Record
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Oracle:
     """
 
     name: str
-    record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Recorded]
+    record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Record]
     full_grad: Callable[[np.ndarray, np.ndarray, bool], np.ndarray]
     own_backward: Callable[[np.ndarray], Sequence[str]] = lambda _: ()
 
@@ -50,7 +50,7 @@ def module_oracle(model: Any, name: str) -> Oracle:
         finally:
             model.float()
 
-    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
+    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Record:
         return in_precision(precise, lambda m, x, s: record(m, x, s, layers), image, seed)
 
     def full(image: np.ndarray, seed: np.ndarray, precise: bool) -> np.ndarray:
@@ -64,12 +64,12 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
     import torch
 
     from ..export.interpreter import Interpreter
-    from ..export.pytorch.autograd import Recorded
+    from ..export.pytorch.autograd import Record
     from .method_runs import full_grad as full_grad_of
 
     interpreters = {kind: Interpreter(graph, kind) for kind in (torch.float64, torch.float32)}
 
-    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Recorded:
+    def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Record:
         kind = torch.float64 if precise else torch.float32
         entry = str(interpreters[kind].model.graph.inputs[0].name)
         x = torch.from_numpy(image).to(kind).requires_grad_()
@@ -77,7 +77,7 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
         values = interpreters[kind].run({entry: x}, [logits, *names])
         tensors = [values[n] for n in names]
         grads = torch.autograd.grad(values[logits], tensors, torch.from_numpy(seed).to(kind))
-        return Recorded(
+        return Record(
             values[logits].detach(),
             dict(zip(layers, (t.detach() for t in tensors), strict=True)),
             dict(zip(layers, grads, strict=True)),

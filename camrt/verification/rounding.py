@@ -23,11 +23,11 @@ class RoundingBackend:
     def __str__(self) -> str:
         return "PyTorch operators, rounding to float16"
 
-    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> _Rounded:
-        return _Rounded(bundle.file(program), list(program.outputs))
+    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> _RoundingExecutable:
+        return _RoundingExecutable(bundle.file(program), list(program.outputs))
 
 
-class _Rounded:
+class _RoundingExecutable:
     def __init__(self, path: Path, outputs: list[str]) -> None:
         import torch
 

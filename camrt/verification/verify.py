@@ -20,7 +20,7 @@ from ..runtime.explainer import Explainer
 from .comparisons import (
     FLOAT32_UNITS,
     QUANTISED_UNITS,
-    Compared,
+    MapComparison,
     Row,
     class_rows,
     full_grad_graph_rows,
@@ -128,7 +128,7 @@ def _compared(
         by_method += full_grad_graph_rows(bundle, precision, batch, seed, of_full_grad)
         for run_by in [engine] if precision == "fp32" else [engine, RoundingBackend()]:
             explainer = Explainer(bundle, run_by, precision=precision)
-            what = Compared.of(precision, str(run_by.name))
+            what = MapComparison.of(precision, str(run_by.name))
             if precision == "fp16":
                 by_method += class_rows(explainer, what, batch, double)
             else:

@@ -23,7 +23,7 @@ TOKENS = ("tokens", "LND")
 
 
 @dataclass(frozen=True)
-class Recorded:
+class Record:
     """logits (B, classes); per layer its activation and the gradient of the target's score, as its module has them."""
 
     logits: torch.Tensor
@@ -31,14 +31,14 @@ class Recorded:
     gradients: dict[str, torch.Tensor]
 
 
-def select(recorded: Recorded, layers: Sequence[str]) -> Recorded:
+def select(recorded: Record, layers: Sequence[str]) -> Record:
     """The same for some of the layers."""
-    return Recorded(
+    return Record(
         recorded.logits, {n: recorded.activations[n] for n in layers}, {n: recorded.gradients[n] for n in layers}
     )
 
 
-def as_maps(recorded: Recorded, taps: Sequence[Tap]) -> Recorded:
+def as_maps(recorded: Record, taps: Sequence[Tap]) -> Record:
     """The same with every tensor as (B, K, h, w), whichever layout its module uses; a token prefix is dropped."""
     layouts = {t.name: t for t in taps}
 
@@ -51,14 +51,14 @@ def as_maps(recorded: Recorded, taps: Sequence[Tap]) -> Recorded:
             return x[:, tap.prefix :].transpose(1, 2).reshape(len(x), tap.channels, *tap.grid)
         return x
 
-    return Recorded(
+    return Record(
         recorded.logits,
         {n: convert(n, a) for n, a in recorded.activations.items()},
         {n: convert(n, g) for n, g in recorded.gradients.items()},
     )
 
 
-def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, layers: Sequence[str]) -> Recorded:
+def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, layers: Sequence[str]) -> Record:
     """One forward and one backward pass, in the precision of model and image.
 
     target: a class, or a seed (B, classes), the cotangent of the logits. A layer's activation is cloned as it is
@@ -107,7 +107,7 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
             "PyTorch cannot differentiate the model, since it changes in place what its gradient needs: write that "
             f"step without assigning in place, or export it to ONNX and pass the .onnx file ({first_line(error)[:200]})"
         ) from error
-    return Recorded(
+    return Record(
         logits.detach(),
         {n: a.detach() for n, a in named.items()},
         {n: torch.zeros_like(a) if g is None else g for (n, a), g in zip(named.items(), grads, strict=True)},

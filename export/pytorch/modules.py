@@ -15,7 +15,7 @@ from torch import nn
 from ...runtime.errors import ExportError, first_line
 
 
-class Selected(nn.Module):
+class OutputSelector(nn.Module):
     """One named part of what a model returns: an attribute, a key or a position."""
 
     def __init__(self, model: nn.Module, output: str | int) -> None:
@@ -36,7 +36,7 @@ def module_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module whose names users know."""
-    return model.model if isinstance(model, Selected) else model
+    return model.model if isinstance(model, OutputSelector) else model
 
 
 def _part(given: Any, output: str | int) -> Any:
@@ -100,7 +100,7 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
         names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds - {torch.float32}))
         warnings.warn(f"the model computes in {names}: it is read as float32", stacklevel=4)
         model = copy.deepcopy(model).float()
-    return model if output is None else Selected(model, output)
+    return model if output is None else OutputSelector(model, output)
 
 
 def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:

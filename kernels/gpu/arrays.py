@@ -195,7 +195,7 @@ def _capsule(array: DeviceArray) -> Any:
     return capsule
 
 
-class _Borrowed:
+class _Lender:
     """Keeps a producer's tensor until no DeviceArray needs it."""
 
     def __init__(self, managed: Any) -> None:
@@ -209,7 +209,7 @@ class _Borrowed:
 def _opened(capsule: Any, name: str) -> DeviceArray:
     managed = ctypes.cast(_capsule_pointer(id(capsule), _NAME), ctypes.POINTER(_Managed))
     _rename_capsule(id(capsule), _USED)
-    owner = _Borrowed(managed)
+    owner = _Lender(managed)
     tensor = managed.contents.tensor
     shape = tuple(tensor.shape[: tensor.ndim])
     if tensor.code not in _CODES or tensor.lanes != 1:

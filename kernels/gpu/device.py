@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ... import install
 from ..build import sources_hash
 from ..errors import DeviceError, OutOfMemory
 from .driver import ordinal_of
@@ -35,7 +36,7 @@ def _pycuda() -> Any:
     except ImportError as error:
         if "libcuda" in str(error) or "undefined symbol" in str(error):
             raise DeviceError(f"no GPU to use: the NVIDIA driver is missing or too old ({error})") from error
-        raise DeviceError(f"the kernels need PyCUDA: pip install 'camrt[cuda]' ({error})") from error
+        raise DeviceError(f"the kernels need PyCUDA: {install.extra('cuda')} ({error})") from error
     try:
         cuda.init()
     except cuda.Error as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ class Stream:
         """Copies to the host and waits for it, and so for all that was queued before."""
         return self.download_all([array])[0]
 
-    def download_all(self, arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
+    def download_all(self, arrays: Iterable[DeviceArray]) -> list[np.ndarray]:
         """As `download`, waiting once."""
         staged = []
         for array in arrays:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...kernels import DeviceArray, DeviceError
+from ...kernels import DeviceArray, DeviceError, GpuStream
 from ..bundle.manifest import Program
 from ..errors import BackendUnavailable, InputError
 
@@ -21,7 +21,7 @@ class Gpu:
     captures: whether programs can be captured in a CUDA graph.
     """
 
-    stream: Any
+    stream: GpuStream
     captures: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -51,14 +51,15 @@ class GpuProgram:
             inputs = {n: stream.upload(a) if isinstance(a, np.ndarray) else a for n, a in feeds.items()}
             sizes = self._sizes(inputs)
             outputs = {
-                name: stream.empty([sizes.get(d, d) for d in shape]) for name, shape in self._program.outputs.items()
+                name: stream.empty([sizes[d] if isinstance(d, str) else d for d in shape])
+                for name, shape in self._program.outputs.items()
             }
             self._engine.enqueue(inputs, outputs)
             return dict(zip(outputs, stream.download_all(outputs.values()), strict=True)) if on_host else outputs
 
-    def _sizes(self, inputs: Mapping[str, DeviceArray]) -> dict[Any, int]:
+    def _sizes(self, inputs: Mapping[str, DeviceArray]) -> dict[str, int]:
         """What the symbolic sizes are. InputError where an input does not fit."""
-        sizes: dict[Any, int] = {}
+        sizes: dict[str, int] = {}
         for name, shape in self._program.inputs.items():
             array = inputs.get(name)
             if array is None or array.dtype != np.float32 or not _fits(array.shape, shape, sizes):
@@ -67,7 +68,7 @@ class GpuProgram:
         return sizes
 
 
-def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[Any, int]) -> bool:
+def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[str, int]) -> bool:
     if len(got) != len(want):
         return False
     for size, expected in zip(got, want, strict=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ... import install
 from ...kernels import DeviceArray, OutOfMemory
 from ..bundle.kinds import KINDS
 from ..bundle.manifest import Program
@@ -197,7 +198,7 @@ def _onnxruntime(extra: str) -> Any:
 
         return onnxruntime
     except ImportError:
-        raise BackendUnavailable(f"onnxruntime is not installed: pip install 'camrt[{extra}]'") from None
+        raise BackendUnavailable(f"onnxruntime is not installed: {install.extra(extra)}") from None
 
 
 def create(settings: Settings) -> OrtBackend:
@@ -210,8 +211,8 @@ def create_cuda(settings: Settings) -> OrtCudaBackend:
     runtime = _onnxruntime("cuda")
     if _CUDA not in runtime.get_available_providers():
         raise BackendUnavailable(
-            f"onnxruntime {runtime.__version__} was built without CUDA: pip uninstall onnxruntime, then pip install "
-            "'camrt[cuda]'"
+            f"onnxruntime {runtime.__version__} was built without CUDA: pip uninstall onnxruntime, then "
+            f"{install.extra('cuda')}"
         )
     gpu = open_gpu(settings.device, captures=False)
     if hasattr(runtime, "preload_dlls"):

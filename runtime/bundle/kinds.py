@@ -38,7 +38,7 @@ _NOT_CUT = (
 
 
 @dataclass(frozen=True)
-class KindRow:
+class ProgramKind:
     """interface: (manifest, taps) -> what a program takes and gives, without `context:` and `grid:` tensors.
     runs_once: it runs once an explanation, which rests on the activation and the class that it finds: so it is float32
     in every precision, and on a CPU leaves no thread spinning beside the runs that follow. engine: built by `camrt
@@ -79,26 +79,26 @@ def _layer_maps(taps: Sequence[Tap]) -> Sizes:
     return {"alphas": (sum(t.channels for t in taps),), "maps": (sum(math.prod(t.grid) for t in taps),)}
 
 
-KINDS: dict[str, KindRow] = {
-    Kind.CLASSIFY: KindRow(lambda m, taps: (_image(m), _logits(m)), engine=True),
-    Kind.ACTIVATIONS: KindRow(
+KINDS: dict[str, ProgramKind] = {
+    Kind.CLASSIFY: ProgramKind(lambda m, taps: (_image(m), _logits(m)), engine=True),
+    Kind.ACTIVATIONS: ProgramKind(
         lambda m, taps: (_image(m), _logits(m) | _each("activation", taps)), runs_once=True, engine=True
     ),
-    Kind.GRADIENTS: KindRow(
+    Kind.GRADIENTS: ProgramKind(
         lambda m, taps: (
             _image(m) | _seed(m),
             _logits(m) | _each("activation", taps) | _each("gradient", taps),
         )
     ),
-    Kind.LAYER_MAPS: KindRow(lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)), engine=True),
-    Kind.FULL_GRAD: KindRow(
+    Kind.LAYER_MAPS: ProgramKind(lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)), engine=True),
+    Kind.FULL_GRAD: ProgramKind(
         lambda m, taps: (_image(m) | _seed(m), _logits(m)),
         missing="it needs a gradient rule "
         "for every operator down to the image and every bias on a grid of the image, which this network lacks; or "
         "the bundle is old, then export it again",
     ),
-    Kind.TRUNK: KindRow(lambda m, taps: (_image(m), _logits(m) | _single(taps)), runs_once=True, missing=_NOT_CUT),
-    Kind.HEAD: KindRow(lambda m, taps: (_single(taps), _logits(m)), missing=_NOT_CUT),
-    Kind.NORMALIZE: KindRow(lambda m, taps: (_image(m), _normalized(m)), runs_once=True, engine=True),
-    Kind.SCORE: KindRow(lambda m, taps: (_normalized(m), _logits(m)), engine=True),
+    Kind.TRUNK: ProgramKind(lambda m, taps: (_image(m), _logits(m) | _single(taps)), runs_once=True, missing=_NOT_CUT),
+    Kind.HEAD: ProgramKind(lambda m, taps: (_single(taps), _logits(m)), missing=_NOT_CUT),
+    Kind.NORMALIZE: ProgramKind(lambda m, taps: (_image(m), _normalized(m)), runs_once=True, engine=True),
+    Kind.SCORE: ProgramKind(lambda m, taps: (_normalized(m), _logits(m)), engine=True),
 }

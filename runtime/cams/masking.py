@@ -55,28 +55,31 @@ def _score(
     if offset is None and probability != "logits" and lacking.any():  # a difference of two scores lacks nothing
         offset = memory.put(-lacking)
     seeds, index = memory.put(runs.seeds), live.astype(np.int32)
-    parts: dict[int, Any] = {}
-    totals: dict[int, Any] = {}
 
-    def work(part: slice, lane: Lane) -> None:
-        channels = take_channels(activation, memory.put(index[part]), stream=stream)
-        masked = lane.masked[: len(channels)]
-        gates = None if lane.gates is None else lane.gates[: len(channels)]
-        mask_batch(runs.image, channels, kind, interpolation, out=masked, gates=gates, stream=stream)
-        weighed = None if weights is None else memory.put(weights[part])
-        kinds = probability or runs.probability
-        found = class_scores(lane.run(masked), seeds, kinds, offset, weighed, stream=stream)
-        parts[part.start] = found
-        if summed_gate is not None:
-            if lane.number not in totals:
-                totals[lane.number] = memory.zeros((len(runs.seeds), *runs.size))
-            kept = gates if summed_gate == kind else None
-            accumulate_maps(totals[lane.number], found, channels, summed_gate, interpolation, gates=kept, stream=stream)
+    def in_lane(lane: Lane) -> tuple[dict[int, Any], Any]:
+        """Its batches' scores by their first mask, and the sum of its maps."""
+        parts, total = {}, None if summed_gate is None else memory.zeros((len(runs.seeds), *runs.size))
+        for masks in lane.batches:
+            channels = take_channels(activation, memory.put(index[masks]), stream=stream)
+            masked = lane.masked[: len(channels)]
+            gates = None if lane.gates is None else lane.gates[: len(channels)]
+            mask_batch(runs.image, channels, kind, interpolation, out=masked, gates=gates, stream=stream)
+            weighed = None if weights is None else memory.put(weights[masks])
+            scores = class_scores(
+                lane.run(masked), seeds, probability or runs.probability, offset, weighed, stream=stream
+            )
+            parts[masks.start] = scores
+            if summed_gate is not None:
+                same = gates if summed_gate == kind else None
+                accumulate_maps(total, scores, channels, summed_gate, interpolation, gates=same, stream=stream)
+        return parts, total
 
-    runs.batches(len(live), work)
+    lanes = runs.share(len(live), in_lane)
+    parts = {start: scores for own, _ in lanes for start, scores in own.items()}
+    totals = [total for _, total in lanes if total is not None]
     if not totals:
         return _Scores(parts, memory.zeros((len(runs.seeds), *runs.size)))
-    first, *others = (totals[number] for number in sorted(totals))  # always in the same order, for the same bits
+    first, *others = totals  # always in the same order, for the same bits
     for other in others:
         first += other
     return _Scores(parts, first)

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ...kernels import resize_picture
+from ...kernels import GpuStream, resize_picture
 from ..bundle.manifest import Manifest, Preprocess
 from ..errors import InputError, first_line
-from ..session.memory import Memory
 
 _MODES = {1: "L", 3: "RGB"}
 _FILTERS = {
@@ -29,12 +28,12 @@ Draw = Callable[[], list[np.ndarray]]
 
 
 def as_batch(images: Any, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Network input (B, C, H, W) float32, and per image the uint8 (H, W, 3) picture that a map covers. As Opened."""
-    batch, draw = Opened(images, manifest).on_host()
+    """Network input (B, C, H, W) float32, and per image the uint8 (H, W, 3) picture that a map covers."""
+    batch, draw = ImageBatch(images, manifest).on_host()
     return batch, draw()
 
 
-class Opened:
+class ImageBatch:
     """Images that were read and checked, and are still to be preprocessed: on the host by Pillow, or on a GPU.
 
     images: one or a sequence of paths, Pillow images or uint8 HWC arrays, which are preprocessed; or float32 arrays,
@@ -70,9 +69,9 @@ class Opened:
 
         return batch, draw
 
-    def on_gpu(self, memory: Memory) -> tuple[Any, Draw]:
+    def on_gpu(self, stream: GpuStream) -> tuple[Any, Draw]:
         """The same on the GPU, to the same bits as on the host."""
-        batch, recipe = memory.empty((len(self), *self._manifest.input_shape)), self._manifest.preprocess
+        batch, recipe = stream.empty((len(self), *self._manifest.input_shape)), self._manifest.preprocess
         kept = [i.copy() if isinstance(i, np.ndarray) else i for i in self._items]  # their owner may write over them
         for i, item in enumerate(kept):
             image = batch[i : i + 1].reshape(*self._manifest.input_shape)
@@ -82,13 +81,13 @@ class Opened:
                 or recipe.interpolation == "nearest"
                 or recipe.fit == "letterbox"
             ):
-                memory.stream.upload(self._one(item)[0], out=image)
+                stream.upload(self._one(item)[0], out=image)
                 continue
             (height, width), crop = placed(item.size, recipe)
             picture = in_order(np.asarray(item, np.uint8).reshape(item.height, item.width, -1), recipe)
             turned = rows_first(picture.shape[:2], (height, width))
             shades = recipe.mean, recipe.std, recipe.interpolation
-            resize_picture(memory.put(picture), (height, width), crop, *shades, turned, out=image, stream=memory.stream)
+            resize_picture(stream.upload(picture), (height, width), crop, *shades, turned, out=image, stream=stream)
         return batch, lambda: [self._one(item)[1] for item in kept]
 
     def _one(self, item: np.ndarray | Image.Image) -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels import DeviceError, OutOfMemory
+from ...kernels import DeviceError, GpuStream, OutOfMemory
 from ..errors import EngineError
 
 MOST = 16  # graphs that are kept; each holds the memory that its work uses
 
 
 @dataclass
-class _Kept:
+class _Captured:
     inputs: list[Any]
     graph: Any = None
     eager: bool = False
@@ -30,16 +30,16 @@ class CudaGraphs:
     What a run returns lies in memory that the next run of its key writes again: read or copy it before.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: GpuStream) -> None:
         self._stream = stream
-        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     def run(self, key: Hashable, inputs: Sequence[Any], work: Callable[..., Any]) -> Any:
         """work(*inputs), its inputs first taken to memory of the GPU that stays theirs. Errors of `work`."""
         kept = self._kept.pop(key, None)
         first = kept is None
         if kept is None:
-            kept = _Kept([self._stream.empty(a.shape) for a in inputs])
+            kept = _Captured([self._stream.empty(a.shape) for a in inputs])
         for given, place in zip(inputs, kept.inputs, strict=True):
             if isinstance(given, np.ndarray):
                 self._stream.upload(given, out=place)
@@ -57,7 +57,7 @@ class CudaGraphs:
             self._kept.popitem(last=False)
         return result
 
-    def _capture(self, kept: _Kept, work: Callable[..., Any]) -> None:
+    def _capture(self, kept: _Captured, work: Callable[..., Any]) -> None:
         """Right after the same work was run. What an engine cannot have captured is run as it is from now on."""
         try:
             with self._stream.capture() as graph:

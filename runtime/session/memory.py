@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels import DeviceArray, take_channels
+from ...kernels import DeviceArray, GpuStream, take_channels
 
 
 @dataclass(frozen=True)
 class Memory:
     """stream: of the GPU that the arrays are on, None for the host."""
 
-    stream: Any = None
+    stream: GpuStream | None = None
 
     def put(self, array: np.ndarray) -> Any:
         return array if self.stream is None else self.stream.upload(array)
 
     def get(self, *arrays: Any) -> list[np.ndarray]:
         """As NumPy's arrays; on a GPU waits for all that is queued, once."""
-        there = [a for a in arrays if isinstance(a, DeviceArray)]
-        fetched = iter(self.stream.download_all(there) if there else ())
+        on_gpu = [a for a in arrays if isinstance(a, DeviceArray)]
+        fetched = iter(self.stream.download_all(on_gpu) if self.stream is not None and on_gpu else ())
         return [next(fetched) if isinstance(a, DeviceArray) else a for a in arrays]
 
     def empty(self, shape: Sequence[int]) -> Any:

@@ -23,7 +23,7 @@ from .batches import Batch, chunks
 from .cuda_graphs import CudaGraphs
 from .lanes import Lanes
 from .memory import Memory
-from .timing import Stages, Timed
+from .timing import Stages, TimedExecutable
 
 
 class Session:
@@ -39,8 +39,7 @@ class Session:
         self.memory = Memory(None if backend.gpu is None else backend.gpu.stream)
         self.lanes = Lanes(backend.lanes)
         self.stages: Stages | None = None
-        captures = backend.gpu is not None and backend.gpu.captures
-        self._cuda_graphs = CudaGraphs(self.memory.stream) if captures else None
+        self._cuda_graphs = None if backend.gpu is None or not backend.gpu.captures else CudaGraphs(backend.gpu.stream)
         self._opened: dict[tuple[str, bool], Executable] = {}
         self._lock = threading.Lock()
 
@@ -78,7 +77,7 @@ class Session:
             if key not in self._opened:
                 self._opened[key] = self.backend.open(self.bundle, program, concurrent)
             executable = self._opened[key]
-        return executable if self.stages is None else Timed(executable, self.stages)
+        return executable if self.stages is None else TimedExecutable(executable, self.stages)
 
     def run(self, program: Program, batch: Batch, share_image: bool, on_gpu: bool = False) -> dict[str, Any]:
         """A program that takes images and seeds. share_image: one image serves several seeds; on_gpu: the results stay

@@ -56,7 +56,7 @@ def covered(intervals: list[Interval]) -> float:
     return length
 
 
-class Timed:
+class TimedExecutable:
     """An executable whose runs are noted as the network's."""
 
     def __init__(self, executable: Executable, stages: Stages) -> None:

@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from .... import install
 from ...errors import BackendUnavailable, EngineError, first_line
 
 # a library's name -> modules to import, the last of which is the library; the ones before it load its libraries
@@ -14,7 +15,6 @@ _MODULES = {
     "tensorrt_rtx": [("tensorrt_rtx",), ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings")],
 }
 _OLDEST = (10, 1)  # TensorRT whose Python API is as here
-_INSTALL = "pip install 'camrt[tensorrt-rtx]', or on datacentre GPUs and Jetson NVIDIA's tensorrt"
 Capability = tuple[int, int]
 
 
@@ -54,7 +54,13 @@ def find_library(name: str | None = None) -> Library:
             if candidate == "tensorrt_rtx" or tuple(map(int, library.version.split(".")[:2])) >= _OLDEST:
                 return library
             problems.append(f"tensorrt {library.version} is older than {_OLDEST[0]}.{_OLDEST[1]}")
-    raise BackendUnavailable(f"TensorRT cannot be used ({'; '.join(problems)}): {_INSTALL}")
+    raise BackendUnavailable(f"TensorRT cannot be used ({'; '.join(problems)}): {_advice()}")
+
+
+def _advice() -> str:
+    """TensorRT for RTX is made for GeForce and RTX cards, `tensorrt` for datacentre GPUs; a Jetson has its own."""
+    rtx, datacentre = install.extra("tensorrt-rtx"), install.extra("tensorrt")
+    return f"{rtx} for GeForce and RTX GPUs, {datacentre} for datacentre GPUs; on a Jetson take JetPack's tensorrt"
 
 
 def compute_capability_member(library: Library, capability: Capability) -> Any:

@@ -20,7 +20,7 @@ _ALIGNMENT = 512  # bytes, of what an engine is given: tensors want 256, scratch
 
 
 @dataclass
-class _Loaded:
+class _EngineState:
     """An engine in the GPU's memory; it dies with its runtime.
 
     context: what runs it next; None before the first run, and when a captured graph has taken it. compiled: the
@@ -40,7 +40,7 @@ class TensorRtEngine:
         self._backend = backend
         self._bundle = bundle
         self._program = program
-        self._loaded: dict[Shapes, _Loaded] = {}
+        self._loaded: dict[Shapes, _EngineState] = {}
 
     def __del__(self) -> None:
         device = self._backend.gpu.stream.device
@@ -87,13 +87,13 @@ class TensorRtEngine:
         stream.copy(array, copy)
         return copy
 
-    def _engine(self, shapes: Shapes) -> _Loaded:
+    def _engine(self, shapes: Shapes) -> _EngineState:
         if shapes not in self._loaded:
             self._refuse_in_capture()
             self._loaded[shapes] = self._load(shapes)
         return self._loaded[shapes]
 
-    def _context(self, loaded: _Loaded) -> Any:
+    def _context(self, loaded: _EngineState) -> Any:
         """What runs the engine.
 
         A captured graph holds its context's state: nobody else may use that context from then on. The run before set
@@ -113,7 +113,7 @@ class TensorRtEngine:
         if self._backend.gpu.stream.capturing:
             raise EngineError(f"{self._program.file}: run the same work once before it is captured")
 
-    def _load(self, shapes: Shapes) -> _Loaded:
+    def _load(self, shapes: Shapes) -> _EngineState:
         """EngineError where the engine cannot be built or loaded; OutOfMemory."""
         backend = self._backend
         library, file = backend.tensorrt, self._bundle.file(self._program)
@@ -133,9 +133,9 @@ class TensorRtEngine:
         if engine is None:
             card = backend.gpu.stream.device
             raise backend.failure(f"{file}: the engine does not load on {card}, update the driver")
-        return _Loaded(runtime, engine)
+        return _EngineState(runtime, engine)
 
-    def _new_context(self, loaded: _Loaded) -> Any:
+    def _new_context(self, loaded: _EngineState) -> Any:
         """Its scratch memory is ours, so that it is given back between runs."""
         trt, engine = self._backend.tensorrt.trt, loaded.engine
         how: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED

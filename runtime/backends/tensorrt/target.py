@@ -5,23 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from ....kernels import GpuDevice
 from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
 from .bindings import Capability, Library
 
 _RECIPE = 2  # of engines: to be raised with every change of build_engine that changes what it builds
-
-
-class Card(Protocol):
-    """A GPU that is here. model: tells cards apart that need engines of their own."""
-
-    @property
-    def compute_capability(self) -> Capability: ...
-
-    @property
-    def model(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class Target:
     gpu: str | None
 
     @classmethod
-    def of(cls, library: Library, card: Card) -> Target:
+    def of(cls, library: Library, card: GpuDevice) -> Target:
         """The GPU of this machine."""
         return cls(card.compute_capability, None if library.ahead_of_time else card.model)
 

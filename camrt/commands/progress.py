@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 
-class Stages:
+class Progress:
     """Shows the stage that is running and how long it has taken."""
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(bar_format="{elapsed} {desc} {postfix}", leave=False, disable=None)

@@ -1,4 +1,4 @@
-"""camrt build, camrt cache."""
+"""camrt build."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import functools
 import itertools
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import EngineError, InputError, UnknownName, near
-from .stages import Stages
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..runtime.backends.tensorrt.bindings import Capability, Library
@@ -18,7 +19,37 @@ if TYPE_CHECKING:
     from ..runtime.bundle.reading import Bundle
 
 
-def build(options: argparse.Namespace) -> int:
+HELP = "build TensorRT engines, for this GPU or ahead of time for others"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--compute-capability",
+        nargs="+",
+        metavar="X.Y",
+        help="GPUs to build for, e.g. 8.6 8.9 12.0 (default: this one's)",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16"), help="which programs (default: all that the bundle has)"
+    )
+    parser.add_argument("--max-batch", type=int, default=16, help="images or masks in one run (default: 16)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=("single", "batch", "targets"),
+        default=["single", "batch"],
+        help="one image, several, or several targets of one image (default: single batch)",
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        metavar="FILE",
+        help="'all', or files as 'camrt info' lists them (default: the leading methods')",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     from ..runtime.backends.tensorrt.bindings import find_library
     from ..runtime.backends.tensorrt.cache import EngineCache
     from ..runtime.backends.tensorrt.target import engine_key
@@ -31,7 +62,7 @@ def build(options: argparse.Namespace) -> int:
     library = find_library("tensorrt_rtx" if options.compute_capability else None)
     cache = EngineCache()
     warned: dict[str, None] = {}
-    for target in _targets(library, options.compute_capability):
+    for target in targets(library, options.compute_capability):
         whom = str(target)
         for program, shapes in itertools.product(programs, _shapes(options)):
             if shapes.kind == "targets" and "seed" not in program.inputs:
@@ -61,9 +92,9 @@ def _make(
 ) -> bytes:
     from ..runtime.backends.tensorrt.build import build_engine
 
-    with Stages() as stages:
-        stages(f"building {program.file} ({shapes.kind}) for {whom}")
-        built = build_engine(library, bundle.file(program), program, target, shapes, stages.detail)
+    with Progress() as progress:
+        progress(f"building {program.file} ({shapes.kind}) for {whom}")
+        built = build_engine(library, bundle.file(program), program, target, shapes, progress.detail)
     warned.update(dict.fromkeys(built.warnings))
     return built.engine
 
@@ -99,7 +130,7 @@ def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
     return [known[name] for name in dict.fromkeys(options.programs)]
 
 
-def _targets(library: Library, wanted: list[str] | None) -> list[Target]:
+def targets(library: Library, wanted: list[str] | None) -> list[Target]:
     """What to build for: this machine's GPU, or every GPU of the compute capabilities that are named."""
     from ..runtime.backends.tensorrt.target import Target
 
@@ -131,27 +162,3 @@ def _targets(library: Library, wanted: list[str] | None) -> list[Target]:
 
 def _dotted(capability: Capability) -> str:
     return "{}.{}".format(*capability)
-
-
-def cache(options: argparse.Namespace) -> int:
-    from ..runtime.backends.tensorrt.cache import EngineCache
-
-    engines = EngineCache()
-    if options.action == "clear":
-        print(f"{engines.clear()} engines removed from {engines.folder}")
-        return 0
-    entries = engines.entries()
-    for entry in entries:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(f"{entry.size / 1e6:8.1f} MB  {used}  {_described(entry.key)}")
-    total = sum(e.size for e in entries)
-    print(f"{len(entries)} engines, {total / 1e6:.1f} of {engines.limit / 1e6:.0f} MB: {engines.folder}")
-    return 0
-
-
-def _described(key: dict | None) -> str:
-    if key is None:
-        return "damaged: it will be built again"
-    whom = key.get("gpu") or "compute capability " + ".".join(map(str, key.get("compute_capability", [])))
-    said = (key.get(field, "?") for field in ("model", "file", "precision", "library"))
-    return f"{' '.join(map(str, said))}, {whom}, {key.get('shapes', '?')} up to {key.get('largest', '?')}"

@@ -1,0 +1,42 @@
+"""A method with options, as one writes it: score_cam_pp:variant=tanh_mask_only,baseline=zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method with options, and how it was written."""
+
+    text: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_method(text: str) -> MethodChoice:
+    """UnknownMethod for a method or option that does not exist, InputError if the text cannot be read."""
+    from .runtime.cams import method_named
+
+    name, _, rest = text.partition(":")
+    method = method_named(name)
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"method {text!r}: write options as {name}:option=value,option=value")
+        options[key] = _value(value)
+    method.check_options(options)
+    return MethodChoice(text, name, options)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
