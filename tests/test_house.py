@@ -33,6 +33,7 @@ ALLOWED = {
     "camrt/install.py": (),
     "camrt/image_files.py": ("runtime.errors",),
     "camrt/method_choice.py": ("runtime",),
+    "camrt/methods.py": ("runtime.cams",),
     "camrt": ("verification.distances", "method_choice", "runtime", "kernels", "export.api", "__version__"),
     "export": (
         "export",

@@ -5,6 +5,9 @@ float64.
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import small_net
 from torch import nn
 
@@ -462,3 +466,44 @@ def test_a_seed_array_is_a_contrast_of_probabilities(explainer: camrt.Explainer)
         first, second = (explainer.explain(IMAGES[:1], method, s).maps for s in (seed, 2 * seed))
         assert largest_difference(first, second) < 1e-5
         assert largest_difference(first, explainer.explain(IMAGES[:1], method, 0).maps) > 1e-3
+
+
+# ---- methods of other packages
+
+PLUGIN = """
+import numpy as np
+from camrt.kernels import upsample
+from camrt.methods import Gradients, Result, cam
+
+@cam("mean_cam", needs=Gradients, layers="last", source="a test")
+def mean_cam(data: Gradients, power: float = 1.0) -> Result:
+    '''The mean gradient, to a power.'''
+    _, gradient = next(iter(data.pairs()))
+    maps = np.abs(gradient.mean(axis=1)) ** power
+    return Result(upsample(maps, data.size) if power > 0 else maps, np.ones((len(maps), 1), np.float32))
+"""
+
+
+def test_a_package_brings_its_methods(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    for name, module in (("plugin", "plugin"), ("broken", "nowhere.at_all")):
+        folder = tmp_path / f"{name}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[camrt.methods]\n{name} = {module}\n")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "black.png")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def camrt_says(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "camrt", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    listed = camrt_says("methods")
+    assert "mean_cam" in listed.stdout and listed.stdout.index("mean_cam") > listed.stdout.index("winsor_cam")
+    assert "the methods of nowhere.at_all cannot be used: No module named 'nowhere'" in listed.stderr
+    done = camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:power=2")
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "explanations" / "black.npy").shape == (32, 32)
+    wrong = camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:power=0")
+    assert "the method mean_cam gave maps float32[1, 8, 8], it must give float32[1, 32, 32]" in wrong.stderr
+    assert "no option 'powr'" in camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:powr=2").stderr

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Lists the methods, or explains one."""
-    from ..runtime.cams import METHODS, method_named
+    from ..runtime.cams import all_methods, method_named
 
     if options.name is not None:
         method = method_named(options.name)
@@ -26,7 +26,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"layers: {method.layers or 'the whole network'}; programs: {', '.join(method.needs.kinds)}")
         print(f"options: {', '.join(f'{k}={v}' for k, v in method.options.items()) or 'none'}")
         return 0
-    for method in sorted(METHODS.values(), key=lambda m: LEADING.index(m.name) if m.name in LEADING else len(LEADING)):
+    known = all_methods()
+    for name in [*LEADING, *(n for n in known if n not in LEADING)]:
+        method = known[name]
         formula = (method.function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         print(f"{method.name:16} {' '.join(formula.split())}")
         print(

@@ -4,7 +4,7 @@ from . import gradient, integrative, masking, perturbing, winsor
 from .data import Activations, Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, MethodData
 from .data.layer_maps import GRADIENT_AGGREGATIONS
 from .integrative import Smooth
-from .registry import METHODS, Method, Result, cam, join, method_named
+from .registry import METHODS, Method, Result, all_methods, cam, join, method_named
 
 __all__ = [
     "GRADIENT_AGGREGATIONS",
@@ -20,6 +20,7 @@ __all__ = [
     "MethodData",
     "Result",
     "Smooth",
+    "all_methods",
     "cam",
     "gradient",
     "integrative",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import UnknownMethod, near
+from ..errors import UnknownMethod, first_line, near
 from .data import DATA, MethodData
 
 
@@ -80,6 +83,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+PLUGINS = "camrt.methods"  # the entry point group of packages with methods
 
 Function = Callable[..., Result]
 
@@ -109,9 +113,24 @@ def cam(
     return register
 
 
+def all_methods() -> dict[str, Method]:
+    """By name: ours, and those of installed packages that name a module in the entry point group `camrt.methods`."""
+    _import_plugins()
+    return METHODS
+
+
+@functools.cache
+def _import_plugins() -> None:
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(f"the methods of {entry.value} cannot be used: {first_line(error)}", stacklevel=2)
+
+
 def method_named(name: str) -> Method:
     """UnknownMethod, with near misses, if there is none."""
-    if name not in METHODS:
+    if name not in METHODS and name not in all_methods():
         raise UnknownMethod(f"no method {name!r}{near(str(name), list(METHODS))}")
     return METHODS[name]
 

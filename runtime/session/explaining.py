@@ -28,7 +28,17 @@ def explain_batch(
     data = read(session, method, batch, layers, options)
     with session.stage("method"):
         result = method.function(data, **options)
-        return (_fetched(session, result)[0] if on_gpu else result), data.logits
+        result = _fetched(session, result)[0] if on_gpu else result
+    _check_result(method, result, (len(batch.seeds), *session.size))
+    return result, data.logits
+
+
+def _check_result(method: Method, result: Result, shape: tuple[int, ...]) -> None:
+    """CamrtError if the maps are not float32 of the network's size, one for each seed."""
+    maps = result.maps
+    if not isinstance(maps, np.ndarray) or maps.shape != shape or maps.dtype != np.float32:
+        got = f"{maps.dtype}{list(maps.shape)}" if isinstance(maps, np.ndarray) else type(maps).__name__
+        raise CamrtError(f"the method {method.name} gave maps {got}, it must give float32{list(shape)}")
 
 
 def read(session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]) -> Any:
