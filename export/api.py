@@ -47,16 +47,17 @@ def export_model(
     """Exports a PyTorch classifier, in eval mode and float32, and returns the bundle's path.
 
     input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last",
-    or names: modules', and those of functions that modules call, as torchvision's feature extraction has them
-    (layer4.2.relu_2). precision: "fp32", "fp16" (mixed: see export/precision.py) or both, then a runtime chooses.
+    or names of modules and of functions that modules call, written as in torchvision's feature extraction
+    (layer4.2.relu_2). precision: "fp32", "fp16" (mixed: see export/precision.py) or both; camrt.load then chooses one.
     output: the attribute, key or position of the logits, where the model returns several things. activation: "softmax"
-    or "sigmoid", what makes probabilities of the logits. classes: names in logit order. preprocess: how a picture
-    becomes the input; without it the bundle takes preprocessed arrays only. progress is called with a line for every
-    stage.
+    or "sigmoid", the function that turns the logits into probabilities. classes: names in logit order. preprocess: how
+    a picture becomes the input; without it the bundle takes preprocessed arrays only. progress is called with one line
+    per stage.
 
-    Ends by opening every program with ONNX Runtime and running it on two images; what differs from the model is not
-    put in place. ExportError: the output is no list of classes, or PyTorch cannot export the model.
-    UnsupportedOperator: no gradient rule. UnknownLayer. BundleError: `path` exists or cannot be written.
+    At the end ONNX Runtime opens every program and runs it on two images (on one where the batch is fixed at 1). A
+    bundle that differs from the model is not written. ExportError: the output is not (batch, classes), PyTorch cannot
+    export the model, or the bundle differs from it. UnsupportedOperator: an operator has no gradient rule.
+    UnknownLayer. InputError: an argument does not fit. BundleError: `path` exists or cannot be written.
     """
     check_packages("torch", "onnx", "onnxscript")
     from .check import RowsMixed
@@ -103,8 +104,9 @@ def export_onnx(
     """Exports an ONNX classifier (opset 9 or later) and returns the bundle's path. PyTorch is not needed.
 
     layers: "default", "conv", "last", or names of nodes or tensors. input_shape: (channels, height, width), for a file
-    whose sizes are dynamic. output: which of several outputs holds the logits. A final Softmax, Sigmoid or LogSoftmax
-    is set aside: gradients are of the logits before it. Other arguments and errors as export_model.
+    whose sizes are dynamic. output: the name of the output that holds the logits, where the file has several. A final
+    Softmax, Sigmoid or LogSoftmax is removed: gradients are those of the logits before it. Other arguments and errors
+    as export_model.
     """
     check_packages("onnx", "onnxscript")
     from .files.from_onnx import read_graph, refuse_invalid, source_logits
@@ -146,7 +148,9 @@ class _Facts:
 
 
 def _precisions(given: str | Sequence[str]) -> list[str]:
-    """As programs record them. InputError for another."""
+    """The precisions as programs record them ("float32", "float16"), without repeats. InputError for an unknown one, or
+    for none.
+    """
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
         if name not in PRECISIONS:
@@ -164,9 +168,11 @@ def _export(
     agree: Callable[[Checker, TappedGraph], None],
     progress: Progress,
 ) -> Path:
-    """build: the graph, in the light of earlier attempts: with batch 1 where a free batch fails, and without a last
-    layer that the logits turn out not to read; source: what the model gives for an image; agree: compares more, once
-    the programs have run.
+    """Builds, checks and writes a bundle; where an attempt fails, tries again with batch 1, without the program that
+    failed, or with an earlier last layer.
+
+    build(attempt): the graph; `attempt` says what earlier attempts showed. source(graph): a function from an image to
+    the untouched model's output. agree(checker, graph): further comparisons, after the programs have run.
     """
     from .check import NotFinite, NothingRead, RowsMixed, zero_gradients
     from .graph import Attempt
@@ -186,7 +192,7 @@ def _export(
                 raise ExportError(str(problem)) from problem
             attempt, reason = replace(attempt, pinned=True), str(problem)
         except NotFinite as problem:
-            told = f"{problem}, as gradients of a root at 0 are: the bundle is written without it"
+            told = f"{problem} (a root, for example, has no gradient at 0): the bundle is written without it"
             warnings.warn(told, stacklevel=3)
             attempt = replace(attempt, left_out=attempt.left_out | {problem.kind})
         except NothingRead as problem:
@@ -242,7 +248,8 @@ def _write(
     )
     if manifest.assumes_softmax:
         progress(
-            "nothing says what makes probabilities of the logits: a softmax is assumed (activation=, --activation)"
+            "the activation that turns the logits into probabilities is not known: a softmax is assumed (activation=, "
+            "--activation)"
         )
     programs = {}
     for precision in facts.precisions:
@@ -270,7 +277,9 @@ def _write(
 
 
 def normalized_of(graph: TappedGraph) -> Normalized | None:
-    """Where the graph normalises its own image, and what that has."""
+    """The tensor after the graph's own normalisation of the image: its name and (channels, height, width); None where
+    masks multiply the image itself.
+    """
     from .graph import named_values
     from .tape import static_dims
 

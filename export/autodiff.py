@@ -30,8 +30,9 @@ _QUANTISED = {
 def vjp(*op_types: str, shares_image: bool = True) -> Callable[[Rule], Rule]:
     """Registers a rule: (tape, node, cotangent of the node's first output) -> one cotangent or None per input.
 
-    A rule for a node with several outputs receives a tuple with None for the outputs that nothing needs. shares_image:
-    whether what it emits also works for several seeds of one image, the image's tensors being broadcast.
+    A rule for a node with several outputs receives a tuple, with None for the outputs that have no cotangent.
+    shares_image: whether the emitted nodes also work for several seeds of one image, where the image's tensors are
+    broadcast. ValueError if the operator has a rule already.
     """
 
     def register(rule: Rule) -> Rule:
@@ -47,10 +48,10 @@ def vjp(*op_types: str, shares_image: bool = True) -> Callable[[Rule], Rule]:
 
 
 def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value, past_stops: bool = False) -> set[ir.Value]:
-    """Values that depend on one of `sources`, smoothly or but for rounding, and that `target` depends on.
+    """Floating-point and quantised values that depend on one of `sources` and that `target` depends on.
 
-    Quantised numbers stand for real ones and are on the path; what a StopGradient gives is not. past_stops: what lies
-    behind one as well, which has a gradient of its own but gives the sources none.
+    The path does not pass a StopGradient. past_stops: values between a StopGradient and the target are included as
+    well: they have a gradient, but it does not reach the sources.
     """
     reached = set(sources)
     for node in graph:
@@ -65,7 +66,7 @@ def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value, past
 
 
 def _is_quantised(node: ir.Node, y: ir.Value) -> bool:
-    """Whether y holds quantised numbers, which a Cast to whole numbers does not make."""
+    """Whether y holds quantised numbers: it has an integer type of 4 to 16 bits, and no Cast computed it."""
     return y.dtype in _QUANTISED and node.op_type != "Cast"
 
 
@@ -80,8 +81,8 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
     for source in sources:
         if source not in path:
             raise UnsupportedOperator(
-                f"no gradient reaches {_label(source)!r}: the logits read it through detach or no_grad alone, or not "
-                "at all: choose another layer"
+                f"no gradient reaches {_label(source)!r}: the logits do not read it, or only through detach or "
+                "no_grad: choose another layer"
             )
     tape.needed = path
     forward = list(graph)
@@ -108,14 +109,14 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
     for source in sources:
         if source not in cotangents:
             raise UnsupportedOperator(
-                f"no gradient reaches {_label(source)!r}: {_decision(target)} decides rather than scores: name the "
+                f"no gradient reaches {_label(source)!r}: {_decision(target)} gives a decision, not scores: name the "
                 "output before it, or export the model without it"
             )
     return [cotangents[source] for source in sources]
 
 
 def _decision(target: ir.Value) -> str:
-    """The last node before a value that computes truths or whole numbers, in words."""
+    """Describes the node nearest to `target` that computes, or reads computed, booleans or integers."""
     pending, seen = deque([target]), {target}
     while pending:
         node = pending.popleft().producer()
@@ -132,7 +133,7 @@ def _decision(target: ir.Value) -> str:
 
 
 def _nearest_source(node: ir.Node, sources: Sequence[ir.Value]) -> str | None:
-    """Name of a source upstream of `node`, the last one in graph order."""
+    """Name of a source that `node` depends on, the first one that the search finds; None if there is none."""
     wanted, pending, found = set(sources), [x for x in node.inputs if x is not None], []
     seen = set(pending)
     while pending:

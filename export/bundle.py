@@ -61,10 +61,11 @@ def write_bundle(
     progress: Callable[[str], None] = lambda _: None,
     check: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
 ) -> Path:
-    """Writes everything beside `path`, then puts it there: a bundle is there whole or not at all.
+    """Writes into a hidden folder beside `path`, then moves it to `path`, which never holds an incomplete bundle.
 
-    `manifest` comes without its programs and weights. check(folder, manifest): raises for a bundle that must not be
-    put in place. BundleError if `path` exists (and may not be overwritten, or is not a bundle) or cannot be written.
+    `manifest`: without programs and weights, which are filled in here. check(folder, manifest): raises if the bundle
+    must not be moved to `path`. BundleError if `path` exists (and may not be overwritten, or is not a bundle) or cannot
+    be written.
     """
     path = Path(path)
     check_target(path, overwrite)

@@ -1,6 +1,7 @@
-"""The end of every export: each program is read as a stranger's would be, opened by ONNX Runtime and run on two images.
+"""The last step of every export: ONNX Runtime opens each program's file and runs it on two images, or on one where the
+batch is fixed at 1.
 
-What does not load, does not run, or gives other logits than its source is not put in place.
+A bundle that does not load, does not run, or gives other logits than its source is not put in place.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ from .tape import static_dims
 
 SOURCE_LIMIT = 1e-3  # relative L2 of logits from the source's: two float32 programs on the same image
 ROWS_LIMIT = 1e-3  # relative L2 of a batch's logits from those of its images alone
-# both, where the source rounds to float16 or quantises: a rounding that falls otherwise moves all behind it
+# both limits, where the source computes in float16 or is quantised: one different rounding changes all later values
 ROUNDED_LIMIT = 5e-2
-LARGE = 32e6  # bytes that a program gives for an image: one image at a time is then in memory
-GRADIENT_LIMIT = 0.1  # relative L2 of a gradient from PyTorch's, before float64 decides
+LARGE = 32e6  # bytes of a program's outputs for one image; above this the images are run one after another
+GRADIENT_LIMIT = 0.1  # relative L2 of a gradient from PyTorch's; above this float64 decides
+WRONG_GRADIENT = 0.5  # relative L2, of a model that does not run in float64: rounding alone does not reach it
 
 # one image (1, C, H, W) -> what the source gives, None where it cannot be run
 Logits = Callable[[np.ndarray], np.ndarray | None]
 
 
 class RowsMixed(CamrtError):
-    """Images of a batch change one another's logits. node: which one mixes them."""
+    """A free batch does not work: its images change one another's logits, its logits are not the source's, or PyTorch
+    cannot trace it. Batch 1 may work.
+    """
 
 
 class NotFinite(CamrtError):
-    """A program that a bundle can do without holds NaN or infinity. kind: of the program."""
+    """An optional program (full_grad) gives NaN or infinity. kind: the program's kind."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(f"{kind} holds NaN or infinity for an ordinary image")
@@ -54,11 +58,11 @@ class NothingRead(CamrtError):
 
 
 class Checker:
-    """Checks the programs of one bundle as they lie in its folder.
+    """Checks the programs of one bundle in its folder.
 
-    source: what the untouched model gives for an image, comparable with the scores that the bundle's logits make;
-    rounded: whether the source computes in less than float32; accepts_zeros: whether a network may pass all of whose
-    gradients are zero.
+    source: image (1, C, H, W) -> the untouched model's scores, which are compared with the bundle's logits after the
+    source's final activation; rounded: whether the source computes with less precision than float32; images
+    (N, C, H, W), float32; accepts_zeros: whether a network may pass if all its gradients are zero.
     """
 
     def __init__(
@@ -69,12 +73,14 @@ class Checker:
         self._accepts_zeros = accepts_zeros
         self._limits = (ROUNDED_LIMIT, ROUNDED_LIMIT) if rounded else (SOURCE_LIMIT, ROWS_LIMIT)
         self.images = images
-        self.gradients: dict[str, np.ndarray] = {}  # of the first image, by layer
-        self.cotangent: np.ndarray | None = None  # of the source's scores for that image, whose gradient these are
-        self.seed: np.ndarray | None = None  # the same of the logits
+        self.gradients: dict[str, np.ndarray] = {}  # (1, K, h, w) of the first image, by layer
+        self.cotangent: np.ndarray | None = None  # (B, classes), of the source's scores
+        self.seed: np.ndarray | None = None  # (B, classes), the same cotangent of the logits
 
     def __call__(self, folder: Path, manifest: Manifest) -> None:
-        """ExportError names the program; RowsMixed where a batch must not be free."""
+        """Runs and compares every program. ExportError or BundleError names the program that fails; RowsMixed if the
+        batch must be 1; NotFinite; NothingRead.
+        """
         images = self.images[:1] if manifest.batch == 1 else self.images
         classify = next(p for p in manifest.programs if p.kind == Kind.CLASSIFY)
         run = open_file(folder / classify.file)
@@ -116,7 +122,9 @@ class Checker:
         return lambda image: run({"image": image})["logits"]
 
     def _outputs(self, program: Program, feeds: dict[str, np.ndarray], run: Run) -> dict[str, np.ndarray]:
-        """What a program gives; of one that gives very much, image after image, what it gives for the first."""
+        """A program's outputs. If they are large, the images are run one after another, and the first image's outputs
+        are returned.
+        """
         if sum(math.prod(shape[1:]) for shape in program.outputs.values()) * 4 > LARGE:
             out: dict[str, np.ndarray] = {}
             for i in reversed(range(len(feeds["image"]))):
@@ -133,18 +141,20 @@ class Checker:
         if bad is not None:
             raise ExportError(
                 f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights, and "
-                "whether it takes a root, a logarithm or a quotient of what may be 0, as the standard deviation of a "
-                "constant channel is"
+                "whether it computes a root, a logarithm or a quotient of a number that may be 0, such as the standard "
+                "deviation of a constant channel"
             )
         return out
 
     def _same(self, file: str, got: np.ndarray, want: np.ndarray, limit: float, what: str) -> None:
         distance = relative_l2(got, want)
         if distance > limit:
-            raise ExportError(f"{file}: differs from the {what} by {distance:.1e}, relative L2, allowed {limit:.0e}")
+            raise ExportError(f"{file}: differs from the {what} by {distance:.1e} (relative L2; allowed {limit:.0e})")
 
     def _compare_source(self, manifest: Manifest, images: np.ndarray, logits: np.ndarray) -> None:
-        """ExportError, or with a free batch RowsMixed: with a fixed one the source's logits may yet be met."""
+        """Compares the logits with the source's. ExportError where they differ, but RowsMixed with a free batch, since
+        batch 1 may still agree. ExportError if the source gives other logits each time.
+        """
         for image, row in zip(images, logits, strict=True):
             want = self._source(image[None])
             if want is None:
@@ -157,11 +167,12 @@ class Checker:
                 again = self._source(image[None])
                 if again is not None and relative_l2(again, want) > limit:
                     raise ExportError(
-                        "the model gives other logits for the same image every time it runs: it draws random numbers "
-                        "(dropout or noise that eval() does not turn off): leave them out of what is explained"
+                        "the model gives different logits for the same image each time it runs: it draws random "
+                        "numbers (dropout or noise that eval() does not turn off): remove them from the model"
                     )
                 said = (
-                    f"its logits for one image are {distance:.1e} from the source's, relative L2, allowed {limit:.0e}"
+                    f"its logits for one image differ from the source's by {distance:.1e} (relative L2; allowed "
+                    f"{limit:.0e})"
                 )
                 raise (
                     ExportError(f"the bundle: {said}")
@@ -178,7 +189,7 @@ class Checker:
 
 
 def finished(logits: np.ndarray, activation: str | None) -> np.ndarray:
-    """The scores that the source's final activation makes, float64."""
+    """The source's final activation ("Softmax", "Sigmoid", "LogSoftmax" or None) of one image's logits, float64."""
     z = logits.astype(np.float64)
     if activation == "Sigmoid":
         return 1 / (1 + np.exp(-z))
@@ -190,8 +201,9 @@ def finished(logits: np.ndarray, activation: str | None) -> np.ndarray:
 
 
 def seeds_through(logits: np.ndarray, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Cotangents (B, classes) of the source's scores and of the logits, float32, that mean the same: the top class's,
-    the latter of largest entry 1.
+    """(cotangent of the source's scores, cotangent of the logits), both (B, classes) float32: the gradient of the top
+    class's score, scaled so that the largest entry for the logits is 1. Where the scores are saturated, the row for the
+    logits is 0.
     """
     cotangent = np.eye(logits.shape[1])[logits.argmax(axis=1)]
     if activation is None:
@@ -212,8 +224,8 @@ def seeds_through(logits: np.ndarray, activation: str | None) -> tuple[np.ndarra
 
 
 def zero_gradients(graph: TappedGraph) -> frozenset[str]:
-    """Names of the maps of tokens behind a prefix of which no gradient of an ordinary image reaches the grid; none
-    where it reaches no map at all.
+    """Names of the token maps with a prefix (class or register tokens) whose gradient on the grid is zero for a test
+    image; empty if it is zero for all of them.
     """
     known = layouts(graph.model.graph)
     computed = [v for v in known if v.producer() is not None and v.dtype == ir.DataType.FLOAT]
@@ -234,12 +246,13 @@ def zero_gradients(graph: TappedGraph) -> frozenset[str]:
 
 
 def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
+    """The L2 norm of got - want, divided by the L2 norm of want (by 1 if that is 0)."""
     norm = float(np.linalg.norm(want))
     return float(np.linalg.norm(got.astype(np.float64) - want)) / (norm if norm > 0 else 1.0)
 
 
 def first_mixing(graph: TappedGraph, images: np.ndarray) -> str:
-    """A clause that names the first node whose values of a batch are not those of its images alone."""
+    """A clause about the first node whose output for a batch differs from its outputs for single images."""
     model = graph.model.clone()
     model.graph.inputs[0].name = "image"
     values = [y for node in model.graph for y in node.outputs if y.dtype == ir.DataType.FLOAT and y.name]
@@ -262,17 +275,18 @@ def first_mixing(graph: TappedGraph, images: np.ndarray) -> str:
         if got.shape != want.shape or relative_l2(got, want) > ROWS_LIMIT:
             node = y.producer()
             assert node is not None
-            return f"{node.op_type} (node {node.name!r}) takes the images of a batch together"
-    return "the images of a batch change one another"
+            return f"{node.op_type} (node {node.name!r}) mixes the images of a batch"
+    return "the images of a batch change one another's values"
 
 
 def looks_like_probabilities(
     run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, behind_product: bool
 ) -> str | None:
-    """What scores seem to be, in words, if they seem to be probabilities; judged by images that are far from ordinary
-    as well.
+    """Describes the scores if they look like probabilities for the images (N, C, H, W), and for these times 20 and -20;
+    else None.
 
-    behind_product: whether a product of matrices or a convolution gives them, whose numbers may lie in any range.
+    run: image (1, C, H, W) -> scores (1, classes). behind_product: whether a matrix product or a convolution computes
+    the scores, which may then lie between 0 and 1 by chance.
     """
     stretched = np.concatenate([images, 20 * images, -20 * images])
     scores = np.concatenate([run(image[None]) for image in stretched]).astype(np.float64)
@@ -285,15 +299,15 @@ def looks_like_probabilities(
 
 
 def warn_of_probabilities(seem: str | None, made_of: str | None) -> None:
-    """seem: what scores look like; made_of: the operator that they are made of."""
+    """Warns that the scores are probabilities. seem: what they look like; made_of: the operator that computes them."""
     told = (
-        f"the scores look like probabilities ({seem}), and what they are made of was not found"
+        f"the scores look like probabilities ({seem}), and no logits were found before them"
         if seem is not None
-        else f"the scores are made of a {made_of}, whose own input was not found to be the logits"
+        else f"the scores are computed from a {made_of}, whose input was not recognised as the logits"
     )
     warnings.warn(
-        f"{told}: gradients are of these scores, which flatten where the network is sure, and Score-CAM's weights are "
-        "a softmax of them; export the model without its final activation, or name the output before it",
+        f"{told}: gradients are those of these scores, which are small where the network is confident, and Score-CAM's "
+        "weights are a softmax of them; export the model without its final activation, or name the output before it",
         stacklevel=4,
     )
 
@@ -304,23 +318,30 @@ def check_gradients(
     own: Sequence[str],
     exact: Callable[[], dict[str, float]],
 ) -> None:
-    """ExportError where a layer's gradient is not PyTorch's; a warning where the model has backward passes of its own.
+    """Compares the gradients `found` with PyTorch's, `wanted`, layer by layer. ExportError if one differs; only a
+    warning if `own` names classes with custom backward passes.
 
-    exact: distances in float64, which are asked for only where float32 leaves a doubt.
+    exact: computes the distances {layer: relative L2} in float64, or none if the model does not run in float64; called
+    only if a distance in float32 is above GRADIENT_LIMIT.
     """
-    doubtful = [n for n in found if relative_l2(found[n], wanted[n]) > GRADIENT_LIMIT]
-    if not doubtful:
+    rough = {n: relative_l2(found[n], wanted[n]) for n in found}
+    if max(rough.values(), default=0.0) <= GRADIENT_LIMIT:
         return
-    wrong = [n for n, distance in exact().items() if distance > 1e-3]
+    distances = exact()
+    wrong = [n for n, distance in distances.items() if distance > 1e-3]
+    if not distances:
+        wrong = [n for n, distance in rough.items() if distance > WRONG_GRADIENT]
     if not wrong:
         return
     said = f"the gradients of {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''} are not PyTorch's"
     if own:
         warnings.warn(
-            f"{said}, because of {', '.join(own)}, whose backward pass is not its forward pass's", stacklevel=4
+            f"{said}, because of {', '.join(own)}, whose backward pass is not its forward pass's derivative",
+            stacklevel=4,
         )
         return
     raise ExportError(
         f"{said}: the model's backward pass differs from its forward pass's derivative (hooks on gradients, code that "
-        "torch.export does not see, or a sort or topk of equal numbers, whose order is open); tap layers behind it"
+        "torch.export does not see, or a sort or topk of equal numbers, whose order is undefined); tap layers after "
+        "that step"
     )

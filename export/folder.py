@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all, also when its writer is killed."""
+"""Writes a folder completely or not at all, even if the writing process is killed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # a system or file syst
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path` to write into. When the block ends it takes the place of path, whatever is there.
+    """Yields a hidden folder beside `path` to write into. When the block ends without an error, this folder replaces
+    whatever is at `path`.
 
-    Its writer holds a lock on it; folders that killed writers of the same path left are removed first. OSError.
+    The writing process holds a lock on the hidden folder. Hidden folders that killed writers of the same `path` left
+    behind are removed first. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with _locked(path.parent, wait=True):  # between its making and its locking nobody takes it for left over
+        with _locked(path.parent, wait=True):  # no other process removes the new folder before it is locked
             _remove_left_over(path)
             work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             stack.callback(_remove, work)
@@ -40,8 +42,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether the folder is locked now, by this process: not if another holds it, or where file systems know
-    no locks.
+    """Yields True if this process holds the folder's lock inside the block; False if another process holds it, if the
+    file system has no locks, or if the folder cannot be opened. wait: waits until another process releases it.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -76,7 +78,7 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(work: Path, path: Path) -> None:
-    """Each takes the other's place, at once; where that cannot be, one after the other. OSError."""
+    """Exchanges two paths: in one step with renameat2, else with three renames. Raises OSError."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
         if rename(_AT_FDCWD, os.fsencode(work), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0:

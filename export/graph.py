@@ -1,4 +1,6 @@
-"""The forward graph that all programs start from: one image in, logits out, static sizes, the tapped tensors named."""
+"""The forward graph that all programs start from: image in, logits out, tapped tensors named, all sizes static except
+the batch.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from .tape import attribute, constant_of, initializer
 @dataclass(frozen=True)
 class Attempt:
     """What earlier attempts at an export showed. pinned: the batch must be 1; left_out: kinds of program that do not
-    work; without_gradient: names of the graph's values whose grid the logits do not read, though the graph's structure
-    does not show it; None before that was looked for.
+    work; without_gradient: names of the token maps whose gradient on the grid was measured to be zero; None before that
+    was measured.
     """
 
     pinned: bool = False
@@ -89,7 +91,9 @@ def batch_norm_after(value: ir.Value) -> ir.Node | None:
 
 
 def batch_norm_affine(norm: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
-    """Per channel, float64: y = scale x + shift, of a BatchNormalization with constant statistics; None for another."""
+    """(scale, shift), each (channels,) float64: a BatchNormalization as y = scale x + shift. None if one of its
+    parameters or statistics is not a constant.
+    """
     constants = [constant_of(x) for x in norm.inputs[1:5]]
     if any(c is None for c in constants):
         return None
@@ -101,8 +105,8 @@ def batch_norm_affine(norm: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
 def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
     """Folds every BatchNormalization into the Conv before it, in place.
 
-    Returns for each folded convolution's output A its successor y and the channel vectors of y = scale A + shift,
-    float64, from which everything linear in A and its gradient is recovered without a division.
+    Returns {name of the convolution's output A: (name of the norm's output y, scale, shift)}; y = scale A + shift with
+    vectors (channels,) in float64. What is linear in A or in its gradient follows from these without a division.
     """
     graph = model.graph
     folded = {}
@@ -139,7 +143,9 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
 
 
 def finish(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
-    """Makes `outputs` the graph's outputs and drops what none of them needs, marks for the autodiff among it."""
+    """Makes `outputs` the graph's outputs, turns StopGradient marks into Identity, and removes nodes that no output
+    needs.
+    """
     for node in model.graph:
         if node.op_type == "StopGradient":
             node.op_type = "Identity"

@@ -34,7 +34,8 @@ def trunk(graph: TappedGraph) -> ir.Model:
 def head(graph: TappedGraph) -> ir.Model | None:
     """`activation` (N, K, h, w) and `context:i`, all of batch N -> logits (N, classes).
 
-    None where the network cannot be cut: what else the head reads of the image has not the batch in front.
+    None where the network cannot be cut at the tap: another tensor of the image that the head reads is not floating
+    point or has no batch axis of its own, or the logits do not depend on the tap.
     """
     model = graph.model.clone()
     tap, tapped, logits = _parts(graph, model)
@@ -103,7 +104,7 @@ def _downstream(graph: ir.Graph, *sources: ir.Value) -> list[ir.Node]:
 
 
 def _moved(tape: Tape, value: ir.Value, axis: int, to: int) -> ir.Value:
-    """With one axis in another place."""
+    """`value` with the axis `axis` moved to position `to`."""
     if axis == to:
         return value
     assert value.shape is not None
@@ -115,8 +116,8 @@ def _moved(tape: Tape, value: ir.Value, axis: int, to: int) -> ir.Value:
 
 
 def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> dict[ir.Value, int] | None:
-    """Values of the image that the logits read past the tap -> the axis of their batch; None if one has no batch of
-    its own.
+    """{value: its batch axis} for the values that the logits read beside the tap and that depend on the image. None if
+    one has no batch axis of its own or is not floating point, or if the logits do not depend on the tap.
     """
     after = _downstream(graph, tapped)
     inside = {tapped, *(y for node in after for y in node.outputs)}
@@ -143,8 +144,8 @@ def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> dict[ir.Val
 
 
 def _batch_axis(graph: ir.Graph, value: ir.Value, layout: Layout | None) -> int | None:
-    """The axis with one row for each image, all others having static sizes; None where there is none, as where heads
-    of attention are counted with the batch.
+    """The axis with one row per image, if all other sizes are static; else None, for example where attention heads are
+    merged into the batch axis.
     """
     sizes = list(value.shape or ())
     if layout is not None:

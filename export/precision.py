@@ -1,14 +1,14 @@
-"""Mixed precision: a float32 program whose costly part is in float16.
+"""Mixed precision: a float32 program whose expensive part is in float16.
 
-Which part: in a program that reads a seed, the backward pass. The forward pass stays float32, because a rectifier
-whose input float16 moves across zero changes gradients by far more than rounding does; the backward pass is linear,
-and rounding is all that it suffers. In a program without a seed, whose results are scores, everything.
+In a program that reads a seed, this part is the backward pass. The forward pass stays float32: if float16 moved a
+ReLU's input across zero, the gradient would change by far more than a rounding error. The backward pass is linear, so
+float16 adds only rounding errors. In a program without a seed, whose results are scores, the part is the whole program.
 
-In that part convolutions and matrix products are in float16. What loses most there stays in float32: softmax, norms,
-means and sums, exponentials, and what they lead to up to the next convolution or product; and a branch whose values a
-small constant multiplies, as layer scale does at the start of training, until it joins others: float16 has no small
-numbers to spare. Weights stay float32 in the file, shared with the float32 programs, and are cast where they are used;
-an engine folds the casts of constants.
+In this part convolutions and matrix products are in float16. The operators that float16 harms most stay in float32:
+softmax, norms, means, sums and exponentials, and the nodes after them up to the next convolution or product. A branch
+that is multiplied by a small constant (layer scale at the start of training) also stays in float32 until it joins
+another branch, because its values may be too small for float16. Weights stay float32 in the file, shared with the
+float32 programs, and are cast where they are used; an engine folds the casts of constants.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def to_half(model: ir.Model) -> ir.Model:
 
 
 def _unfold_batch_norms(model: ir.Model) -> None:
-    """A batch norm is y = scale x + shift, its statistics taken together in float64, and can then follow a
-    convolution.
+    """Writes each batch norm as y = scale x + shift (Mul and Add), with scale and shift computed in float64: after a
+    convolution it can then be in float16.
     """
     graph = model.graph
     for node in list(graph):
@@ -74,7 +74,7 @@ def _unfold_batch_norms(model: ir.Model) -> None:
 
 
 class _Converter:
-    """Converts what depends on the roots."""
+    """Converts the nodes that depend on the roots: on the seed, or on all inputs of a program without a seed."""
 
     def __init__(self, graph: ir.Graph, roots: Sequence[ir.Value]) -> None:
         self._graph = graph
@@ -107,7 +107,7 @@ class _Converter:
                 self._set_half(node, y)
 
     def _makes_small(self, node: ir.Node) -> bool:
-        """Whether all that comes in from the roots is small, or a small constant multiplies it."""
+        """Whether every input that depends on the roots is small, or the node multiplies it by a small constant."""
         computed = [x for x in node.inputs if x is not None and x in self._dependent]
         if node.op_type == "Mul" and len(computed) == 1:
             factors = [constant_of(x) for x in node.inputs if x is not computed[0]]
@@ -116,7 +116,7 @@ class _Converter:
         return all(x in self._small for x in computed)
 
     def _wide(self, node: ir.Node) -> bool:
-        """Whether one of the roots, or something computed in float32 from them, comes in."""
+        """Whether an input that depends on the roots is float32, or no floating-point input depends on them."""
         floats = [
             x
             for i, x in enumerate(node.inputs)
@@ -156,7 +156,7 @@ class _Converter:
         return self._casts[x, kind]
 
     def _cast_of_condition(self, node: ir.Node) -> None:
-        """0 and 1 are exact in float16."""
+        """A Cast of booleans gives float16, where 0 and 1 are exact; a Cast of float16 reads its input as float32."""
         x, y = node.inputs[0], node.outputs[0]
         if x is not None and x.dtype == ir.DataType.BOOL and y.dtype == FLOAT and y not in self._outputs:
             node.attributes["to"] = ir.AttrInt64("to", HALF)

@@ -26,7 +26,10 @@ def as_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def last_bits(batch: np.ndarray, count: int, units: float = 4) -> Iterator[np.ndarray]:
-    """The batch, and count - 1 copies whose numbers differ from it by a few units in the last place."""
+    """The batch, and count - 1 copies whose numbers differ from it by a few units in the last place.
+
+    units: the standard deviation of the relative difference, in units of 2^-24.
+    """
     yield batch
     rng = np.random.default_rng(0)
     for _ in range(count - 1):

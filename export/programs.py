@@ -25,7 +25,8 @@ from .layers.layouts import layouts, to_maps
 from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
-# in mixed precision the largest entry of a seed: of gradients, 2e-7 to 250 for a seed of ones are normal numbers
+# In mixed precision a seed is scaled until this is its largest entry: gradients from 2e-7 to 250, for a seed whose
+# largest entry is 1, are then normal float16 numbers.
 SEED_SCALE = 256.0
 
 
@@ -41,9 +42,12 @@ class BuiltProgram:
 
 
 def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[BuiltProgram]:
-    """classify and full_grad; for all taps, and for the last block alone, whose backward pass is short, the gradient
-    programs; and for the last block and every layer that is no convolution the network cut there: trunk and head. In
-    the graph's precision; programs that run once an explanation are always float32.
+    """Builds the programs of a bundle. UnsupportedOperator if an operator between a tap and the logits has no rule.
+
+    classify; normalize and score, if the graph normalises its own image; activations, gradients and layer_maps for all
+    taps, and again for the last block alone, whose backward pass is short; full_grad, if the network allows it; trunk
+    and head, the network cut in two, at the last block and at every tap that is not a convolution. All are in the
+    graph's precision, but programs that run once per explanation are always float32.
     """
     last, whole = graph.select("last"), replace(graph, taps=())
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
@@ -82,8 +86,8 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
 
 
 def seeds_share_image(graph: TappedGraph) -> bool:
-    """True if one image serves many seeds: every tensor between the taps and the logits keeps the batch, alone, in
-    front, and every rule there broadcasts the image's tensors.
+    """True if programs accept several seeds for one image: every tensor between the taps and the logits has the batch
+    alone on its first axis, and every gradient rule there broadcasts the image's tensors.
     """
     values = named_values(graph.model.graph)
     path = on_path(graph.model.graph, [values[name] for _, name in graph.taps], values[graph.logits])
@@ -165,8 +169,8 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
 
 
 def full_grad(graph: TappedGraph) -> ir.Model:
-    """image, seed (S, classes), one image a seed -> logits, and per grid the sum of the FullGrad maps (S, h, w) of
-    that size.
+    """image, seed (S, classes), one image per seed -> logits, and per grid size the sum of the FullGrad maps (S, h, w)
+    of that size. UnsupportedOperator if a bias is not added on an NCHW map, or an operator has no rule.
 
     For every convolution's bias, every batch norm's (beta - mean gamma / sqrt(var + eps)) and the image itself: sum
     over channels of minmax(|bias_k g_k|), or of minmax(|image_c g_c|), minmax being (x - min) / (1e-7 + max - min).
@@ -233,7 +237,9 @@ def _weighted_sum(tape: Tape, alpha: ir.Value, value: ir.Value, tap: Tap, shift:
 
 
 def _is_narrow_pointwise(node: ir.Node, pixels: int) -> bool:
-    """True for a plain 1 x 1 Conv with a known bias whose input and weights take well under its output's numbers."""
+    """True for a plain 1 x 1 Conv with a known bias whose input and weights together have less than 0.6 times as many
+    numbers as its output.
+    """
     if node.op_type != "Conv" or node.inputs[1] is None:
         return False
     channels, inputs, *kernel = weight_dims(node.inputs[1])
@@ -253,10 +259,10 @@ def _flat(tape: Tape, rows: Sequence[ir.Value]) -> ir.Value:
 
 
 def _pool_behind(tap: ir.Value, taps: Sequence[ir.Value]) -> ir.Value | None:
-    """The max-pooled output p, if `tap` goes through a ReLU into a MaxPool and nowhere else, and is the first of the
-    taps.
+    """The output p of a MaxPool, if `tap` feeds only a ReLU, the ReLU only that MaxPool, and no other tap comes before
+    `tap`; else None.
 
-    The sum over the grid of the tap's gradient is then sum g_p [p > 0], whichever elements the maxima were: the pooling
+    The sum over the grid of the tap's gradient is then sum g_p [p > 0], whichever elements were the maxima: the pooling
     need not be differentiated.
     """
     value = tap
@@ -292,10 +298,11 @@ def _program(graph: TappedGraph, build: Callable[..., list[ir.Value]], fold: boo
 
 
 def _seed(tape: Tape, logits: ir.Value, precision: str) -> tuple[ir.Value, Callable[[ir.Value, int], ir.Value]]:
-    """The program's `seed` input; rows of zeros become the one-hot row of the image's top class (the first, in a tie).
+    """Adds the `seed` input (S, classes) and returns (seed, restored). A row of zeros becomes the one-hot row of the
+    image's top class (the first, in a tie).
 
-    In mixed precision the seed is scaled, so that no gradient underflows. Returned with it: a function of (what is
-    linear in the seed, its rank) that undoes the scaling and returns float32.
+    In mixed precision the seed is scaled against underflow. restored(value, rank), for a value that is linear in the
+    seed: undoes the seed's scaling; returns float32.
     """
     classes = dims(logits)[1]
     assert classes is not None

@@ -13,7 +13,7 @@ Operand = "ir.Value | np.ndarray | int | float | list[int] | tuple[int, ...] | N
 
 
 def dims(value: ir.Value) -> tuple[int | None, ...]:
-    """Static sizes of a value; None where a size is symbolic (the batch)."""
+    """Sizes of a value, None for a symbolic one (the batch). ValueError if the value has no shape."""
     if value.shape is None:
         raise ValueError(f"value {value.name!r} has no inferred shape")
     return tuple(d if isinstance(d, int) else None for d in value.shape)
@@ -87,7 +87,7 @@ def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
 class Tape:
     """Appends nodes to one graph; arrays and numbers become initializers, equal ones a single initializer.
 
-    `needed` holds the values whose cotangent somebody asked for: rules consult it before emitting a reduction.
+    `needed`: the values whose cotangents are needed, None for all; rules emit no nodes for others.
     """
 
     def __init__(self, graph: ir.Graph, dtype: np.dtype | type = np.float32, needed: set[ir.Value] | None = None):
@@ -134,8 +134,8 @@ class Tape:
     def step(self, x: ir.Value) -> ir.Value:
         """1 where x > 0, else 0, in floating point.
 
-        A HardSigmoid of enormous slope: one pass where a comparison and a cast take two, and, being an activation, it
-        stays in the blocked layouts that ONNX Runtime's convolutions work in.
+        A HardSigmoid with the largest float32 slope (below 1 only for x under 3e-39). It takes one pass over the data,
+        where a comparison and a cast take two; ONNX Runtime keeps activations in the blocked layout of convolutions.
         """
         return self.HardSigmoid(x, alpha=float(np.finfo(np.float32).max), beta=0.0)
 
@@ -146,7 +146,8 @@ class Tape:
     def unbroadcast(self, g: ir.Value, operand: ir.Value | None, result: ir.Value) -> ir.Value | None:
         """Sums g (shaped as `result`) over the axes along which `operand` was broadcast.
 
-        None where nothing needs it, or where the operand has no batch of its own to keep.
+        None where the operand's cotangent is not needed, or where only one of `result` and `operand` has the batch on
+        an axis.
         """
         if operand is None or not self.wants(operand):
             return None

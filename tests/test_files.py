@@ -341,10 +341,7 @@ def test_images_that_change_one_another_are_explained_alone(kind: str, tmp_path:
     head(g, g.op("Flatten", "pooled", out="rows"))
     explainer, said = exported(saved(g, tmp_path / "model.onnx"))
     assert explainer.manifest.batch == 1
-    assert any(
-        f"(node 'n_{'shared' if kind == 'softmax' else 'mean'}') takes the images of a batch together" in s
-        for s in said
-    )
+    assert any(f"(node 'n_{'shared' if kind == 'softmax' else 'mean'}') mixes the images of a batch" in s for s in said)
     maps = [
         camrt.load(explainer.bundle.path, max_batch=n).explain(IMAGES, "grad_cam", 1, ["n_c0"]).maps for n in (1, 16)
     ]
@@ -564,7 +561,7 @@ def test_scores_made_of_probabilities_are_warned_of(kind: str, tmp_path: Path) -
     else:
         g.op("Sub" if kind == "both signs" else "Mul", inner, hundred, out="p")
     _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
-    assert any("the scores are made of a S" in s for s in said), said
+    assert any("the scores are computed from a S" in s for s in said), said
 
 
 def test_scores_of_a_product_may_lie_between_0_and_1(tmp_path: Path) -> None:
@@ -641,7 +638,7 @@ def test_outputs_that_are_no_scores_of_classes_are_refused_by_what_they_are(shap
         "sequence": "has 3 axes",
         "grid": "has 4 axes",
         "class": "whole numbers: camrt needs the scores of all",
-        "ranked": r"holds the highest scores in order of their rank \(TopK\)",
+        "ranked": r"holds the highest scores in order of rank \(TopK\)",
     }[shape]
     with pytest.raises(camrt.CamrtError, match=message):
         camrt.export_onnx(saved(g, tmp_path / "model.onnx", out_kind=kind), tmp_path / "model.camrt")
@@ -762,7 +759,7 @@ def test_a_grey_picture_made_inside_moves_no_zero(tmp_path: Path) -> None:
     g.op("GlobalAveragePool", trunk(g, g.op("Concat", grey, grey, grey, out="colour", axis=1)), out="pooled")
     head(g, g.op("Flatten", "pooled", out="rows"))
     explainer, said = exported(saved(g, tmp_path / "model.onnx"))
-    assert explainer.manifest.normalized is None and not any("masks cannot follow" in s for s in said)
+    assert explainer.manifest.normalized is None and not any("masks cannot be applied" in s for s in said)
 
 
 def test_a_mere_scale_inside_needs_no_programs_of_its_own(tmp_path: Path) -> None:
@@ -844,7 +841,7 @@ def gray_pictures(model: onnx.ModelProto) -> None:
             r"operator my\.company\.Swoosh \(Swoosh \(node 'n_a1'\)\) is a custom one",
         ),
         (first_node("com.microsoft", "FusedConv"), "FusedConv .* is ONNX Runtime's own, written by its optimiser"),
-        (first_node("", "Erfc"), "Erfc .* is none of ONNX's"),
+        (first_node("", "Erfc"), "Erfc .* is not an ONNX operator"),
         (gray_pictures, r"has shape \[N,20,18\]: it has no channel axis"),
         (three_axes, r"has shape \[3,20,18\]: it has no batch axis: camrt takes images \(batch, channels"),
     ],
@@ -869,7 +866,7 @@ def test_decisions_have_no_gradient(kind: str, tmp_path: Path) -> None:
     else:
         g.op("ArgMax", "z", out="chosen", axis=1)
     g.op("Cast", "chosen", out="scores", to=TensorProto.FLOAT)
-    with pytest.raises(camrt.CamrtError, match=r"Cast \(node 'n_scores'\) decides rather than scores"):
+    with pytest.raises(camrt.CamrtError, match=r"Cast \(node 'n_scores'\) gives a decision, not scores"):
         camrt.export_onnx(saved(g, tmp_path / "model.onnx"), tmp_path / "model.camrt")
 
 
@@ -936,7 +933,7 @@ def test_a_file_in_training_mode(kind: str, tmp_path: Path) -> None:
     source = saved(g, tmp_path / "model.onnx")
     if kind == "dropout":
         explainer, said = exported(source)
-        assert any("drops units at random, as in training: left out" in s for s in said)
+        assert any("drops units at random, as in training: removed" in s for s in said)
         np.testing.assert_array_equal(explainer.classify(IMAGES), explainer.classify(IMAGES))
     else:
         with pytest.raises(camrt.CamrtError, match="export the model in evaluation mode"):
@@ -958,7 +955,7 @@ def test_a_branch_that_the_number_of_images_decides_is_for_one(tmp_path: Path) -
     source = saved(g, tmp_path / "model.onnx")
     explainer, said = exported(source)
     assert explainer.manifest.batch == 1 and any(
-        "If (node 'n_scores') chooses by the number of images" in s for s in said
+        "If (node 'n_scores') chooses its branch by the number of images" in s for s in said
     )
     np.testing.assert_allclose(explainer.classify(IMAGES[:1]), scores_of(source, IMAGES[:1]).reshape(1, -1), rtol=1e-4)
 

@@ -273,7 +273,7 @@ def test_an_operator_without_a_rule_is_named(tmp_path: Path, monkeypatch: pytest
         (
             changed(lambda g: setattr(g.input[0].type.tensor_type, "elem_type", TensorProto.STRING)),
             {},
-            "camrt takes images of numbers",
+            "camrt takes images of a floating type, uint8, int8",
         ),
         (
             random_operator,

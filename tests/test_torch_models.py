@@ -137,9 +137,17 @@ def hooked(net: Net, h: torch.Tensor) -> torch.Tensor:
     return net.second(h).relu()
 
 
+def hooked_in_float32(net: Net, h: torch.Tensor) -> torch.Tensor:
+    """A model that does not run in float64: a convolution's weights are float64 there, its input is not."""
+    if h.requires_grad:
+        h.register_hook(lambda g: 3 * g)
+    return net.second(h.float()).relu()
+
+
 @pytest.mark.parametrize(
     ("middle", "message"),
     [
+        (hooked_in_float32, "the gradients of first are not PyTorch's: .*hooks on gradients"),
         (written_through, r"writes in place \(aten\.mul_\.Tensor\) to a tensor that it detached"),
         (assigned_data, r"assigns to \.data of a tensor"),
         (hooked, "the gradients of first are not PyTorch's: .*hooks on gradients"),
@@ -246,7 +254,7 @@ def test_a_way_that_the_image_or_chance_decides_is_refused(middle: Callable, tmp
     [
         (lambda net, h: F.dropout(h, 0.5), "draws random numbers"),
         (lambda net, h: h * torch.bernoulli(torch.full((8, 1, 1), 0.5)), "draws random numbers"),
-        (lambda net, h: _over_itself(net, h.clone()), "changes in place what its gradient needs"),
+        (lambda net, h: _over_itself(net, h.clone()), "in place overwrites what the gradient needs"),
     ],
     ids=["dropout", "bernoulli", "in place"],
 )
@@ -329,7 +337,7 @@ def test_equal_elements_have_pytorchs_gradient(pooling: str, tmp_path: Path) -> 
 
 def test_a_layer_that_gradients_do_not_reach_is_no_last_layer(tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match="no gradient reaches the last tensor on a grid, which the logits read through"
+        ExportError, match="no gradient reaches the last tensor on a grid, which the logits read only through"
     ):
         camrt.export_model(Net(lambda net, h: net.second(h).relu().detach()).eval(), tmp_path / "net.camrt", SHAPE)
 
@@ -371,7 +379,7 @@ def test_the_last_layer_before_unusual_ends(middle: Callable, last: str | None, 
         said = "\n".join(str(w.message) for w in seen)
         assert (explainer.manifest.last_layer is None) == (last is None)
         assert last is None or "Relu" in str(explainer.manifest.last_layer)
-    assert ("so the bundle has no last layer" in said) == (last is None) and "past the deeper" not in said
+    assert ("so the bundle has no last layer" in said) == (last is None) and "through the deeper" not in said
 
 
 def other_for_one(net: Net, h: torch.Tensor) -> torch.Tensor:
@@ -559,9 +567,9 @@ def test_the_last_layer_lies_behind_norm_and_activation_from_pytorch_and_onnx_al
 def test_among_named_layers_the_deepest_finished_one_stands_for_the_last(tmp_path: Path) -> None:
     explainer, said = exported(Reused().eval(), tmp_path / "net.camrt", layers=["relu", "add", "c"])
     assert [t.name for t in explainer.manifest.taps if "last" in t.roles] == ["add"]
-    assert "layer 'add' stands for the last layer" in said and "the network's own is 'silu'" in said
+    assert "layer 'add' is used as the last layer" in said and "the network's own is 'silu'" in said
     bare, said = exported(Reused().eval(), tmp_path / "bare.camrt", layers=["a", "c"])
-    assert "stands for" not in said
+    assert "is used as the last layer" not in said
     with pytest.raises(
         camrt.CamrtError, match=r"score_cam needs the layers 'last', .*: export it with layer 'silu' as well"
     ):
@@ -833,7 +841,7 @@ def test_the_power_of_a_mean_is_no_layer(tmp_path: Path) -> None:
 
 def test_a_head_on_two_levels_says_which_is_last(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="the logits read 'first' past the deeper 'second' as well"):
+    with pytest.warns(UserWarning, match="the logits read 'first' directly and also through the deeper 'second'"):
         path = camrt.export_model(_TwoLevels().eval(), tmp_path / "n.camrt", (3, 32, 32))
     assert camrt.load(path).manifest.last_layer == "first"
 
@@ -989,7 +997,7 @@ def test_compiled_models_go_in_or_say_what_to_pass(kind: str, tmp_path: Path) ->
         explainer = camrt.load(camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32)))
         np.testing.assert_allclose(explainer.classify(image), want, atol=1e-6)
     else:
-        with pytest.raises(ExportError, match=r"is compiled \(torch.compile\), which torch.export cannot look into"):
+        with pytest.raises(ExportError, match=r"is compiled \(torch.compile\), which torch.export cannot trace"):
             camrt.export_model(model, tmp_path / "n.camrt", (3, 32, 32))
 
 

@@ -1,4 +1,4 @@
-"""Control flow whose way the constants and sizes decide, put in its place."""
+"""Replaces an If by the branch that it takes, where constants and sizes determine its condition."""
 
 from __future__ import annotations
 

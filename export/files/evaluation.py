@@ -14,12 +14,12 @@ from ...runtime.errors import ExportError, first_line
 from .facts import Shape, label
 
 _AS_INPUT = {"GroupNormalization", "MeanVarianceNormalization", "Celu", "ThresholdedRelu", "LpNormalization"}
-_MOST_GIVEN = 4096  # numbers of an input's contents that shape inference is given
+_MOST_GIVEN = 4096  # an input with more numbers is passed to shape inference without its contents
 
 
 def evaluate_node(node: ir.Node, names: Sequence[str], feeds: dict, opset: int, ir_version: int) -> list[np.ndarray]:
-    """What ONNX's reference evaluator gives for one node. names: of its inputs, "" for one that is left out.
-    ExportError.
+    """The outputs of one node, by ONNX's reference evaluator. names: of its inputs, "" for an absent one; feeds:
+    {name: array}; opset, ir_version: of the model. ExportError if they cannot be computed.
     """
     proto = ir.serde.serialize_node(node)
     del proto.input[:]
@@ -57,8 +57,9 @@ class NodeInference:
     def __call__(
         self, shapes: Sequence[Shape | None], contents: Sequence[np.ndarray | None]
     ) -> list[tuple[int, Shape | None] | None]:
-        """Per output its ONNX type and its shape, which is None where it is not determined. shapes, contents: of the
-        inputs, None for those that are left out, or whose numbers are not known.
+        """Per output (ONNX element type, shape), the shape None if it is not determined; None for an output that ONNX
+        says nothing about. shapes, contents: of the inputs; None for an absent input, or for unknown contents. Raises
+        ONNX's own errors if the sizes do not fit.
         """
         types, data = {}, {}
         for k, (x, shape, array) in enumerate(zip(self._node.inputs, shapes, contents, strict=True)):
@@ -94,8 +95,8 @@ def unknown_operator(node: ir.Node) -> str:
     if node.domain not in ("", "ai.onnx"):
         return f"{where} is a custom one: camrt differentiates ONNX's own operators; export the model with those"
     return (
-        f"{where} is none of ONNX's at this opset, nor of the installed onnx {onnx.__version__}: a converter left it "
-        "as it was; convert the model with a newer converter, or with the operator written in others"
+        f"{where} is not an ONNX operator at this opset in the installed onnx {onnx.__version__}: a converter left it "
+        "unconverted; use a newer converter, or write the operator with standard ones"
     )
 
 

@@ -32,10 +32,11 @@ def read_graph(
     progress: Callable[[str], None] = lambda _: None,
     attempt: Attempt = FIRST,
 ) -> TappedGraph:
-    """Reads an ONNX file. Layers are named by node, or by the tensor that a node computes. attempt: what
-    earlier ones showed.
+    """Reads an ONNX file into a tapped graph. layers: a role, or names of nodes or of the tensors that they compute.
 
-    ExportError if the file is not ONNX, has several outputs and none was chosen, or does not fit; UnknownLayer.
+    input_shape: (channels, height, width), for a file whose sizes are dynamic; output: the name of the output that
+    holds the logits; attempt: what earlier attempts showed. ExportError if the file is not ONNX, is no classifier of
+    images, or has several outputs and none was chosen. UnknownLayer.
     """
     path = Path(path)
     progress(f"reading {path.name}")
@@ -82,7 +83,9 @@ def read_graph(
 
 
 def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
-    """What the untouched file gives for an image, by ONNX Runtime; None, with a warning, where that cannot run it."""
+    """A function that runs the untouched file with ONNX Runtime: image (1, C, H, W) -> its output (1, ...), or None,
+    with a warning, if ONNX Runtime cannot run the file.
+    """
     model = onnx.load(str(path), load_external_data=False).graph
     constants = {t.name for t in model.initializer}
     given = [v for v in model.input if v.name not in constants]
@@ -120,7 +123,9 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
 
 
 def refuse_invalid(path: Path) -> None:
-    """ExportError if the file is not a model by ONNX's own checker, which does not accept all that can be exported."""
+    """ExportError if ONNX's own checker rejects the file. For use after a failure: the checker also rejects files that
+    can be exported.
+    """
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
@@ -134,7 +139,7 @@ def _zeros(value: onnx.ValueInfoProto) -> np.ndarray:
 
 
 def _leave_unused_inputs(graph: ir.Graph) -> None:
-    """Inputs that nothing reads are left out, if another is read."""
+    """Removes the inputs that no node reads, if at least one input is read."""
     unused = [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]
     if len(unused) < len(graph.inputs):
         for value in unused:

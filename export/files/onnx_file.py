@@ -1,5 +1,5 @@
-"""An ONNX file as users bring it -> a model in today's opset, float32, without functions: nothing about sizes is
-decided here.
+"""A user's ONNX file -> a model in opset 18 or later, float32, without functions. Sizes are settled later, in
+prepare.py.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _unreadable(path: Path, error: Exception) -> str:
     listed = [v.name for v in outputs if v.type.WhichOneof("value") not in ("tensor_type", None)]
     if listed:
         return (
-            f"{path}: its outputs {', '.join(listed)} are sequences or maps: camrt needs the tensor of the scores; "
-            "export the model without what makes lists of them (zipmap=False)"
+            f"{path}: its outputs {', '.join(listed)} are sequences or maps: camrt needs the scores as a tensor; "
+            "export the model without the step that makes lists of them (zipmap=False)"
         )
     return f"{path}: not readable as ONNX ({first_line(error)[:200]})"
 
@@ -117,7 +117,7 @@ def modernise(model: ir.Model) -> ir.Model:
     inputs, or imports that nothing uses. Integer arithmetic becomes QuantizeLinear and DequantizeLinear where that is
     exact.
 
-    ExportError names an operator that cannot be taken.
+    ExportError names an operator that camrt cannot read.
     """
     _with_short_domain(model)
     run_passes(
@@ -145,7 +145,7 @@ def modernise(model: ir.Model) -> ir.Model:
 
 
 def _with_short_domain(model: ir.Model) -> None:
-    """ONNX's own domain by its empty name, where a file spells it out."""
+    """Replaces the domain "ai.onnx" by its short name, the empty string."""
     version = model.opset_imports.pop("ai.onnx", None)
     if version is not None:
         model.opset_imports.setdefault("", version)
@@ -155,11 +155,10 @@ def _with_short_domain(model: ir.Model) -> None:
 
 
 def _as_evaluated(graph: ir.Graph) -> None:
-    """Dropout that a training file left active is made inactive, with a warning. ExportError for what else only
-    training does.
+    """Switches active Dropout off, with a warning. ExportError for random numbers and for batch norms in training mode.
 
-    Only of what is computed from the image: a weight that is standardised by a batch norm in training mode is a
-    constant.
+    Dropout and batch norms count only if they depend on the image: a weight that a batch norm in training mode
+    standardises is a constant.
     """
     active, of_image = [], set(graph.inputs)
     for node in graph:
@@ -173,7 +172,7 @@ def _as_evaluated(graph: ir.Graph) -> None:
         of_image.update(node.outputs)
         if node.op_type == "BatchNormalization" and (attribute(node, "training_mode", 0) or len(node.outputs) > 1):
             raise ExportError(
-                f"{label(node)} normalises by the batch that it is given, as in training: export the model in "
+                f"{label(node)} normalises with the statistics of its batch, as in training: export the model in "
                 "evaluation mode (model.eval(), training=False)"
             )
         training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
@@ -183,7 +182,7 @@ def _as_evaluated(graph: ir.Graph) -> None:
                 active.append(label(node))
             node.resize_inputs(1)
     if active:
-        warnings.warn(f"{', '.join(active)} drops units at random, as in training: left out", stacklevel=5)
+        warnings.warn(f"{', '.join(active)} drops units at random, as in training: removed", stacklevel=5)
 
 
 def _refuse_foreign(model: ir.Model) -> None:
@@ -206,7 +205,7 @@ def _refuse_foreign(model: ir.Model) -> None:
 
 
 def _unlist(graph: ir.Graph) -> None:
-    """A list that a tensor is split into, and whose places are known, becomes a Split."""
+    """Replaces SplitToSequence by Split where its parts have known sizes and are read at constant positions."""
     for node in list(graph):
         takers = node.outputs[0].consumers()
         places = [constant_of(n.inputs[1]) for n in takers if n.op_type == "SequenceAt"]
@@ -228,8 +227,8 @@ def _unlist(graph: ir.Graph) -> None:
 
 
 def _converted(model: ir.Model, version: int) -> ir.Model:
-    """In opset 18, by onnx's converter; large constants wait outside, so that they are neither copied nor
-    looked for.
+    """The model in opset 18, by onnx's converter. Large constants are set aside meanwhile: the converter does not copy
+    them or look for their files.
     """
     graph, aside = model.graph, {}
     for name, value in list(graph.initializers.items()):
@@ -275,7 +274,7 @@ def computes_in_half(model: ir.Model) -> bool:
 
 
 def as_float32(model: ir.Model) -> None:
-    """float16, bfloat16 and float64 numbers, the image's and the logits' among them, become float32; says so once."""
+    """Makes every float16, bfloat16 and float64 tensor float32, the image and the logits included; warns once."""
     found = set()
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
@@ -307,7 +306,7 @@ def _attributes_as_float32(node: ir.Node, found: set[ir.DataType]) -> None:
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
-    """float32 of any floating type; finite numbers past its range become its largest."""
+    """An array of any floating type as float32; finite numbers outside float32's range are clipped to it."""
     largest = np.finfo(np.float32).max
     wide = array.astype(np.float32 if array.dtype.itemsize <= 2 else np.float64)
     finite = np.isfinite(wide)

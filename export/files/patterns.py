@@ -1,4 +1,6 @@
-"""Operators that exporters write out in parts, put together again: the forms that rules and engines know best."""
+"""Rewrites nodes of exported files into the operators that gradient rules and engines handle best, for example a layer
+norm that was written in parts.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def simplify(graph: ir.Graph) -> None:
 
 
 def put_in_place(graph: ir.Graph, node: ir.Node, result: ir.Value | None, made: Sequence[ir.Node]) -> None:
-    """`made`, whose last output is `result`, in the place of a node with one output; result may also be a value that
-    is there.
+    """Replaces a node with one output by the nodes `made`, whose last output is `result`; without nodes, `result` is a
+    value that the graph already has.
     """
     y = node.outputs[0]
     assert result is not None
@@ -60,8 +62,8 @@ def _pools_nothing(node: ir.Node) -> bool:
 
 
 def _global_average(graph: ir.Graph, node: ir.Node) -> None:
-    """A mean over the last two of four axes: GlobalAveragePool stays in the blocked layout of the convolutions before
-    it.
+    """Rewrites a mean over the last two of four axes as GlobalAveragePool, which stays in the blocked layout of the
+    convolutions before it.
     """
     x, y = node.inputs[0], node.outputs[0]
     if x is None or x.shape is None or len(x.shape) != 4 or y.shape is None:
@@ -101,7 +103,9 @@ def _with_constant(node: ir.Node | None) -> tuple[ir.Value | None, np.ndarray | 
 
 
 def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
-    """(x - mean) / sqrt(mean((x - mean)^2) + epsilon) over the last axes, and the scale and shift behind it."""
+    """Rewrites (x - mean) / sqrt(mean((x - mean)^2) + epsilon) over the last axes, with the scale and shift after it,
+    as LayerNormalization.
+    """
     centred, root = division.inputs
     minus, sqrt = made_by(centred, "Sub"), made_by(root, "Sqrt")
     if minus is None or sqrt is None:
@@ -142,7 +146,7 @@ def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
 
 
 def _with_rows_first(graph: ir.Graph, gemm: ir.Node) -> None:
-    """A Gemm that transposes its first operand reads it transposed: its rows are then the images."""
+    """Replaces a Gemm's transA by a Transpose before it: the rows of its first operand are then the images."""
     a = gemm.inputs[0]
     if not attribute(gemm, "transA", 0) or a is None or a.shape is None or constant_of(a) is not None:
         return
@@ -156,8 +160,8 @@ def _with_rows_first(graph: ir.Graph, gemm: ir.Node) -> None:
 
 
 def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:
-    """Reshape to rows, Gemm, Reshape back: a MatMul over the last axis and its bias, which leaves the other axes
-    alone.
+    """Rewrites Reshape to rows, Gemm, Reshape back as a MatMul over the last axis and an Add of the bias, which keep
+    the other axes.
     """
     a, weight, *bias = gemm.inputs
     before, readers = made_by(a, "Reshape"), gemm.outputs[0].consumers()
@@ -186,7 +190,7 @@ def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:
 
 
 def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
-    """A MatMul of which an operand has one axis: a product of matrices, the other axis of size 1."""
+    """Rewrites a MatMul with a vector operand as a product of matrices: the vector gets a second axis of size 1."""
     a, b = node.inputs
     y = node.outputs[0]
     if a is None or b is None or a.shape is None or b.shape is None or y.shape is None:
@@ -221,8 +225,8 @@ def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _affine(node: ir.Node, op_type: str, sizes: Sequence[int]) -> tuple[ir.Node, np.ndarray | None]:
-    """The only reader of a node, if it multiplies or adds a constant of the last axes' sizes, and that constant; else
-    the node.
+    """(reader, constant) if the only reader of `node` is an `op_type` with a constant of `sizes`, the last axes' sizes;
+    else (node, None).
     """
     y = node.outputs[0]
     readers = y.consumers()
@@ -284,8 +288,8 @@ def _box(index: np.ndarray, shape: Sequence[int]) -> list[tuple[int, int]] | Non
 def _same_box(
     boxes: Sequence[list[tuple[int, int]]], walk: ShapeWalk, data: ir.Value
 ) -> list[tuple[int, int] | None] | None:
-    """The box, None for axes that it fills; None if it differs with the batch. A literal index of every traced image
-    fills it.
+    """The box, with None for each axis that it fills; None if the box changes with the batch. An index that lists every
+    traced image fills the batch axis.
     """
     shapes = walk.facts[data].shapes
     result: list[tuple[int, int] | None] = []

@@ -29,7 +29,9 @@ def image_input(model: ir.Model) -> ir.Value:
         raise ExportError(f"the model has {len(inputs)} inputs ({names}): camrt explains models with one image input")
     image = inputs[0]
     if image.dtype != ir.DataType.FLOAT and image.dtype not in _PICTURES:
-        raise ExportError(f"input {image.name!r} is {image.dtype}: camrt takes images of numbers")
+        raise ExportError(
+            f"input {image.name!r} is {image.dtype}: camrt takes images of a floating type, uint8, int8, int32 or int64"
+        )
     if image.shape is None or len(image.shape) != 4:
         extra = ""
         if image.shape is not None and len(image.shape) == 3:
@@ -77,7 +79,9 @@ def _turned_at_once(image: ir.Value) -> bool:
 
 
 def take_numbers_as_float(model: ir.Model) -> bool:
-    """A picture of whole numbers enters as float32, which holds each of them. Whether it was one."""
+    """Makes an integer image input float32, which is exact for pixels (integers up to 2^24). Returns whether it was
+    integer.
+    """
     image = image_input(model)
     if image.dtype == ir.DataType.FLOAT:
         return False
@@ -145,8 +149,9 @@ def settle(model: ir.Model, input_shape: Sequence[int] | None, pinned: bool = Fa
 
 
 def _free_walk(model: ir.Model, traced: int, declared_free: bool) -> ShapeWalk | None:
-    """The walk with a free batch; None, with a warning, where it cannot be freed. A file that declares a free batch is
-    first taken at its word. ExportError where sizes do not fit, or another batch than 1 cannot be freed.
+    """Walks the shapes with a free batch; None, with a warning, where a batch of 1 cannot be freed. If the file
+    declares a free batch, its literal sizes are first taken as they are. ExportError where sizes do not fit, or where a
+    batch larger than 1 cannot be freed.
     """
     batches = (traced, traced + 1, traced + 2)
     if declared_free:
@@ -162,8 +167,8 @@ def _free_walk(model: ir.Model, traced: int, declared_free: bool) -> ShapeWalk |
 
 
 def check_sizes(graph: ir.Graph) -> None:
-    """ExportError naming the first tensor, or window of a convolution or pooling, that is larger than a usable network
-    has.
+    """ExportError names the first tensor that is empty or has more than MOST_ELEMENTS numbers, or the first convolution
+    or pooling whose window is larger than LARGEST_SIDE or does not fit its input.
     """
     for y in (*graph.inputs, *(y for node in graph for y in node.outputs)):
         if y.shape is None:

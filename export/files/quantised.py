@@ -30,7 +30,7 @@ def _rewrite(*op_types: str) -> Callable[[Build], Build]:
 
 
 def to_qdq(model: ir.Model) -> None:
-    """In place. ExportError for an operator on integers that has no exact form."""
+    """Rewrites a model's integer operators, in place. ExportError for one that has no exact form."""
     if not any(n.op_type in _REWRITES or _is_integer_only(n) for n in model.graph):
         return
     model.opset_imports[""] = max(model.opset_imports.get("", 13), 13)

@@ -1,8 +1,8 @@
-"""Nodes of which shape inference knows less than there is to know, each a function (walk, node) -> whether it settled
-the node.
+"""Shape rules for operators where ONNX's shape inference is not enough: each is a function (walk, node) -> True if it
+found the shapes of the node's outputs.
 
-A file that was traced with a fixed batch holds literals, such as a Reshape to (1, 256), which would refuse or misread
-any other batch. They are freed where the order of the elements says which size the batch belongs to.
+A file that was traced with a fixed batch holds literal sizes, such as a Reshape to (1, 256), that fail or are wrong for
+any other batch. A rule replaces them where the order of the elements shows which size is the batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def shape(walk: ShapeWalk, node: ir.Node) -> bool:
 
 @rule("CastLike")
 def cast_like(walk: ShapeWalk, node: ir.Node) -> bool:
-    """A Cast to the other's type."""
+    """Becomes a Cast to the type of its second input."""
     x, like = node.inputs[0], node.inputs[1]
     assert x is not None and like is not None and like.dtype is not None
     node.op_type, node.version = "Cast", None
@@ -81,7 +81,7 @@ def _settle(walk: ShapeWalk, node: ir.Node, contents: tuple[np.ndarray, ...]) ->
 
 @rule("Squeeze")
 def squeeze(walk: ShapeWalk, node: ir.Node) -> bool:
-    """Without axes it takes out every 1, the batch's among them: the axes are written down."""
+    """Without axes, a Squeeze removes every size of 1, also a batch of 1: the axes are made explicit."""
     if len(node.inputs) > 1 or attribute(node, "axes") is not None:
         return False
     x, y = node.inputs[0], node.outputs[0]
@@ -108,8 +108,8 @@ def squeeze(walk: ShapeWalk, node: ir.Node) -> bool:
 
 @rule("Gather")
 def gather(walk: ShapeWalk, node: ir.Node) -> bool:
-    """Every element of a vector in its order: a Reshape, as PyTorch's exporter writes the as_strided of a
-    pooled map.
+    """A Gather of every element of a vector, in order, becomes a Reshape. PyTorch's exporter writes the as_strided of a
+    pooled map in this way.
     """
     x, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert x is not None and indices is not None
@@ -141,8 +141,8 @@ def reshape(walk: ShapeWalk, node: ir.Node) -> bool:
     facts, wanted = walk.facts[x], walk.facts[target]
     if wanted.contents is None:
         raise ExportError(
-            f"the sizes that {label(node)} gives depend on the image's numbers: camrt needs sizes that the input's "
-            "size determines"
+            f"the sizes that {label(node)} gives depend on the image's pixel values: camrt needs sizes that depend "
+            "only on the input's size"
         )
     if facts.contents is not None and not facts.varies and wanted.constant is not None:
         return False  # a constant
@@ -151,7 +151,7 @@ def reshape(walk: ShapeWalk, node: ir.Node) -> bool:
     if resolved[0] is None:
         sizes = wanted.contents[0].tolist()
         times, rest = divmod(math.prod(sizes), math.prod(facts.shapes[0]))
-        held = f": the file holds a batch of {times}; write it with a batch of 1" if times > 1 and not rest else ""
+        held = f": the file is for a batch of {times}; export it with a batch of 1" if times > 1 and not rest else ""
         raise ExportError(f"{label(node)} cannot turn {list(facts.shapes[0])} into {sizes}{held}")
     y.type = x.type
     if not facts.varies or wanted.constant is None:
@@ -179,7 +179,9 @@ def reshape(walk: ShapeWalk, node: ir.Node) -> bool:
 
 
 def _prefix(walk: ShapeWalk, x: ir.Value) -> int | None:
-    """How many elements of x at the first batch size lie, in row-major order, outside the batch's place."""
+    """The product of the sizes of x outside (before) the batch, in row-major order and at the first batch size; None if
+    no single axis changes with the batch.
+    """
     shapes = walk.facts[x].shapes
     axis = changing(shapes)
     if axis is None:
@@ -192,8 +194,8 @@ def _batch_places(walk: ShapeWalk, x: ir.Value, out: Shape) -> list[int]:
     """The axes of `out`, a reshape of x at the first batch size, that the batch may belong to; the likeliest first.
 
     A reshape keeps row-major order, so the batch stays at its place in that order: at a boundary between two sizes or
-    inside one. At a boundary a size of its own (1, or the batch traced) takes it; else the next size, or where the
-    number of axes falls the one before, with which it was merged.
+    inside one. At a boundary, a size equal to the traced batch comes first; then the next size. If the number of axes
+    falls, the size before, with which the batch was merged, precedes the next size.
     """
     prefix, axis = _prefix(walk, x), changing(walk.facts[x].shapes)
     if prefix is None or axis is None:
@@ -209,7 +211,7 @@ def _batch_places(walk: ShapeWalk, x: ir.Value, out: Shape) -> list[int]:
 
 
 def _note_inner(walk: ShapeWalk, x: ir.Value, y: ir.Value) -> None:
-    """Whether y, a reshape of x, has the batch innermost in a merged size."""
+    """Adds y, a reshape of x, to `walk.inner` if the batch is innermost in a merged size."""
     prefix, shapes = _prefix(walk, x), walk.facts[y].shapes
     axis = changing(shapes)
     if prefix is None or axis is None or shapes[0][axis] == walk.batches[0]:
@@ -220,7 +222,7 @@ def _note_inner(walk: ShapeWalk, x: ir.Value, y: ir.Value) -> None:
 
 @rule("Expand")
 def expand(walk: ShapeWalk, node: ir.Node) -> bool:
-    """A literal that states the traced batch of what varies with the batch becomes a 1, which keeps any."""
+    """A literal size that equals the traced batch, on the axis that changes with the batch, becomes 1: it fits any."""
     x, target, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert x is not None and target is not None
     literal = walk.facts[target].constant
@@ -240,7 +242,7 @@ def expand(walk: ShapeWalk, node: ir.Node) -> bool:
 
 @rule("Concat")
 def concat(walk: ShapeWalk, node: ir.Node) -> bool:
-    """What has the traced batch's literal size beside what varies is repeated to any batch: class tokens."""
+    """Constants of the traced batch size (class tokens) that join tensors of a free batch are repeated to it."""
     inputs = [x for x in node.inputs if x is not None]
     facts = [walk.facts[x] for x in inputs]
     if all(f.contents is not None for f in facts) or not any(f.varies for f in facts):
@@ -258,9 +260,9 @@ def concat(walk: ShapeWalk, node: ir.Node) -> bool:
     if not fixed or any(facts[i].shapes[0][place] != traced for i in fixed):
         return False
     if any(facts[i].of_image for i in fixed):
-        raise BatchPinned(node, "joins what varies with the batch with what does not")
+        raise BatchPinned(node, "joins a tensor whose size changes with the batch to one whose size does not")
     if traced != 1 and any(not _rows_alike(facts[i].constant, place) for i in fixed):
-        raise BatchPinned(node, f"joins other numbers for each of {traced} images")
+        raise BatchPinned(node, f"joins constants that differ between its {traced} images")
     y = node.outputs[0]
     y.type = inputs[0].type
     joined = sum(f.shapes[0][axis] for f in facts)
@@ -303,7 +305,7 @@ def _repeat(
 
 @rule("Resize")
 def resize(walk: ShapeWalk, node: ir.Node) -> bool:
-    """Literal sizes state the traced batch: they become scales where those give the same sizes."""
+    """Literal sizes fix the batch: they become scales, if scales give the same sizes."""
     x = node.inputs[0]
     sizes = node.inputs[3] if len(node.inputs) > 3 else None
     if x is None or sizes is None or attribute(node, "axes") is not None:

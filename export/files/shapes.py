@@ -1,8 +1,8 @@
-"""What a file's constants, its fixed sizes and a free batch determine: every shape, and the contents of computed sizes.
+"""Finds every shape of a graph, and the contents of computed sizes, from constants, fixed sizes and a free batch.
 
 The graph is walked once with three batch sizes side by side: the one that the file was written for, and the next two.
-What is the same in all three is static; a size that grows as the batch does is a multiple of the batch; nothing is
-guessed from a size of 1.
+A size that is equal in all three is static; a size that grows with the batch is a multiple of the batch; a size of 1
+alone is never taken as evidence of the batch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .evaluation import NodeInference, evaluate_node, has_subgraph
 from .facts import BatchPinned, Facts, Multiple, Shape, label
 from .shape_rules import RULES
 
-MOST_NUMBERS = 1 << 22  # of contents that are kept for each batch size
-MOST_CONSTANT = 1 << 27  # of a constant that is computed
+MOST_NUMBERS = 1 << 22  # largest contents that are kept for each batch size, in numbers
+MOST_CONSTANT = 1 << 27  # largest contents that are kept if they are equal at all batch sizes, in numbers
 # contents are not computed for these: weights stay quantised as deployed, and what is slow is left to the engine
 _LEFT = {
     "DequantizeLinear",
@@ -41,9 +41,12 @@ RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLik
 class ShapeWalk:
     """Facts about every value of a graph whose image is (batch, C, H, W).
 
-    batches: the batch sizes that are walked; one alone where the batch is fixed. `edits` free pinned literals; nothing
-    of the graph is changed before `apply`, but conditions that are known are resolved. literal: sizes that hold for
-    every batch mean what they say, as in a file whose batch is free; else a 1 may be the batch that was traced.
+    batches: the batch sizes that are walked; a single one if the batch is fixed. `edits`: functions that replace
+    literals which fix the batch; `apply` calls them. Before `apply` only an If with a known condition and a CastLike
+    are replaced. literal: whether literal sizes are used as they are written, as in a file with a free batch; else a
+    literal 1 may be the batch of the traced run.
+
+    ExportError if sizes do not fit, or depend on pixel values; BatchPinned if the batch cannot be free.
     """
 
     def __init__(self, model: ir.Model, batches: Sequence[int], literal: bool = False) -> None:
@@ -55,8 +58,8 @@ class ShapeWalk:
         self.facts: dict[ir.Value, Facts] = {}
         self.inner: set[ir.Value] = set()  # values with the batch innermost in a merged size
         self.edits: list[Callable[[], None]] = []
-        self.squeezed: ir.Node | None = None  # a Squeeze that would take out the batch of one image
-        self._mixing: list[ir.Node] = []  # nodes that take the images of a batch together
+        self.squeezed: ir.Node | None = None  # a Squeeze without axes, which would remove a batch of 1
+        self._mixing: list[ir.Node] = []  # nodes that mix the images of a batch
         image = self.graph.inputs[0]
         assert image.shape is not None
         sizes = tuple(d for d in image.shape[1:] if isinstance(d, int))
@@ -73,10 +76,10 @@ class ShapeWalk:
         live = self._live()
         for node in self._mixing:
             if node in live:
-                raise BatchPinned(node, "takes the images of a batch together")
+                raise BatchPinned(node, "mixes the images of a batch")
 
     def _live(self) -> set[ir.Node]:
-        """Nodes that the outputs need: a branch that is not taken leaves others behind."""
+        """Nodes that the outputs need. Others are left over from branches that were not taken."""
         live: set[ir.Node] = set()
         pending = [v.producer() for v in self.graph.outputs]
         while pending:
@@ -94,6 +97,7 @@ class ShapeWalk:
     # ---- one node
 
     def walk(self, node: ir.Node) -> None:
+        """Finds the facts about a node's outputs. ExportError, BatchPinned."""
         for x in node.inputs:
             if x is not None and x not in self.facts:
                 self._note_constant(x)
@@ -106,7 +110,9 @@ class ShapeWalk:
         self._check(node)
 
     def _check(self, node: ir.Node) -> None:
-        """BatchPinned where rows are mixed, or a size is no multiple of the batch."""
+        """Notes nodes that mix images. BatchPinned if a size is not a multiple of the batch, or the number of axes
+        changes.
+        """
         inputs = [self.facts[x] for x in node.inputs if x is not None]  # after handlers that leave inputs out
         of_image = any(f.of_image for f in inputs) and node.op_type not in ("Shape", "Size")
         varies = any(f.of_image and f.varies for f in inputs)
@@ -115,9 +121,9 @@ class ShapeWalk:
             if facts is None:
                 continue
             if of_image and not facts.of_image:
-                facts = self.facts[y] = Facts(facts.shapes, facts.contents, True)  # its sizes alone are known
+                facts = self.facts[y] = Facts(facts.shapes, facts.contents, True)  # so far only its sizes were noted
             if len({len(s) for s in facts.shapes}) > 1:
-                raise BatchPinned(node, "gives another number of axes for another batch")
+                raise BatchPinned(node, "gives a number of axes that changes with the batch")
             if any(self.form(y, axis) is None for axis in range(len(facts.shapes[0]))):
                 raise BatchPinned(node, "has a size that is no multiple of the batch")
             if varies and not facts.varies and is_float(y):
@@ -151,7 +157,7 @@ class ShapeWalk:
 
     def _contents_known(self, node: ir.Node) -> bool:
         left = node.op_type in _LEFT | RANDOM
-        if node.op_type == "DequantizeLinear":  # of a batch norm, say, whose numbers no engine takes as integers
+        if node.op_type == "DequantizeLinear":  # only products take integer weights; a batch norm needs floats
             left = any(n.op_type in _PRODUCTS for n in node.outputs[0].consumers())
         if left or has_subgraph(node) or node.domain not in ("", "ai.onnx"):
             return False
@@ -198,10 +204,10 @@ class ShapeWalk:
             except Exception as error:
                 said = first_line(error).removeprefix("[ShapeInferenceError] ")[:160]
                 if i == 0 and self.squeezed is not None:
-                    reason = "takes out the batch axis of one image, and what follows needs that"
+                    reason = "removes the batch axis of a single image, which later nodes need"
                     raise BatchPinned(self.squeezed, reason) from None
                 if (i == 0 and len(set(self.batches)) > 1) or len(self.batches) == 1:
-                    raise ExportError(f"the sizes that meet in {label(node)} do not fit ({said})") from None
+                    raise ExportError(f"the input sizes of {label(node)} do not fit together ({said})") from None
                 raise BatchPinned(node, f"is written for batch {self.batches[0]}, not {batch} ({said})") from None
         for k, y in enumerate(node.outputs):
             if not y.name:
@@ -210,30 +216,34 @@ class ShapeWalk:
             shapes = [None if r is None else r[1] for r in results]
             if any(s is None for s in shapes):
                 raise ExportError(
-                    f"the sizes of {y.name!r}, which {label(node)} computes, depend on the image's numbers: camrt "
-                    "needs sizes that the input's size determines"
+                    f"the sizes of {y.name!r}, which {label(node)} computes, depend on the image's pixel values: camrt "
+                    "needs sizes that depend only on the input's size"
                 )
             self.facts[y] = Facts(tuple(s for s in shapes if s is not None))
             assert results[0] is not None
             y.type = ir.TensorType(ir.DataType(results[0][0]))
 
     def _resolved(self, node: ir.Node) -> list[ir.Node]:
-        """The nodes of the branch that an If takes, put in its place. ExportError where that is not known."""
+        """Replaces an If by the branch that it takes and returns its nodes. ExportError if the condition depends on
+        pixel values, BatchPinned if it depends on the batch.
+        """
         condition = node.inputs[0]
         assert condition is not None
         if condition not in self.facts:
             self._note_constant(condition)
         known = self.facts[condition].contents
         if known is not None and len({bool(c.reshape(-1)[0]) for c in known}) > 1:
-            raise BatchPinned(node, "chooses by the number of images")
+            raise BatchPinned(node, "chooses its branch by the number of images")
         if known is None:
-            raise ExportError(f"control flow: {label(node)} chooses by the image's numbers: camrt needs a fixed graph")
+            raise ExportError(
+                f"control flow: {label(node)} chooses its branch by the image's pixel values: camrt needs a fixed graph"
+            )
         return inline_branch(self.graph, node, bool(known[0].reshape(-1)[0]))
 
     # ---- what was found, written into the graph
 
     def apply(self) -> None:
-        """Frees pinned literals, makes constants of what is known, and gives every value its shape."""
+        """Applies `edits`, replaces values with known contents by constants, and gives every value its shape."""
         for edit in self.edits:
             edit()
         for node in list(self.graph):
@@ -264,7 +274,7 @@ class ShapeWalk:
         self.graph.remove(node, safe=False)
 
     def _settle_target(self, node: ir.Node) -> None:
-        """Sizes that are known but for the batch become a constant target."""
+        """Makes a Reshape's target a constant if every size except the batch is known."""
         target, y = node.inputs[1], node.outputs[0]
         forms = [self.form(y, axis) for axis in range(len(self.facts[y].shapes[0]))] if y in self.facts else [None] * 2
         if constant_of(target) is None and sum(not isinstance(f, int) for f in forms) <= 1:

@@ -1,4 +1,4 @@
-"""Runs an ONNX graph with PyTorch, in any precision and with autograd: an oracle that shares nothing with the autodiff.
+"""Runs an ONNX graph with PyTorch, in any precision and with autograd: a reference that shares no code with the rules.
 
 Semantics are the ONNX specification's (onnx.ai/onnx/operators). Reads graphs in opset 18 or later form. A new operator
 is one function in the file of its kind.

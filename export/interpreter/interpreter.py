@@ -15,9 +15,10 @@ from .registry import OPERATORS
 
 
 class Interpreter:
-    """A graph whose floating-point numbers are held in `dtype`.
+    """Runs a graph with all its floating-point numbers in `dtype`.
 
-    rounding: what the graph calls float16 is rounded to it after every node, as a GPU does whose units add in float32.
+    rounding: every node output that the graph declares float16 is rounded to float16; sums inside a node are not, as on
+    a GPU that adds in float32.
     """
 
     def __init__(self, model: ir.Model | str | Path, dtype: torch.dtype = torch.float64, rounding: bool = False):
@@ -34,7 +35,7 @@ class Interpreter:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def run(self, feeds: dict[str, torch.Tensor], fetches: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Values by name. ExportError for an operator that is not known here."""
+        """Runs the graph on `feeds` and returns the values named in `fetches`. ExportError for an unknown operator."""
         values: dict[str, Any] = dict(self._constants) | feeds
         for node in self.model.graph:
             function = OPERATORS.get(node.op_type)
@@ -57,7 +58,7 @@ class Interpreter:
         return {name: values[name] for name in fetches}
 
     def biased(self) -> dict[str, torch.Tensor]:
-        """Values (B, K, h, w) to which a convolution or a batch norm adds a constant, and that constant (K,)."""
+        """{name of a value (B, K, h, w): the constant (K,) that its convolution or batch norm adds}."""
         found = {}
         for node in self.model.graph:
             constants = [None if x is None else self._constants.get(str(x.name)) for x in node.inputs]

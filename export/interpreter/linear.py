@@ -70,7 +70,9 @@ def conv_transpose(attributes, x, weight, bias=None):
 
 
 def _windows(attributes, x, fill):
-    """x padded for pooling, so that windows start at 0 and the last, under ceil_mode, is whole; and the geometry."""
+    """(x padded for pooling, kernel, strides, dilations, paddings, elements added after x for ceil_mode): windows start
+    at 0, and the last one is complete.
+    """
     kernel = attributes["kernel_shape"]
     rank = len(kernel)
     strides, dilations = (attributes.get(k, [1] * rank) for k in ("strides", "dilations"))

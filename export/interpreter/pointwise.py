@@ -1,4 +1,4 @@
-"""Operators on single numbers, softmax and its kin."""
+"""Operators that act element by element, softmax and log-softmax, Hardmax, MatMul."""
 
 from __future__ import annotations
 

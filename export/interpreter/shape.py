@@ -135,7 +135,7 @@ def pad(attributes, x, pads, value=None, axes=None):
 
 @operator("Resize")
 def resize(attributes, x, roi=None, scales=None, sizes=None):
-    """Along each axis a matrix, which ONNX's own evaluator gives for the unit vectors."""
+    """A matrix product along each axis. The matrix is what ONNX's own evaluator gives for the unit vectors."""
     rank = x.dim()
     axes = [a % rank for a in attributes.get("axes", range(rank))]
     for i, axis in enumerate(axes):
@@ -148,7 +148,7 @@ def resize(attributes, x, roi=None, scales=None, sizes=None):
         if mode == "half_pixel_symmetric" and not whole:
             raise ExportError(f"verification does not know Resize with {mode} and sizes that are rounded")
         if mode == "align_corners":
-            scale = None  # ONNX's evaluator aligns the corner of a size that is not rounded, engines that of the output
+            scale = None  # ONNX's evaluator aligns the corners by the unrounded size, engines by the output's size
         if size == x.shape[axis] and scale in (None, 1.0):
             continue
         region = None if roi is None or not roi.numel() else (float(roi[i]), float(roi[i + len(axes)]))

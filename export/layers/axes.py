@@ -1,8 +1,8 @@
 """What the axes of a tensor are made of, and what becomes of them.
 
 Every axis is followed as the pieces that it is made of: the batch, channels, rows and columns of the image's grid. A
-Reshape splits and joins pieces, a Transpose exchanges axes, padding and cropping move the grid away from the image. So
-a map is known again behind windows, attention and channel shuffles, and never taken for one because of its sizes.
+Reshape splits and joins pieces, a Transpose exchanges axes, padding and cropping shift the grid off the image. So a map
+is recognised after windows, attention and channel shuffles, and no tensor is taken for a map because of its sizes.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ ELEMENTWISE = {
 
 
 def grid_of(axes: Axes, channel: int, row_axis: int, column_axis: int) -> tuple[int, int] | None:
-    """(height, width) where those axes are whole rows and columns, coarser ones where finer pieces lie among the
-    channels.
+    """(height, width) if these axes hold all rows and all columns, or every n-th with the finer pieces among the
+    channels (after space-to-depth); else None.
     """
     height, width = axes.grid
     on_grid = axes.axes[row_axis] + axes.axes[column_axis] if row_axis != column_axis else axes.axes[row_axis]
@@ -103,7 +103,7 @@ def is_nchw(axes: Axes) -> bool:
 
 
 def joined(axis: Sequence[Piece]) -> Axis:
-    """Neighbouring pieces that belong together as one; channels in any order."""
+    """Merges neighbouring pieces that continue each other; neighbouring channel pieces always merge."""
     result: list[Piece] = []
     for piece in axis:
         if piece.of != "batch" and piece.size == 1:
@@ -123,7 +123,7 @@ def channels_of(size: int | None) -> Axis:
 
 
 def fresh_map(value: ir.Value) -> Axes | None:
-    """A map in NCHW, on a grid of its own."""
+    """The axes of an NCHW tensor whose height and width are the grid; None if it has other axes or symbolic sizes."""
     sizes = dims(value) if value.shape is not None else ()
     if len(sizes) != 4 or None in sizes[1:]:
         return None
@@ -148,13 +148,13 @@ def agrees(value: ir.Value, axes: Axes) -> bool:
 
 
 def _times(size: object) -> int:
-    """How often the batch a symbolic size is."""
+    """The factor of the batch in a symbolic size: 3 for "3*batch", 1 for "batch"."""
     text = str(size.value if isinstance(size, ir.SymbolicDim) else size)
     return int(text.split("*")[0]) if "*" in text else 1
 
 
 def after_reshape(before: Axes, y: ir.Value) -> Axes | None:
-    """The pieces, in their order, dealt out to the new sizes."""
+    """Distributes the pieces, in order, over the new sizes; None if they do not fit."""
     tokens = before.axes[before.token_axis] if before.prefix else None
     pieces: list[Piece | Axis] = []
     for i, axis in enumerate(before.axes):
@@ -248,7 +248,7 @@ def wider(axes: Axes, which: int, before: float, behind: float) -> Border:
 
 
 def after_slice(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Axes | None:
-    """Channels taken, positions taken at a stride, a border cropped, or prefix tokens dropped."""
+    """A Slice that takes channels, takes every n-th position, crops a border or drops prefix tokens; else None."""
     starts, ends = constant_of(node.inputs[1]), constant_of(node.inputs[2])
     extra = [constant_of(node.inputs[i]) if len(node.inputs) > i else None for i in (3, 4)]
     if starts is None or ends is None:
@@ -287,7 +287,7 @@ def after_slice(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Axe
 
 
 def after_pad(node: ir.Node, before: Axes) -> Axes | None:
-    """Channels padded, or a border around the grid."""
+    """A Pad of channels or around the grid; else None."""
     pads = constant_of(node.inputs[1])
     if pads is None:
         return None
@@ -333,7 +333,7 @@ def after_split(node: ir.Node, before: Axes) -> Sequence[Axes | None]:
 
 
 def after_gather(node: ir.Node, before: Axes) -> Axes | None:
-    """Channels picked, or an axis without positions taken away."""
+    """A Gather along channels: a vector of indices selects, a single index removes the axis; else None."""
     indices = node.inputs[1]
     axis = attribute(node, "axis", 0) % len(before.axes)
     if indices is None or indices.shape is None or any(p.of != "channel" for p in before.axes[axis]):
@@ -348,7 +348,7 @@ def after_gather(node: ir.Node, before: Axes) -> Axes | None:
 
 
 def after_expand(before: Axes, y: ir.Value) -> Axes | None:
-    """Copies along an axis are as channels."""
+    """An axis of copies counts as channels."""
     sizes = dims(y)
     shift = len(sizes) - len(before.axes)
     axes = ((),) * shift + before.axes

@@ -1,5 +1,5 @@
-"""How far a grid reaches beyond the image, or is cropped, behind operators that join, resize or read windows
-of maps.
+"""How far a grid reaches beyond the image, or is cropped, after operators that join maps, resize them or read windows
+of them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import onnx_ir as ir
 from ..tape import attribute, constant_of, dims
 from .axes import Axes, Border
 
-_OTHER_PART = 0.1  # of the image: a grid that is moved by more shows another part of the picture
-_SMALL_STRIDE = 3  # windows further apart take a picture to patches
+_OTHER_PART = 0.1  # as a fraction of the image: a grid that is shifted by more shows another part of the picture
+_SMALL_STRIDE = 3  # a larger stride cuts a picture into patches
 
 
 def joint_border(known: Sequence[Axes]) -> Border:
-    """The border of tensors that are joined: of those that have positions, that of the one that lies over the image
-    best; but that of one that shows another part of the picture, as a crop beside the whole does. A shift by one cell
-    is none.
+    """The border of a result of several tensors: among those with rows or columns, the border of the tensor that lies
+    over the image best. If one of them shows another part of the picture (a crop beside the whole), its border. A shift
+    by one cell does not count as another part.
     """
     placed = [k for k in known if any(p.of in ("row", "column") for axis in k.axes for p in axis)] or known
 
@@ -33,11 +33,11 @@ def joint_border(known: Sequence[Axes]) -> Border:
 
 
 def border_behind_window(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Border:
-    """The border behind a convolution or pooling of a map of `sizes` (height, width).
+    """The border after a convolution or pooling of a map of `sizes` (height, width).
 
-    What pads the map beyond what such windows ordinarily do widens it; one that pads less takes up a border that was
-    padded before. Ordinary is half a window that overlaps its neighbours, and what completes the last of small ones.
-    Rows or columns that a large stride leaves unread are cropped.
+    Padding above the usual amount widens the border; padding below it uses up a border that was padded before. Usual is
+    half a window where windows overlap; where they do not, stride - 1 for strides up to 3, and 0 for larger ones. Rows
+    or columns that a stride above 3 leaves unread are cropped.
     """
     kernel = attribute(node, "kernel_shape")
     if kernel is None and node.op_type in ("Conv", "ConvTranspose") and node.inputs[1] is not None:

@@ -92,7 +92,9 @@ class _Follower:
         return ()
 
     def _elementwise(self, node: ir.Node, y: ir.Value) -> Axes | None:
-        """Of every axis what the operands say of it; positions say more than channels."""
+        """Per axis, what the operands know of it; rows and columns take precedence over channels. None if the operands
+        contradict each other.
+        """
         rank = len(y.shape or ())
         known = [self.found[v] for v in node.inputs if v is not None and v in self.found]
         if not known:
@@ -115,7 +117,7 @@ class _Follower:
         return replace(first, axes=tuple(axes), token_axis=token, border=joint_border(known))
 
     def _product(self, node: ir.Node) -> Axes | None:
-        """Rows of the left side, columns of the right, and what both say of the axes before."""
+        """The rows of the left operand, the columns of the right one; the leading axes from either operand."""
         a, b = node.inputs[:2]
         y = node.outputs[0]
         left, right = (self.found.get(v) if v is not None else None for v in (a, b))
@@ -153,7 +155,7 @@ class _Follower:
         )
 
     def _map(self, node: ir.Node, before: Axes) -> Axes | None:
-        """A map of another grid; a 1 x 1 convolution keeps whatever its positions are."""
+        """A map on a new grid; a plain 1 x 1 convolution keeps every axis except the channels."""
         y = node.outputs[0]
         weight = node.inputs[1] if node.op_type == "Conv" else None
         pointwise = (
@@ -176,7 +178,7 @@ class _Follower:
         return None if border is None else replace(fresh, border=border)
 
     def _concat(self, node: ir.Node) -> Axes | None:
-        """Joined channels of maps alike; or tokens with others in front of them."""
+        """Channels of maps with equal other axes, joined; or prefix tokens put in front of a grid's tokens."""
         inputs = [x for x in node.inputs if x is not None]
         known = [self.found.get(x) for x in inputs]
         y = node.outputs[0]

@@ -45,10 +45,10 @@ class Layout:
 
 
 def layouts(graph: ir.Graph) -> dict[ir.Value, Layout]:
-    """The values that are known to hold feature maps, not merely shaped as if they did.
+    """The values that hold feature maps, found by following the image's axes through the graph, not by shapes.
 
-    What mixes or exchanges positions (rolling, products over positions) loses them, until a sum with a known map of
-    the same shape, a residual connection, says what they are again.
+    An operator that mixes or exchanges positions (a roll, a product over positions) ends this; a sum with a known map
+    of the same shape (a residual connection) starts it again.
     """
     return named_layouts(follow(graph))
 

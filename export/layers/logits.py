@@ -1,4 +1,4 @@
-"""Where a classifier's logits are, whatever its file does to them at the end."""
+"""Finds a classifier's logits before final activations, casts and reshapes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _OF_SINGLE_NUMBERS = (
 
 
 class BatchElsewhere(ExportError):
-    """An output whose batch is not its first axis, as of a model written for one image."""
+    """An output whose first axis is not the batch, for example of a model for single images. Batch 1 may work."""
 
 
 def find_logits(graph: ir.Graph) -> tuple[ir.Value, str | None]:
-    """The logits (batch, classes) behind the graph's only output, and the activation that was set aside: Softmax,
-    Sigmoid, LogSoftmax or None.
+    """The logits (batch, classes) of the graph's only output, and the final activation after them: "Softmax",
+    "Sigmoid", "LogSoftmax" or None.
 
-    Set aside where nothing but a change of type or shape, or a Clip to [0, 1], follows; also where it is written out.
-    ExportError for an output that is no list of classes.
+    The activation is found if only changes of type or shape, quantisation or a Clip to [0, 1] follow it, also if it is
+    written in basic operators. ExportError for an output that is not (batch, classes).
     """
     output = graph.outputs[0]
     if output.producer() is None:
@@ -84,7 +84,7 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
         )
     if made_by(logits, "TopK") is not None:
         raise ExportError(
-            f"output {output.name!r} holds the highest scores in order of their rank (TopK), not each class's: name "
+            f"output {output.name!r} holds the highest scores in order of rank (TopK), not one score per class: name "
             "the output that holds the logits, or export the model without its TopK"
         )
     if logits.dtype is not None and not logits.dtype.is_floating_point():
@@ -96,8 +96,8 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
 
 
 def made_of_probabilities(logits: ir.Value) -> str | None:
-    """The Softmax or Sigmoid, by its operator, that scores are made of by operators on single numbers or a choice
-    among them.
+    """The operator ("Softmax", "LogSoftmax" or "Sigmoid") from which the scores are computed with element-by-element
+    operators, reshapes and selections only; None if there is none.
     """
     value: ir.Value | None = logits
     while value is not None and (node := value.producer()) is not None:
@@ -123,9 +123,7 @@ def _is_rows(value: ir.Value) -> bool:
 
 
 def _same_numbers(value: ir.Value) -> ir.Value:
-    """The value behind changes of type, and a rounding of the scores to quantised numbers, whose range would cut off
-    gradients.
-    """
+    """The value before casts and before a quantisation of the scores, whose clipping would stop gradients."""
     node = value.producer()
     passed = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear")
     while node is not None and node.op_type in passed and node.inputs[0] is not None:
@@ -238,7 +236,7 @@ def _behind_sigmoid(value: ir.Value | None) -> ir.Value | None:
 
 
 def _after(last: ir.Value, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
-    """What a new node computes, which is put behind the one that computes `last`; as large as that."""
+    """The output of a new node, inserted after the node that computes `last`; it gets the shape and type of `last`."""
     producer = last.producer()
     assert producer is not None and producer.graph is not None
     node = ir.node(op_type, inputs, attributes)

@@ -1,7 +1,7 @@
-"""Where a graph that normalises its own image has finished doing so: what masks must multiply.
+"""Finds the tensor that masks must multiply, if the graph normalises its own image: the normalised image.
 
-A mask lets through part of the input that the network's first layer reads. Where the graph subtracts a mean, a raw
-pixel that is multiplied by 0 is black, not nothing.
+A mask sets parts of the first layer's input to 0. If the graph subtracts a mean, multiplying a raw pixel by 0 makes it
+black, and the first layer's input is then not 0.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _MOVES = {
     "Reshape",
 }
 _SHIFTS = {"Add", "Sub", "Clip", "BatchNormalization", "Max", "Min", "Pow"}  # zero may not stay zero
-# operators that a picture is prepared with as well, behind which masks are not laid
+# operators that also prepare a picture, but after which masks are not applied
 _PREPARES = {"Resize", "AveragePool", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sqrt", "Reciprocal"}
 
 
 def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: ir.Value) -> str | None:
-    """The tensor (batch, C', H, W) that the network's first layer reads; None where masks may multiply the image
-    itself.
+    """The name of the normalised image (batch, C', H, W), which the network's first layer reads; None where masks
+    multiply the image itself.
 
-    That is where the graph does nothing to the image that moves zero, or where it reads the image elsewhere as well.
-    Warns where zero is moved and masks multiply the image all the same.
+    None if nothing that the graph does to the image shifts zero, or if the layers read the image at several tensors or
+    on another grid. Warns if zero is shifted and masks still multiply the image.
     """
     image = graph.inputs[0]
     inside, shifted = _prepared(graph, logits, _ARITHMETIC | _MOVES)
@@ -55,16 +55,16 @@ def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: 
     unfollowed = beyond or (shifted if found is None else [])
     if unfollowed:
         warnings.warn(
-            f"{unfollowed[0].op_type} (node {unfollowed[0].name!r}) changes the picture within the network where "
-            "masks cannot follow, so those of the Score-CAM family multiply its raw numbers, of which 0 may be black "
-            "rather than nothing: prepare the picture outside the model",
+            f"{unfollowed[0].op_type} (node {unfollowed[0].name!r}) changes the picture within the network, where "
+            "masks cannot be applied: the masks of the Score-CAM family multiply raw pixel values, of which 0 may "
+            "mean black and not zero input: prepare the picture outside the model",
             stacklevel=5,
         )
     return found
 
 
 def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> tuple[set[ir.Value], list[ir.Node]]:
-    """What operators make of the image alone and of constants; and which of their nodes may move zero."""
+    """(values that `operators` compute from the image and constants only, their nodes that may shift zero)."""
     inside, shifts = {graph.inputs[0]}, []
     for node in graph:
         computed = [x for x in node.inputs if x is not None and constant_of(x) is None]

@@ -15,10 +15,10 @@ from .layouts import Layout
 def read_by_prefix_only(
     graph: ir.Graph, found: Mapping[ir.Value, Layout], target: ir.Value, known: Container[ir.Value] = ()
 ) -> set[ir.Value]:
-    """Maps of whose tokens `target` reads the prefix alone: after a vision transformer's last attention, the class
-    token.
+    """Maps of which `target` reads only the prefix tokens, or nothing: in a vision transformer, only the class token is
+    read after the last attention.
 
-    Its gradient at their grid is zero, so they cannot explain it. known: values that are known to be such maps.
+    The gradient on their grid is zero, so they cannot explain `target`. known: values that are known to be such maps.
     """
     whole = _reads(graph, found, target, unread=known)
     return {v for v in found if not whole.get(v, False)}
@@ -27,9 +27,9 @@ def read_by_prefix_only(
 def carries_all(
     graph: ir.Graph, found: Mapping[ir.Value, Layout], unread: Container[ir.Value], target: ir.Value, value: ir.Value
 ) -> bool:
-    """Whether all that `target` reads of the image's grid passes through `value`: else it lies on one branch of
-    several, and its gradient is a part of the whole. What a class token took from earlier layers does not count.
-    unread: of `read_by_prefix_only`.
+    """Whether everything that `target` reads of the image's grid passes through `value`. If not, `value` lies on one of
+    several branches, and its gradient is only a part of the explanation. What a class token took from earlier layers
+    does not count. unread: the result of `read_by_prefix_only`.
     """
     whole = _reads(graph, found, target, value, unread)
     return not any(whole.get(x, False) for x in graph.inputs)
@@ -42,7 +42,9 @@ def _reads(
     barrier: ir.Value | None = None,
     unread: Container[ir.Value] = (),
 ) -> dict[ir.Value, bool]:
-    """What `target` reads, past a barrier or not: value -> whether its grid is read, or its prefix alone."""
+    """{value: True if `target` reads its grid, False if only its prefix}. barrier: a value that is not followed back to
+    its inputs.
+    """
     whole = {target: True}
     for node in reversed(graph):
         scaled = node.op_type == "DynamicQuantizeLinear"  # its scales have no gradient
@@ -79,7 +81,7 @@ def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:
 
 
 def _behind_prefix(node: ir.Node, found: Mapping[ir.Value, Layout]) -> set[int]:
-    """Which inputs of a Concat of tokens lie behind its prefix."""
+    """Positions of the inputs of a token Concat that come after the prefix tokens."""
     layout = found.get(node.outputs[0])
     if node.op_type != "Concat" or layout is None or layout.token_axis is None:
         return set()
@@ -97,7 +99,7 @@ def _behind_prefix(node: ir.Node, found: Mapping[ir.Value, Layout]) -> set[int]:
 
 
 def _keeps_tokens_apart(node: ir.Node, before: Layout | None, after: Layout | None) -> bool:
-    """Whether each token that a node computes is of the same token before it."""
+    """Whether each token of a node's output depends only on the same token of its input."""
     if before is None or after is None or before.token_axis is None:
         return False
     if node.op_type == "Transpose":

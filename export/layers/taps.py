@@ -1,8 +1,8 @@
 """Which tensors a bundle taps, and in which role: `layers="conv"`, `"last"`, `"default"` (both), or a list of names.
 
-Roles come from the graph. "last" is the last tensor on a spatial grid that the logits read before the grid is pooled
-or flattened, behind its batch norm and activation; of tokens, the last layer norm whose grid the logits read. All that
-the logits read of the image passes it. How PyTorch modules are nested plays no part, so that a network has the same
+Roles come from the graph. "last" is the last tensor on a spatial grid, after its batch norm and activation and before
+the grid is pooled or flattened; in a network of tokens, the last layer norm whose grid the logits read. Everything that
+the logits read of the image passes through it. The nesting of PyTorch modules does not matter: a network has the same
 roles from PyTorch and from ONNX.
 """
 
@@ -100,26 +100,27 @@ def last_on_grid(
     them; followed: the axes of those of which something is known; carries_all: whether all that the logits read of the
     grid passes a tensor.
 
-    NoLastLayer where a later tensor has positions that are not followed, or in another order of axes than a layer can
-    have: an earlier one would pass for the last; and where the network ends in several branches that no tensor feeds.
+    NoLastLayer if a later tensor has positions that could not be followed, or has them in an order of axes that no
+    layout has: an earlier tensor would be taken for the last; and if the logits read the image on several branches that
+    no single tensor feeds.
     """
     grids = [v for v in order if v in known and known[v].grid != (1, 1) and made_by(v, "Slice", "Pad") is None]
-    if any(_pooled_to_strip(v, known) for v in grids):  # what follows has the rows or the columns of the picture alone
+    if any(_pooled_to_strip(v, known) for v in grids):  # later tensors have only rows or only columns
         grids = [v for v in grids if 1 not in known[v].grid]
     behind = order[order.index(grids[-1]) + 1 :] if grids else order
     lost = next((v for v in behind if _unusable(v, known, followed)), None)
     if lost is not None and lost in followed and not followed[lost].lies_over_image:
         moved = _moved_off_image(behind, followed)
         raise NoLastLayer(
-            f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that maps behind "
-            "it do not lie over the picture: take that step out of the model and let the recipe do it (resize, crop, "
+            f"{moved.op_type} (node {moved.name!r}) pads or crops the picture within the network, so that later maps "
+            "do not lie over the picture: remove this step from the model and let the recipe do it (resize, crop, "
             "letterbox)"
         )
     if lost is not None:
         node = lost.producer()
         assert node is not None
         raise NoLastLayer(
-            f"what {node.op_type} (node {node.name!r}) computes could not be followed back to the rows and columns of "
+            f"the output of {node.op_type} (node {node.name!r}) could not be traced back to the rows and columns of "
             "the picture"
         )
     if not grids:
@@ -136,7 +137,7 @@ def last_on_grid(
         if before not in usable or known[before].grid != known[last].grid:  # type: ignore[index]
             break
         if node.op_type == "Slice" and known[before].prefix == known[last].prefix:  # type: ignore[index]
-            break  # channels, not the tokens before the grid, were left behind
+            break  # the Slice removed channels, not prefix tokens
         if node.op_type in ("Clip", "Max", "Pow") and not _raises(node, last):
             break
         last = before  # type: ignore[assignment]
@@ -154,9 +155,7 @@ def _pooled_to_strip(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
 
 
 def _raises(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node belongs to a mean of powers (generalised mean pooling): the power itself, or what keeps its base
-    from zero.
-    """
+    """Whether a node belongs to generalised mean pooling: the power, or the Clip or Max that keeps its base above 0."""
     if node.op_type == "Pow":
         return constant_of(node.inputs[1]) is not None and all(n.op_type in _POOLINGS for n in value.consumers())
     bounds = [constant_of(x) for x in node.inputs[1:] if x is not None]
@@ -179,7 +178,7 @@ def _moved_off_image(order: Iterable[ir.Value], followed: Mapping[ir.Value, Axes
 
 
 def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mapping[ir.Value, Axes]) -> bool:
-    """Whether a layer of the network made a tensor with positions that no tap can show."""
+    """Whether a layer computed the tensor, with positions that no tap can show."""
     if value in known:
         return False
     axes = followed.get(value)
@@ -188,8 +187,8 @@ def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mappi
 
 
 def _sums_on_grid(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
-    """Whether a sum over other axes left numbers with the rows and columns of a map, as kernels that vary by position
-    do.
+    """Whether a sum or mean computed the tensor, and its last two sizes are the grid of a known map, as with kernels
+    that vary by position.
     """
     return made_by(value, "ReduceSum", "ReduceMean") is not None and tuple(dims(value)[-2:]) in {
         layout.grid for layout in known.values() if 1 not in layout.grid
@@ -206,7 +205,7 @@ def _has_positions(value: ir.Value) -> bool:
 
 
 def _is_activated_product(value: ir.Value) -> bool:
-    """Whether it is what an activation makes of a linear layer."""
+    """Whether the tensor is a linear layer's output after an activation."""
     node = made_by(value, *_ACTIVATIONS)
     before = node.inputs[0] if node is not None else None
     while (node := made_by(before, "Add", "Mul", "Div", "Reshape", "Gemm", "MatMul")) is not None:
@@ -217,8 +216,8 @@ def _is_activated_product(value: ir.Value) -> bool:
 
 
 def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
-    """The norm that a token tensor is a projection of; for attention's keys and values without a norm, the tensor that
-    they project; else the tensor itself.
+    """The norm's output of which a token tensor is a linear projection; for attention's keys and values without a norm,
+    the tensor from which they are projected; else the tensor itself.
     """
     inner = value
     while (node := inner.producer()) is not None:
@@ -247,7 +246,9 @@ def _is_attended(value: ir.Value) -> bool:
 
 
 def is_finished(value: ir.Value) -> bool:
-    """Whether a tensor lies behind its norm and activation: not all that reads it normalises or activates it."""
+    """Whether a tensor already has its norm and activation: some reader is neither a norm nor an activation, or there
+    is no reader.
+    """
     readers = [n for n in value.consumers() if n.op_type != "Identity"]
     gates = {n.outputs[0] for n in readers if n.op_type in _ACTIVATIONS}
 
@@ -272,9 +273,10 @@ def choose(
 ) -> dict[str, tuple[str, ...]]:
     """Names to tap, in the model's order, with their roles.
 
-    Where layers are named and the last tensor on the grid is not among them, the deepest that is `finished` takes its
-    role, with a warning. without_last: why the network has no last layer; deeper: what lies behind it, on a coarser
-    grid: both for warnings. UnknownLayer names near misses; ExportError if nothing is left to tap.
+    convolutions: names with the role "conv"; last: the name with the role "last", or None; known: all names in the
+    model's order. If layers are named and `last` is not among them, the deepest named one that is `finished` takes its
+    role, with a warning. For warnings: without_last, why the network has no last layer; deeper, the name of a layer
+    after `last` on a coarser grid. UnknownLayer suggests similar names; ExportError if there is nothing to tap.
     """
     known = list(known)
     check_names(layers, known)
@@ -290,8 +292,8 @@ def choose(
         raise nothing_to_tap(layers, without_last)
     if deeper is not None and last in wanted:
         warnings.warn(
-            f"the logits read {last!r} past the deeper {deeper!r} as well: the former is the last layer, since it "
-            "carries all that they read of the image; name the latter to explain its part alone",
+            f"the logits read {last!r} directly and also through the deeper {deeper!r}: the former is the last layer, "
+            "since all that they read of the image passes through it; name the latter to explain its part alone",
             stacklevel=6,
         )
     chosen = [n for n in known if n in set(wanted)]
@@ -302,8 +304,8 @@ def choose(
         if stand_in is not None:
             own = f"the network's own is {last!r}" if last is not None else f"the network has none: {without_last}"
             warnings.warn(
-                f"layer {stand_in!r} stands for the last layer, the deepest of those named that lies behind its norm "
-                f"and activation; {own}",
+                f"layer {stand_in!r} is used as the last layer: of the named layers it is the deepest one after its "
+                f"norm and activation; {own}",
                 stacklevel=6,
             )
     roles = {}
@@ -314,19 +316,22 @@ def choose(
 
 
 def warn_of_no_last(layers: object, last: str | None, without_last: str) -> None:
+    """Warns that the bundle has no last layer, if `layers` asks for one. without_last: why, a clause."""
     if last is None and layers in ("last", "default"):
         warnings.warn(
-            f"{without_last}; so the bundle has no last layer for the methods that explain it: name a layer",
+            f"{without_last}; so the bundle has no last layer, which many methods need: name a layer",
             stacklevel=5,
         )
 
 
 def nothing_to_tap(layers: object, without_last: str) -> ExportError:
+    """The error for `layers` that select nothing. without_last: why there is no last layer, a clause, or ""."""
     because = without_last or "name the layers to explain"
     return ExportError(f"layers={layers!r} finds nothing in this model: {because}")
 
 
 def not_a_map(name: str, value: ir.Value) -> ExportError:
+    """The error for a named layer that is not a feature map."""
     return ExportError(
         f"layer {name!r} has output {value.shape}, which is not known to be a feature map (batch, channels, height, "
         "width), channels-last, or tokens of a grid, over the whole picture: name other layers"
@@ -334,7 +339,7 @@ def not_a_map(name: str, value: ir.Value) -> ExportError:
 
 
 def check_names(layers: str | Sequence[str], known: Iterable[str]) -> list[str]:
-    """The layers that were named, rather than chosen by role. UnknownLayer names near misses."""
+    """The layers that the user named; [] for a role. UnknownLayer suggests similar names."""
     known = list(known)
     named = [layers] if isinstance(layers, str) else list(layers)
     if layers in ROLES:

@@ -39,7 +39,7 @@ def select(recorded: Record, layers: Sequence[str]) -> Record:
 
 
 def as_maps(recorded: Record, taps: Sequence[Tap]) -> Record:
-    """The same with every tensor as (B, K, h, w), whichever layout its module uses; a token prefix is dropped."""
+    """The record with every tensor converted from its module's layout to (B, K, h, w); prefix tokens are dropped."""
     layouts = {t.name: t for t in taps}
 
     def convert(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -104,8 +104,9 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
         if "modified by an inplace operation" not in str(error):
             raise
         raise ExportError(
-            "PyTorch cannot differentiate the model, since it changes in place what its gradient needs: write that "
-            f"step without assigning in place, or export it to ONNX and pass the .onnx file ({first_line(error)[:200]})"
+            "PyTorch cannot differentiate the model, since an assignment in place overwrites what the gradient needs: "
+            "write that step without it, or export the model to ONNX and pass the .onnx file "
+            f"({first_line(error)[:200]})"
         ) from error
     return Record(
         logits.detach(),
@@ -115,8 +116,8 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
 
 
 class _NormsInOrder(TorchFunctionMode):
-    """Keeps batch and instance norms from gradients in channels-last order, whose elements their backward passes
-    confuse where one image alone is given (PyTorch 2.13 on a CPU): both tensors are made contiguous.
+    """Makes the inputs and gradients of batch and instance norms contiguous: for channels-last gradients of a single
+    image, PyTorch's backward passes confuse elements (PyTorch 2.13 on a CPU).
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -129,7 +130,7 @@ class _NormsInOrder(TorchFunctionMode):
 
 
 def eager_logits(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """What a float32 module gives for an image (1, C, H, W)."""
+    """A function that runs a float32 module in eval mode: image (1, C, H, W) -> its output."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def run(image: np.ndarray) -> np.ndarray:
@@ -146,8 +147,8 @@ def eager_logits(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
-    """Compares the bundle's gradients of one image's top class with PyTorch's. ExportError; a warning where the model
-    has backward passes of its own, whose gradients camrt does not have.
+    """Compares the bundle's gradients of one image's top class with PyTorch's. ExportError if they differ; only a
+    warning if the model has custom backward passes, which camrt does not use.
     """
     if not checker.gradients or checker.cotangent is None or checker.seed is None:
         return
@@ -176,8 +177,8 @@ def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
 def _exact(
     model: nn.Module, image: torch.Tensor, cotangent: torch.Tensor, seed: torch.Tensor, graph: TappedGraph
 ) -> dict[str, float]:
-    """Distances of the gradient program's arithmetic in float64 from float64 autograd, by layer. cotangent: of the
-    model's scores; seed: of the logits.
+    """{layer: relative L2 distance} between the gradient program, run in float64, and PyTorch's autograd in float64;
+    empty, with a warning, if the model does not run in float64. cotangent: of the model's scores; seed: of the logits.
     """
     from ..interpreter import Interpreter
     from ..programs import gradients
@@ -187,7 +188,8 @@ def _exact(
         want = as_maps(record(model.double(), image.double(), cotangent.double(), [t.name for t in taps]), taps)
     except RuntimeError as error:  # code that casts to float32 by itself
         warnings.warn(
-            f"the model does not run in float64, so its gradients were compared roughly ({first_line(error)})",
+            "the model does not run in float64, so large differences of its float32 gradients were not checked "
+            f"({first_line(error)})",
             stacklevel=6,
         )
         return {}

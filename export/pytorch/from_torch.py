@@ -37,12 +37,12 @@ from .rewrites import rewrite_operators
 from .stop_gradient import MARK, checkpoints_as_calls, mark, symbolic_len, to_onnx
 
 _CONVOLUTIONS = (nn.Conv2d,)
-_NEAR_THE_END = 24  # so many tensors before the end of the forward pass are looked at for the last on a grid, at first
+_NEAR_THE_END = 24  # the last tensor on a grid is first searched among this many tensors at the end of the pass
 
 
 class _Recorder(nn.Module):
-    """Runs a model and returns (output, *tensors of the given names), each as it was when it was computed. readings:
-    what an eager run read of numbers that are the same for every image.
+    """Runs a model and returns (output, *tensors of the given names), each cloned when it was computed. readings: the
+    numbers that an eager run read (see readings.py).
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], readings: Sequence[Reading]):
@@ -72,8 +72,8 @@ class Forward:
     shapes: of every tensor that may hold a feature map, by name, in the order in which they are computed;
     convolutions: those of modules and calls that convolve; modules: those that a module returns; blocks: those that a
     module with children returns; read: those that the output's gradient reaches; own_gradients: classes of
-    torch.autograd.Function with a backward pass of their own; readings: what its code read of numbers that are the
-    same for every image.
+    torch.autograd.Function with a backward pass of their own; readings: the numbers that its code read (see
+    readings.py).
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -130,10 +130,11 @@ def trace_module(
     progress: Callable[[str], None] = lambda _: None,
     attempt: Attempt = FIRST,
 ) -> TappedGraph:
-    """Exports a module, in eval mode and float32, with the tapped tensors as outputs. attempt: what earlier ones
-    showed.
+    """Traces a module, in eval mode and float32, into a tapped graph. input_shape: (channels, height, width); attempt:
+    what earlier attempts showed.
 
-    ExportError if its output is not a list of classes; UnknownLayer.
+    ExportError if the output is not (batch, classes), or a layer is not a feature map; NotTraced if PyTorch cannot
+    export the model; UnsupportedOperator if no gradient reaches a named layer; UnknownLayer.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -202,8 +203,8 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
 
 
 def _simplified(model: ir.Model) -> ir.Model:
-    """What the exporter's own optimisation does, except that calls of one module on one tensor stay apart, as their
-    gradients are.
+    """Optimises as the exporter does, but does not merge equal nodes: two calls of one module on one tensor have
+    separate gradients.
     """
     optimizer.inline(model)
     for _ in range(2):
@@ -240,8 +241,8 @@ def quiet() -> Iterator[None]:
 def tap_outputs(
     model: ir.Model, layers: str | Sequence[str], forward: Forward, traced: Sequence[str], attempt: Attempt
 ) -> TappedGraph | None:
-    """From a graph whose outputs are the model's and then the traced tensors. None where the last tensor on a grid was
-    not traced.
+    """Makes the tapped graph of a model whose outputs are the model's own output and then the tensors `traced`. None if
+    the last tensor on a grid was not traced.
     """
     _name_nodes(model.graph)
     taken = {v.name for v in (*model.graph.inputs, *model.graph.initializers.values())}
@@ -255,8 +256,8 @@ def tap_outputs(
     stops = [n for n in model.graph if n.op_type == "StopGradient" and not n.inputs[0].is_initializer()]  # type: ignore[union-attr]
     if stops:
         warnings.warn(
-            f"the model stops gradients (detach, no_grad or .data) in {len(stops)} places: camrt's stop there as "
-            "PyTorch's do",
+            f"the model stops gradients (detach, no_grad or .data) in {len(stops)} places: camrt's gradients stop "
+            "there as PyTorch's do",
             stacklevel=4,
         )
     batch = settle(model, None, attempt.pinned)
@@ -282,7 +283,7 @@ def tap_outputs(
     deeper = _name_of(maps.deeper, tensors, forward) if maps.deeper is not None else None
     unread = last is not None and (made_by(last, "StopGradient") or any(v is last for v in tensors.values()))
     without_last = maps.without_last or (
-        "no gradient reaches the last tensor on a grid, which the logits read through detach or no_grad alone"
+        "no gradient reaches the last tensor on a grid, which the logits read only through detach or no_grad"
         if unread
         else "the last tensor on a grid has no name in the model"
     )
@@ -299,8 +300,8 @@ def tap_outputs(
         if value not in maps.reachable or name not in forward.read:
             if name in named:
                 raise UnsupportedOperator(
-                    f"no gradient reaches layer {name!r}: the logits read it through detach or no_grad alone, or not "
-                    "at all: choose another layer"
+                    f"no gradient reaches layer {name!r}: the logits do not read it, or only through detach or "
+                    "no_grad: choose another layer"
                 )
             without_gradient.append(name)
             continue
@@ -308,10 +309,10 @@ def tap_outputs(
         norm = "after" if batch_norm_after(value) else "none"
         taps.append((tap_at(name, of_tap, value, known[value], norm), str(value.name)))
     if left_out:
-        warnings.warn(f"left out, because they are not known to be feature maps: {', '.join(left_out)}", stacklevel=4)
+        warnings.warn(f"skipped, because they are not known to be feature maps: {', '.join(left_out)}", stacklevel=4)
     if without_gradient:
         warnings.warn(
-            "left out, because no gradient reaches them (the logits read them through detach or no_grad alone): "
+            "skipped, because no gradient reaches them (the logits read them only through detach or no_grad): "
             f"{', '.join(without_gradient)}",
             stacklevel=4,
         )

@@ -28,14 +28,14 @@ class OutputSelector(nn.Module):
 
 
 def module_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The module that a recorded tensor's name belongs to, which has _1, _2 behind it from the second call on; None
+    """The module that returned a recorded tensor, by the tensor's name, without the suffix _1, _2 of later calls; None
     for a function.
     """
     return modules.get(name) or modules.get(name.rstrip("0123456789").removesuffix("_"))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module whose names users know."""
+    """The user's own module, without the OutputSelector around it."""
     return model.model if isinstance(model, OutputSelector) else model
 
 
@@ -55,9 +55,10 @@ def _part(given: Any, output: str | int) -> Any:
 
 
 def prepare_module(model: Any, output: str | None = None) -> nn.Module:
-    """What wraps a module is taken off, other precisions become float32 in a copy, and one output is chosen.
+    """Removes wrappers (DataParallel, torch.compile), copies a model of another precision to float32, and selects one
+    output.
 
-    ExportError for what torch.export cannot trace, with what to pass instead.
+    ExportError for a model that torch.export cannot trace; it says what to pass instead.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = torch.export.unflatten(model)
@@ -84,7 +85,7 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
         if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
             raise ExportError(
                 f"{f'layer {name!r}' if name else 'forward'} is compiled (torch.compile), which torch.export cannot "
-                "look into: pass the model as it is before that"
+                "trace: pass the model without torch.compile"
             )
     if any(torch.nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
         raise ExportError("the model has lazy layers without weights yet: run it on an image once, then export it")
@@ -104,8 +105,8 @@ def prepare_module(model: Any, output: str | None = None) -> nn.Module:
 
 
 def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
-    """ExportError, with the names of its parts, where a model returns something else than one tensor, or does
-    not run.
+    """ExportError if a model does not run on images (2, *input_shape), or does not return a single tensor; the message
+    then lists the parts of its output.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = [m for m in model.modules() if m.training]
@@ -168,8 +169,8 @@ def without_autocast() -> Iterator[None]:
 
 
 def own_gradients(model: nn.Module, image: torch.Tensor) -> list[str]:
-    """Classes of torch.autograd.Function, with a backward pass of their own, that a model's gradient passes,
-    by name.
+    """Names of the torch.autograd.Function classes (custom backward passes) that the gradient of a model's output
+    passes, for images (B, C, H, W).
     """
     with torch.enable_grad():
         return backward_functions(model(image.detach().clone().requires_grad_()))

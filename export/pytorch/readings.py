@@ -1,7 +1,7 @@
-"""Numbers that a model's Python code reads from tensors which the image does not enter, as `if (std == 0).any()`.
+"""Numbers that a model's Python code reads from tensors that do not depend on the image, as in `if (std == 0).any()`.
 
-torch.export has tensors without numbers and would refuse such a model. An eager run shows what was read, and the trace
-reads the same.
+torch.export traces tensors without values and would refuse such a model. An eager run records the numbers that are
+read, and the trace is given the same numbers.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "dropout", "uniform", "
 
 @dataclass(frozen=True)
 class Reading:
-    """value: what `function` read; None where the image or chance may enter."""
+    """value: what `function` read; None if it may depend on the image or on random numbers."""
 
     function: str
     value: Any | None
 
 
 class ReadingsNoted(TorchFunctionMode):
-    """While it lasts, notes what an eager run reads. constants: tensors that are the same for every image, as
-    parameters and buffers are; what functions make of them alone is as well.
+    """Inside the block, records what an eager run reads. constants: tensors that are the same for every image, such as
+    parameters and buffers; results of functions of constants alone are constants as well.
     """
 
     def __init__(self, constants: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self._constants = {id(t): t for t in constants}  # the tensors stay alive, and their ids theirs
+        self._constants = {id(t): t for t in constants}  # the tensors stay alive, so that their ids stay valid
         self.readings: list[Reading] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -50,8 +50,8 @@ class ReadingsNoted(TorchFunctionMode):
         return output
 
     def _forget(self, written: Sequence[torch.Tensor]) -> None:
-        """What shares memory with a tensor that was written to is no constant any more; where that cannot be told,
-        nothing is.
+        """Removes the tensors that share memory with a written tensor from the constants; all tensors, if their memory
+        cannot be compared.
         """
         try:
             storages = {x.untyped_storage()._cdata for x in written}
@@ -61,7 +61,7 @@ class ReadingsNoted(TorchFunctionMode):
 
 
 class ReadingsGiven(TorchFunctionMode):
-    """While it lasts, a trace reads what the eager run read, as long as it reads the same in the same order."""
+    """Inside the block, a trace reads the numbers of the eager run, as long as it calls the same functions in order."""
 
     def __init__(self, readings: Iterable[Reading]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Every tensor of a PyTorch module's forward pass by name: in an eager run, while tracing, and as the reference.
 
-Names are those of torchvision's feature extraction: a module's qualified name, or that of the module that calls a
-function with the function's name behind it, and _1, _2 for further calls: layer4.2.relu, layer4.2.relu_1. Functions
-that torch.nn's own modules call have no names; their modules have.
+Names are those of torchvision's feature extraction: a module's qualified name; for a function, the name of the module
+that calls it, a dot and the function's name; and _1, _2 for further calls: layer4.2.relu, layer4.2.relu_1. Functions
+that torch.nn's own modules call have no names; the modules have.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _OPERATORS = {
 
 @contextlib.contextmanager
 def recording(model: nn.Module, visit: Visit, tracing: bool = False) -> Iterator[None]:
-    """While it lasts, what a module or function of the model's forward pass returns goes through visit(name, tensor)
-    -> tensor.
+    """Inside the block, every tensor that a module or function of the model's forward pass returns is replaced by
+    visit(name, tensor).
 
-    Only single floating-point tensors are visited. tracing: for torch.export, which has no trace of .data and
-    inference_mode: where they stop gradients a mark is left.
+    Only single floating-point tensors are visited. tracing: for torch.export, which does not record .data and
+    inference_mode: a StopGradient mark is put where they stop gradients. ExportError if the model assigns to .data.
     """
     model = unwrapped(model)
     stack: list[tuple[str, nn.Module]] = [("", model)]
 
-    # torch.export has another object for each name of a module that has several; what they hold is one
+    # torch.export makes one object per name of a shared module; these objects share one __dict__
     modules = {id(module.__dict__): (name, module) for name, module in reversed([*model.named_modules()])}
     reserved = {name for name, _ in modules.values()}
     taken: set[str] = set()
@@ -89,7 +89,8 @@ class _Functions(TorchFunctionMode):
         if self._tracing and getattr(func, "__self__", None) is torch.Tensor.data:
             if func.__name__ != "__get__":
                 raise ExportError(
-                    "the model assigns to .data of a tensor, which torch.export loses: assign to the tensor itself"
+                    "the model assigns to .data of a tensor, which torch.export does not record: assign to the tensor "
+                    "itself"
                 )
             return stop_gradient(args[0])
         output = func(*args, **(kwargs or {}))
@@ -104,7 +105,9 @@ class _Functions(TorchFunctionMode):
 
 
 def function_name(func: object) -> str:
-    """relu of torch.relu, Tensor.relu_ and torch.ops.aten.relu.default; add of +=."""
+    """A function's plain name: "relu" for torch.relu, Tensor.relu_ and torch.ops.aten.relu.default; "add" for +=; ""
+    for access to an attribute.
+    """
     name = str(getattr(func, "__name__", "")).split(".")[0]
     if name in ("__get__", "__set__") or name.startswith("_has"):
         return ""
@@ -113,8 +116,8 @@ def function_name(func: object) -> str:
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
-    """Whether it is one of torch.nn's modules, which are single operators; those that a .pt2 file holds are read as
-    they are.
+    """Whether a module is one of torch.nn's own, which count as single operators. Containers, and modules from a .pt2
+    file, do not count.
     """
     return type(module).__module__.startswith(("torch.nn.modules", "torch.nn.utils")) and not isinstance(
         module, nn.Sequential | nn.ModuleList | nn.ModuleDict | InterpreterModule

@@ -1,6 +1,4 @@
-"""Operators of an exported PyTorch program that its ONNX exporter writes wrongly or not at all, in others that it
-writes well.
-"""
+"""Rewrites operators of an exported PyTorch program that PyTorch's ONNX exporter converts wrongly or not at all."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ from typing import Any
 
 import torch
 
-_SMALL = 2e-8  # a number that PyTorch's exporter may take for 0
-_NOTHING = 1e-20  # smaller ones are left: what they are added to would overflow when it is scaled
+_SMALL = 2e-8  # PyTorch's exporter may take smaller numbers for 0
+_NOTHING = 1e-20  # smaller numbers are not rewritten: the other term would overflow when it is scaled
 
 aten = torch.ops.aten
 
@@ -40,9 +38,10 @@ def _pool_by_mean(graph: torch.fx.Graph) -> None:
 
 
 def _pick_first_maximum(graph: torch.fx.Graph) -> None:
-    """Writes a maximum whose position PyTorch knows as what lies there: of equal elements the first has the gradient.
+    """Writes a maximum or minimum along an axis as the element at its position: of equal elements, the first gets the
+    gradient, as in PyTorch.
 
-    ONNX's ReduceMax has no position, and shares it among them.
+    The rule for ONNX's ReduceMax shares the gradient among equal elements.
     """
     global_pools = {aten.adaptive_max_pool2d.default: 2, aten.adaptive_max_pool1d.default: 1}
     for node in list(graph.nodes):
@@ -73,7 +72,7 @@ def _pick_first_maximum(graph: torch.fx.Graph) -> None:
 
 
 def _deviate_from_zero(graph: torch.fx.Graph) -> None:
-    """Writes a standard deviation as a root that has no gradient where it is 0, as PyTorch's has none."""
+    """Writes a standard deviation as a square root whose gradient is 0 where the deviation is 0, as PyTorch's is."""
     variances = {aten.std.dim: aten.var.dim, aten.std.correction: aten.var.correction}
     for node in list(graph.nodes):
         if node.target not in variances:
@@ -88,7 +87,7 @@ def _deviate_from_zero(graph: torch.fx.Graph) -> None:
 
 
 def _caller(graph: torch.fx.Graph, before: torch.fx.Node) -> Callable[..., torch.fx.Node]:
-    """What puts a call before a node: (operator, *arguments) -> the new node, with its shape."""
+    """A function that inserts a call before a node: (operator, *arguments) -> the new node, with its shape."""
 
     def call(target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
         with graph.inserting_before(before):
@@ -101,7 +100,7 @@ def _caller(graph: torch.fx.Graph, before: torch.fx.Node) -> Callable[..., torch
 
 
 def _attention(graph: torch.fx.Graph) -> None:
-    """Writes attention over other than four axes as products and a softmax: ONNX's form of it has four."""
+    """Writes attention of tensors that do not have four axes as products and a softmax: ONNX's form needs four axes."""
     for node in list(graph.nodes):
         if node.target != aten.scaled_dot_product_attention.default or node.meta["val"].dim() == 4:
             continue
@@ -125,11 +124,11 @@ def _attention(graph: torch.fx.Graph) -> None:
 
 
 def _keep_small_terms(graph: torch.fx.Graph) -> None:
-    """Adds a number as small as 1e-8, as under a root or a division, to what is scaled by a power of two, and scales
-    it back.
+    """Rewrites the addition of a constant as small as 1e-8 (an epsilon under a root or in a denominator): scales both
+    terms by a power of two, adds them, and scales the sum back.
 
-    PyTorch's exporter takes what is within 1e-8 of 0 for 0, and what is then under a root has no gradient at 0. Powers
-    of two change no digit.
+    PyTorch's exporter replaces a constant within 1e-8 of 0 by 0; a root without its epsilon has no gradient at 0.
+    Scaling by a power of two is exact.
     """
     multiply = {aten.add.Tensor: aten.mul.Tensor, aten.sub.Tensor: aten.mul.Tensor}
     multiply |= {aten.add_.Tensor: aten.mul_.Tensor, aten.sub_.Tensor: aten.mul_.Tensor}

@@ -165,7 +165,8 @@ def processed(processor: dict[str, Any], config: Any) -> tuple[tuple[int, int, i
         c > r for c, r in zip(cropped, (resize,) * 2 if isinstance(resize, int) else resize or (0, 0), strict=True)
     ):
         warnings.warn(
-            "the image processor crops more than it resizes to, so its recipe is left out: see camrt recipe",
+            "the image processor's crop is larger than its resize, so its recipe is not used: set one with camrt "
+            "recipe",
             stacklevel=4,
         )
         return (channels, *cropped), None
@@ -217,9 +218,7 @@ def _module(name: str, package: str) -> Any:
         raise ExportError(
             f"cannot import {name!r} ({first_line(error)}): is {package} installed, or the folder wrong?"
         ) from error
-    except (
-        Exception
-    ) as error:  # code of others runs, and compiled parts that do not fit their PyTorch say so in many ways
+    except Exception as error:  # imported code may raise anything, such as binaries built for another PyTorch
         raise ExportError(
             f"cannot import {name!r} ({type(error).__name__}: {first_line(error)}): does its version fit the other "
             "packages'?"

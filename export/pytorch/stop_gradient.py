@@ -1,8 +1,7 @@
-"""Where a PyTorch model stops gradients (detach, no_grad, .data), as nodes of the ONNX graph: PyTorch's exporter drops
-them.
+"""Keeps the places where a PyTorch model stops gradients (detach, no_grad, .data): PyTorch's ONNX exporter drops them.
 
-A custom operator marks the places in the exported program, and becomes a node camrt::StopGradient, which the autodiff
-does not pass.
+A custom operator marks the places in the exported program. It becomes a node camrt::StopGradient of the ONNX graph,
+which the autodiff does not pass.
 """
 
 from __future__ import annotations
@@ -51,7 +50,8 @@ def to_onnx(x: Any) -> Any:
 def mark(program: torch.export.ExportedProgram) -> None:
     """Puts the mark behind every detach of what depends on the image, and behind what leaves a no_grad region.
 
-    ExportError for a model that writes through a detached alias, whose logits a graph of values does not have.
+    ExportError for a model that writes to a detached tensor in place: this changes the original, which an ONNX graph
+    cannot represent.
     """
     module, aten = program.graph_module, torch.ops.aten
     graph = module.graph
@@ -104,7 +104,7 @@ def _refuse_writes(node: torch.fx.Node) -> None:
         if _writes(user) and user.args[0] is node:
             raise ExportError(
                 f"the model writes in place ({user.target}) to a tensor that it detached, and so changes the original "
-                "behind autograd's back: write to a copy (.detach().clone()), or do without the write"
+                "unseen by autograd: write to a copy (.detach().clone()), or remove the write"
             )
 
 
@@ -114,15 +114,15 @@ def _refuse_writes_inside(module: torch.fx.GraphModule, node: torch.fx.Node) -> 
         first = inner.args[0] if inner.args else None
         if _writes(inner) and isinstance(first, torch.fx.Node) and first.op == "placeholder":
             raise ExportError(
-                f"the model writes in place ({inner.target}) to a tensor from outside a no_grad block: write to a "
-                "copy, or do without"
+                f"the model writes in place ({inner.target}), in a no_grad block, to a tensor from outside it: write "
+                "to a copy, or remove the write"
             )
 
 
 @contextlib.contextmanager
 def checkpoints_as_calls() -> Iterator[None]:
-    """While tracing: torch.utils.checkpoint's reentrant form, which runs its forward pass under no_grad, is a plain
-    call.
+    """Inside the block, torch.utils.checkpoint's reentrant form is a plain call; otherwise it runs the forward pass
+    under no_grad.
     """
     CheckpointFunction.apply = staticmethod(lambda function, preserve, *args: function(*args))  # type: ignore[method-assign]
     try:
@@ -133,7 +133,7 @@ def checkpoints_as_calls() -> Iterator[None]:
 
 @contextlib.contextmanager
 def symbolic_len() -> Iterator[None]:
-    """While tracing: len(tensor) is its first size, which may be the free batch."""
+    """Inside the block, len(tensor) returns the tensor's first size, which may be the symbolic batch."""
     import builtins
 
     plain = builtins.len

@@ -179,7 +179,7 @@ def _zero_insert(op, value, channels, count, strides):
 
 
 def _conv_transpose(op, g, weight, group, window, size):
-    """The general case, as the operator that is defined as the data gradient; its extent is padded to the input's."""
+    """The general case: ConvTranspose, which is defined as the data gradient, cropped or padded to the input's size."""
     full = op.ConvTranspose(
         g,
         weight,

@@ -38,8 +38,8 @@ def matmul(op, node, g):
 
 @vjp("Einsum", shares_image=False)
 def einsum(op, node, g):
-    """d operand = Einsum of g and the other operands, its subscripts being the result; where none repeats one of its
-    own.
+    """d operand = Einsum of g and the other operands, with the operand's subscripts as the result. Not for an operand
+    or a result that repeats a subscript.
     """
     terms, out = _subscripts(attribute(node, "equation"), [len(dims(x)) for x in node.inputs])
     sizes = {}
@@ -65,7 +65,7 @@ def einsum(op, node, g):
 
 
 def _subscripts(equation, ranks):
-    """The operands' subscripts and the result's, an ellipsis and a result that is not written spelt out."""
+    """The subscripts of the operands and of the result, with an ellipsis and an implicit result written in full."""
     left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     letters = [c for c in string.ascii_letters if c not in equation]

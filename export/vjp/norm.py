@@ -76,7 +76,9 @@ def group_normalization(op, node, g):
 
 @vjp("MeanVarianceNormalization")
 def mean_variance_normalization(op, node, g):
-    """y = (x - mean) / (sd + 1e-9) over the axes, here of one image: r (g - mean g - y mean(g y)), r = 1 / sd."""
+    """y = (x - mean) / (sd + 1e-9), over axes of one image only: dx = r (g - mean g - y mean(g y)), r = 1 / sd; the
+    1e-9 is neglected.
+    """
     x, axes = node.inputs[0], [a % len(dims(node.inputs[0])) for a in attribute(node, "axes", [0, 2, 3])]
     if any(dims(x)[a] is None for a in axes):
         return (None,)

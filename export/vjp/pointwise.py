@@ -379,7 +379,7 @@ def quantize(op, node, g):
     """y = clip(round(x / scale) + zero): dx = g / scale inside the range of y's type, 0 outside, as PyTorch's
     fake_quantize does.
 
-    Where a converter left a rectifier to that range, this is the rectifier's gradient.
+    Where a converter replaced a ReLU by this clipping, the rule is the ReLU's gradient.
     """
     x, zero = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
     scale = _along(op, node, node.inputs[1])

@@ -14,9 +14,9 @@ from .shape import pad_zeros
 
 
 def window_counts(window, size, out, include_pad, declared_after):
-    """Elements that each average pooling window divides by, (*out) float64.
+    """The divisor of each average pooling window, the number of elements that it counts: (*out) float64.
 
-    ONNX and PyTorch count the declared padding if `include_pad`, and never what ceil_mode hangs over beyond it.
+    ONNX and PyTorch count the declared padding if `include_pad`, but never the positions after it that ceil_mode adds.
     """
     per_axis = []
     for i, n in enumerate(size):
@@ -92,7 +92,7 @@ def max_pool(op, node, g):
 
 
 def _pad_lowest(op, x, window, size):
-    """x with the window's padding filled by the lowest value, so that it never is a maximum; unused columns stay."""
+    """x padded with the lowest number, so that padding is never the maximum; last columns that no window reads stay."""
     before, after = list(window.before), [max(a, 0) for a in window.after]
     if not any(before + after):
         return x

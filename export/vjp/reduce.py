@@ -86,7 +86,9 @@ def reduce_log_sum(op, node, g):
 
 @vjp("ReduceProd")
 def reduce_prod(op, node, g):
-    """dx = g times the product of the others, as products from both sides, so that zeros do no harm; over one axis."""
+    """dx = g times the product of the other elements, over one axis. The product comes from prefix and suffix products,
+    so that no element is divided by (it may be 0).
+    """
     x, axes = node.inputs[0], reduced_axes(node)
     if len(axes) != 1 or dims(x)[axes[0]] is None:
         return (None, None)
@@ -105,7 +107,7 @@ def reduce_prod(op, node, g):
 
 @vjp("CumSum")
 def cum_sum(op, node, g):
-    """dx = the sum of g from the other end."""
+    """dx = the cumulative sum of g in the opposite direction."""
     axis = constant_of(node.inputs[1])
     x = node.inputs[0]
     if axis is None or dims(x)[int(axis.reshape(-1)[0])] is None:

@@ -20,8 +20,8 @@ def resize_matrix(size, out, scale, node, start=0.0, end=1.0):
     antialias = bool(attribute(node, "antialias", 0)) and scale < 1 and mode != "nearest"
     where = attribute(node, "coordinate_transformation_mode", "half_pixel")
     matrix = np.zeros((out, size))
-    # float32 for the nearest, as engines compute it, so that ties fall as there; else rounding would be all of a
-    # gradient's error
+    # nearest: float32, as in engines, so that ties are rounded to the same side; other modes: float64, because in
+    # float32 the rounding would be the only error of a gradient
     one = np.float32 if mode == "nearest" else np.float64
     for i, x in enumerate(_positions(size, out, scale, where, start, end, one)):
         if where == "tf_crop_and_resize" and not 0 <= x <= size - 1:
@@ -69,7 +69,7 @@ def _rounded(x, mode):
 
 
 def _kernel(x, mode, scale, a):
-    """(positions, weights) around x; a kernel that is stretched by 1 / scale smooths what is shrunk."""
+    """(positions, weights) of the elements around x. With scale < 1 the kernel is 1 / scale times wider (antialias)."""
     reach = (1 if mode == "linear" else 2) / scale
     taps = np.arange(math.floor(x - reach) + 1, math.ceil(x + reach) + 1)
     if scale == 1:
@@ -119,8 +119,8 @@ def along_axis(op, g, rank, axis, matrix):
 
 @vjp("GridSample", shares_image=False)
 def grid_sample(op, node, g):
-    """Bilinear, padded by zeros or its border: dx adds g, weighed, to the four neighbours of each point; d grid is the
-    slope between them. Nearest: dx adds g to the nearest element, d grid = 0.
+    """Bilinear, padded by zeros or by the border: dx = g times the bilinear weights, added to the four neighbours of
+    each point; d grid = g times the slope between them. Nearest: dx = g, added to the nearest element; d grid = 0.
     """
     x, grid = node.inputs
     mode, padding = attribute(node, "mode", "linear"), attribute(node, "padding_mode", "zeros")

@@ -24,7 +24,7 @@ def transpose(op, node, g):
 
 @vjp("Concat")
 def concat(op, node, g):
-    """dx_i = the part of g that x_i filled. One Split: an engine takes far longer to build with a Slice for each."""
+    """dx_i = the part of g that x_i filled, by one Split: with a Slice per input, engines take far longer to build."""
     axis = attribute(node, "axis") % len(dims(node.outputs[0]))
     sizes = [dims(x)[axis] for x in node.inputs]
     if None in sizes:
@@ -119,14 +119,14 @@ def gather(op, node, g):
 
 @vjp("GatherElements", shares_image=False)
 def gather_elements(op, node, g):
-    """dx = zeros, to which g is added where it was taken."""
+    """dx = zeros, with g added at the indices."""
     x, indices = node.inputs
     return (_added(op, x, indices, g, attribute(node, "axis", 0)), None)
 
 
 @vjp("TopK", shares_image=False)
 def top_k(op, node, g):
-    """dx = g of the values where they were taken; the indices have no gradient."""
+    """dx = zeros, with the cotangent of the values added at the indices; the indices have no gradient."""
     g = g[0] if isinstance(g, tuple) else g
     if g is None:
         return (None, None)
@@ -144,8 +144,8 @@ def _added(op, x, indices, g, axis):
 
 @vjp("ScatterElements", shares_image=False)
 def scatter_elements(op, node, g):
-    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates =
-    g taken there.
+    """y = data with updates written, or added, at the indices: d data = g, with 0 where data was overwritten;
+    d updates = g at the indices.
     """
     _, indices, updates = node.inputs
     reduction, axis = attribute(node, "reduction", "none"), attribute(node, "axis", 0)
@@ -159,7 +159,7 @@ def scatter_elements(op, node, g):
 
 @vjp("GatherND", shares_image=False)
 def gather_nd(op, node, g):
-    """dx = zeros, to which g is added where it was taken."""
+    """dx = zeros, with g added at the indices."""
     x, indices = node.inputs
     if attribute(node, "batch_dims", 0):
         return (None, None)
@@ -168,8 +168,8 @@ def gather_nd(op, node, g):
 
 @vjp("ScatterND", shares_image=False)
 def scatter_nd(op, node, g):
-    """y = data with updates written, or added, at the indices: d data = g, without what was written over; d updates =
-    g taken there.
+    """y = data with updates written, or added, at the indices: d data = g, with 0 where data was overwritten;
+    d updates = g at the indices.
     """
     _, indices, updates = node.inputs
     reduction = attribute(node, "reduction", "none")
@@ -181,8 +181,8 @@ def scatter_nd(op, node, g):
 
 @vjp("Pad")
 def pad(op, node, g):
-    """dx = g without its border; in the modes that repeat x there, each border added to the elements that it
-    repeats.
+    """dx = g without the padding. In modes that fill the padding with elements of x, the cotangent of each copy is
+    added to its element.
     """
     x, pads, mode = node.inputs[0], constant_of(node.inputs[1]), attribute(node, "mode", "constant")
     if pads is None:
@@ -206,7 +206,7 @@ def pad(op, node, g):
 
 
 def _repeated_positions(mode, size, before, after):
-    """Which element of an axis each element of the padded axis repeats: numpy's modes are the specification's."""
+    """For each element of the padded axis, the index of the element that it copies; numpy's modes are those of ONNX."""
     cut = np.arange(size)[max(-before, 0) : size - max(-after, 0)]
     return [int(i) for i in np.pad(cut, (max(before, 0), max(after, 0)), mode=mode)]
 
