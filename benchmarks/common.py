@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, fair turns, summaries, the machine's description."""
+"""What the benchmarks share: models, timing in turns, summaries, a description of the machine."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from support import import_torchvision, warmed_up
 
 
 def build(name: str, size: int) -> nn.Module:
-    """torchvision's network of that name with random weights and warmed-up batch norm."""
+    """torchvision's network of that name, with random weights and batch norm statistics of random images."""
     torch.manual_seed(0)
     return warmed_up(import_torchvision().models.get_model(name, weights=None), (3, size, size))
 
 
 def winsor_cam_peer(model: nn.Module, folder: Path | None = None) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90: image (1, C, H, W), class ->
-    (H, W).
+    """Winsor-CAM's public implementation, over all convolutions, bilinear, percentile 90.
 
-    folder: a checkout of its repository; without one, the installed package. It leaves hooks on the model. ImportError.
+    Returns a function: image (1, C, H, W), class -> map (H, W). folder: a checkout of its repository; without one, the
+    installed package. It leaves hooks on the model. ImportError if it is not installed.
     """
     if folder is None:
         module = importlib.import_module("winsorcam")
@@ -55,7 +55,9 @@ def winsor_cam_peer(model: nn.Module, folder: Path | None = None) -> Callable[[t
 
 
 def take_turns(contenders: dict[str, Callable[[], Any]], runs: int, warm_up: int = 3) -> dict[str, np.ndarray]:
-    """Seconds of each contender in each turn, each after a pause in which its forerunner's threads stop spinning."""
+    """Seconds of each contender in each turn. Before each run there is a pause, so that the threads of the run before
+    stop spinning.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + runs):
         for name, run in contenders.items():

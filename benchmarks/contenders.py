@@ -1,8 +1,7 @@
-"""The public implementations that benchmarks/peers.py runs, each as its documentation shows it: float32, whole maps.
+"""The public implementations that benchmarks/peers.py runs, each used as its documentation shows, in float32.
 
-Each function takes a model of its own (libraries leave hooks on it) and gives (camrt's method, its name there, what to
-run). The maps of libraries that return the layer's grid are resized to the image bilinearly, as they leave it to their
-users.
+Each function takes its own copy of the model (libraries leave hooks on it) and yields (camrt's method, the library's
+name for it, a function to run). If a library returns a map on the layer's grid, it is resized to the image bilinearly.
 """
 
 from __future__ import annotations

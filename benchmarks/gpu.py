@@ -1,14 +1,14 @@
-"""The CUDA kernels and whole explanations on this machine's GPU: first right, then fast. One run, one JSON file.
+"""Checks, then times, the CUDA kernels and whole explanations on this machine's GPU. One run writes one JSON file.
 
 python benchmarks/gpu.py [--out gpu.json] [--check-only] [--sanitize] [--repeats 30] [--networks FOLDER] [--peer FOLDER]
 
 Needs camrt with its cuda extra and compiled kernels (python -m camrt.kernels.build). First every row of
-tests/kernel_table.py is compared with the NumPy specification; nothing is timed if one differs. Then each kernel is
-timed as a CUDA graph of ten launches, beside a device-to-device copy of as many bytes in the same run. Bandwidth
-counts the bytes that a kernel must read and write once; a copy's counts both its directions. --sanitize repeats a part
-of the table under compute-sanitizer's memcheck, racecheck, synccheck and initcheck. --networks: what networks.py
-prepared, explained by every backend that is here, compared with the CPU's maps, timed beside PyTorch; --peer: a
-checkout of Winsor-CAM's public repository.
+tests/kernel_table.py is compared with the NumPy specification; no kernel is timed if one differs. Then each kernel is
+timed as a CUDA graph of ten launches, and a device-to-device copy of the same number of bytes is timed in the same run.
+A kernel's bytes are those that it must read and write once; a copy's bytes are those that it reads and those that it
+writes. --sanitize runs every kernel once under compute-sanitizer's memcheck, racecheck, synccheck and initcheck.
+--networks: a folder that networks.py prepared; every usable backend explains its images, the maps are compared with the
+CPU's, and the times with PyTorch's. --peer: a checkout of Winsor-CAM's public repository. --check-only: no timing.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from kernel_table import RESNET50, TABLE, everything
 from camrt import kernels
 from camrt.kernels.gpu import device as gpu
 
-LAUNCHES = 10  # per graph: a graph's own start is spread over them
+LAUNCHES = 10  # per graph: they share the cost of starting the graph
 SIDE = 224
 
 
 @dataclass
 class Case:
-    """make gives what queues the work once, on arrays of its own; moved: bytes that it must read and write; aim: what
-    the project wants of it.
+    """make: returns a function that queues the kernel once, on new arrays; moved: bytes that it must read and write;
+    aim: the speed that the project wants.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
 
 
 def check(stream: gpu.Stream) -> list[str]:
-    """Names of the rows that differ, with their first line of words."""
+    """Names of the rows that differ, with the first line of their message."""
     wrong = []
     for row in TABLE:
         try:
@@ -67,7 +67,9 @@ def check(stream: gpu.Stream) -> list[str]:
 
 
 def seconds(stream: gpu.Stream, make: Callable[[], Callable[[], Any]], repeats: int) -> np.ndarray:
-    """Of one run, from events around graphs of several, each on arrays of its own, so that no cache helps."""
+    """Seconds of one launch, `repeats` times. Events measure a graph of LAUNCHES launches, each on its own arrays, so
+    that caches do not help.
+    """
     runs = [make() for _ in range(LAUNCHES)]
     runs[0]()
     with stream.capture() as graph:
@@ -159,7 +161,7 @@ def measure(stream: gpu.Stream, repeats: int) -> list[dict[str, Any]]:
             "of_the_copy": copy / middle,
         }
         if case.name.startswith("winsorize"):
-            row["reads"] = middle / (copy / 2)  # its bytes counted are one read and one write
+            row["reads"] = middle / (copy / 2)  # `copy` is one read and one write of the rows
         measured.append(row)
         print(
             f"{case.name:46}{middle * 1e6:10.1f} us  {row['gb_per_s']:7.0f} GB/s  {row['of_the_copy']:6.1%} of the "
@@ -170,7 +172,7 @@ def measure(stream: gpu.Stream, repeats: int) -> list[dict[str, Any]]:
 
 
 def sanitize() -> dict[str, str]:
-    """compute-sanitizer's last line on every kernel, by tool."""
+    """compute-sanitizer's tool -> its exit code and the last line of its output, for one run of every kernel."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "no compute-sanitizer on the PATH"}

@@ -1,10 +1,9 @@
-"""Whole explanations on a GPU, beside forward passes, PyTorch and the public implementations; `gpu.py --networks` runs
-it.
+"""Times explanations on a GPU, forward passes, PyTorch and the public implementations, for `gpu.py --networks`.
 
 python benchmarks/networks.py FOLDER [--models resnet18 resnet50 vgg16 mobilenet_v2]
 
-Run like this it prepares the folder, on any machine with the test extra: for each network a bundle in float32 and
-float16, verified against PyTorch in float64, its weights for PyTorch, an image, and the maps that the CPU gives.
+This command prepares the folder, on any machine with the test extra. For each network it writes a bundle in float32 and
+float16, verified against PyTorch in float64; its weights for PyTorch; an image; and the CPU's maps of the image.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def prepare(folder: Path, models: list[str]) -> None:
         report = verify_bundle(read_bundle(path), module_oracle(model, name))
         if not report.passed:
             raise SystemExit(
-                f"{name}: not prepared, because it is wrong: {[r for r in report.rows if not r.passed][:3]}"
+                f"{name}: not prepared, because comparisons failed: {[r for r in report.rows if not r.passed][:3]}"
             )
         torch.save(model.state_dict(), folder / f"{name}.pt")
         explainer, image = camrt.load(path, "onnxruntime", precision="fp32"), smooth_images(SHAPE, 1)
@@ -61,7 +60,7 @@ def prepare(folder: Path, models: list[str]) -> None:
 
 
 def measure(folder: Path, runs: int, peer: Path | None = None) -> list[dict[str, Any]]:
-    """Per network, backend and precision what `_measured` says, and per network PyTorch's own times. Needs a GPU."""
+    """The result of `_measured` per network, backend and precision, and PyTorch's times per network. Needs a GPU."""
     found = []
     for path in sorted(folder.glob("*.camrt")):
         name, expected = path.stem, np.load(path.with_suffix(".npz"))
@@ -83,8 +82,8 @@ def measure(folder: Path, runs: int, peer: Path | None = None) -> list[dict[str,
 
 
 def _measured(path: Path, backend: str, precision: str, expected: Any, runs: int) -> dict[str, Any]:
-    """Correct first: then milliseconds of whole calls for one image, from the array to the map, and images per
-    second.
+    """Compares the maps with the CPU's; if they agree, times calls for one image, from the array to the map, in
+    milliseconds (p50, p99), and images per second.
     """
     image, target = expected["image"], int(expected["target"])
     explainer = camrt.load(path, backend, max_batch=64, precision=precision)
@@ -92,7 +91,7 @@ def _measured(path: Path, backend: str, precision: str, expected: Any, runs: int
     distances = {m: distance(minmax(explainer.explain(image, m, target).maps), minmax(expected[m])) for m in METHODS}
     wrong = {m: d for m, d in distances.items() if not d <= limit}
     if wrong or explainer.classify(image).argmax() != target:
-        return {"distances": distances, "problem": f"not timed, because it is wrong: {wrong or 'another top class'}"}
+        return {"distances": distances, "problem": f"not timed, it is not the CPU's: {wrong or 'another top class'}"}
     masks = int(explainer.explain(image, "score_cam_pp", target).details["masked_runs"][0])
     batch = np.repeat(image, 64, axis=0)
     session = explainer.session
@@ -147,8 +146,8 @@ def _times(run: Callable[[], Any], runs: int) -> dict[str, float]:
 
 
 def _peers(name: str, folder: Path, expected: Any, runs: int, peer: Path | None) -> dict[str, Any]:
-    """PyTorch eager and compiled, pytorch-grad-cam's ScoreCAM and Winsor-CAM's public implementation; what is not
-    installed is named.
+    """Times of PyTorch eager and compiled, pytorch-grad-cam's ScoreCAM and Winsor-CAM's public implementation.
+    `problem` names what is not installed.
     """
     try:
         import torch

@@ -1,15 +1,16 @@
-"""camrt beside the public implementations of the same methods: the same model, images and machine, in one run, in
+"""Compares camrt with the public implementations of the same methods: same model, images and machine, in one run, in
 turns.
 
 make peers        installs them into .venv-peers, runs this and writes docs/benchmarks.json and docs/benchmarks.md
 python benchmarks/peers.py [--models resnet50 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15]
     [--images 3] [--out peers.json]
 
-Every map is compared with camrt's before anything is timed. Where both follow one definition they must agree within
-1e-3 after min-max, Winsor-CAM's within twice PyTorch's own spread where that is more; a peer that does not is reported
-and not timed. mobilenet is the network of the data folder (see tests/support.py) on its photos; the others are
-torchvision's, with random weights and warmed-up batch norm. One image a call; a turn is one call of each contender on
-the same image; ratios are medians over turns. Score-CAM runs on the smaller networks alone, a fifth of the turns.
+Every map is compared with camrt's before anything is timed. If both have the same definition, they must agree within
+1e-3 after min-max (Winsor-CAM: or within twice the spread of PyTorch's own float32 maps, if that is more); a peer that
+differs is reported and not timed. mobilenet is the network of the data folder (see tests/support.py) on its photos; the
+others are torchvision's, with random weights and batch norm statistics of random images. Each call has one image. A
+turn is one call of each contender on the same image; ratios are medians over turns. Score-CAM runs only on the smaller
+networks, with a fifth of the turns.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ SCORED = ("mobilenet_v3_small", "mobilenet")  # where Score-CAM takes seconds, n
 
 @dataclass(frozen=True)
 class Definition:
-    """What is timed under one heading: camrt's method and options; the peers whose definition differs, and how."""
+    """One table of the report: camrt's method and options. others: peer -> how its definition differs."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
 
     def differs(self, library: str, model: str) -> str | None:
-        """How the library's definition does, on every model or on this one."""
+        """How the library's definition differs, on every model or on this one; None if it does not."""
         return self.others.get(library) or self.others.get(f"{library} on {model}")
 
     @property
@@ -85,11 +86,10 @@ DEFINITIONS = (
 
 @dataclass(frozen=True)
 class Photo:
-    """An image (1, 3, 224, 224), its class, and how far PyTorch's float32 Winsor-CAM maps of it are from the float64
-    one.
+    """An image (1, 3, 224, 224), its class, and `spread`: the largest distance of PyTorch's float32 Winsor-CAM maps
+    from its float64 map.
 
-    The last is chance where the input of a rectifier is within rounding of zero: implementations may then differ as
-    much.
+    If a rectifier's input is nearly zero, the spread is chance, and implementations may differ by as much.
     """
 
     image: np.ndarray
@@ -113,9 +113,7 @@ def photograph(path: Path) -> np.ndarray:
 
 
 def target_and_spread(model: nn.Module, image: np.ndarray) -> tuple[int, float]:
-    """The top class, and the largest distance of float32 maps, of the image and copies that differ in their
-    last bits.
-    """
+    """(top class, spread): the float32 maps are of the image and of copies that differ in their last bits."""
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     target = int(model(torch.from_numpy(image)).argmax())
 
@@ -137,13 +135,13 @@ class Peer:
     run: Run
 
     def distances(self, ours: Sequence[np.ndarray], photos: Sequence[Photo]) -> list[float]:
-        """The largest difference of our map from its own, after min-max, of each image."""
+        """The largest difference between camrt's map and the peer's, after min-max, for each image."""
         theirs = [self.run(photo.image, photo.target) for photo in photos]
         return [largest_difference(scaled(a), scaled(b)) for a, b in zip(ours, theirs, strict=True)]
 
 
 def offered(name: str, model: nn.Module, onnx_file: Path, threads: int) -> tuple[list[Peer], list[str]]:
-    """What the installed libraries have, and what is left out and why."""
+    """(the methods of the installed libraries, a line for each library that is missing)."""
     found: list[Peer] = []
     missing = []
     for library in contenders.PACKAGES:
@@ -194,7 +192,7 @@ def beside(
     photos: list[Photo],
     turns: int,
 ) -> list[dict[str, Any]]:
-    """camrt's row, ScoreCAM++'s below Score-CAM's, and the peers'."""
+    """Rows of one table: camrt, ScoreCAM++ after Score-CAM, and the peers."""
     state = {"turn": 0}
 
     def on_the_next_image(run: Callable[[np.ndarray, int], Any], first: bool = False) -> Callable[[], Any]:
@@ -276,10 +274,10 @@ def main() -> int:
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     for reason in left_out:
-        print(f"left out: {reason}")
+        print(f"skipped: {reason}")
     wrong = [f"{r['model']} {row['library']} {row['name']}" for r in results for row in r["rows"] if "problem" in row]
     if wrong:
-        print(f"differ where they should not: {', '.join(wrong)}")
+        print(f"same definition, but the maps differ: {', '.join(wrong)}")
     return 1 if wrong else 0
 
 

@@ -1,18 +1,18 @@
-"""What could break camrt: damaged files by the hundred thousand, ten thousand explanations side by side, kill -9 at
-random moments.
+"""Tries to break camrt: a hundred thousand damaged files, ten thousand explanations by several threads and processes,
+kill -9 at random moments.
 
 python benchmarks/reliability.py COMMAND [--seed 0] [--out docs/reliability.json]    each writes its part of the file
-    fuzz [--inputs 100000]        bundles' manifests and programs, ONNX models, pictures, damaged
+    fuzz [--inputs 100000]        damaged manifests and programs of bundles, damaged ONNX models and pictures
     soak [--explanations 10000]   2 processes of 4 threads each; their results and memory
     kill [--rounds 60]            export, build and evaluate, killed and run again
     networks [--examples 2000]    random networks of all operators against float64 autograd
-    coverage                      what `make coverage` measured, of all files and of those without a GPU
+    coverage                      the result of `make coverage`, for all files and without those that need a GPU
 
-fuzz: an input must be refused by a CamrtError or be explained by finite maps. The death of the process, 20 seconds, 6
-GiB of memory or any other exception is a finding; `fuzz --only NUMBER` makes and runs one input again. kill: after
-each kill the bundle that was there, or the new one, must load and give the same logits, and no engine may be damaged;
-at the end each command must run through and leave what it leaves undisturbed. Exit code 1 if anything was found. Needs
-the test extra.
+fuzz: an input must be refused with a CamrtError, or be explained with finite maps. A finding is: the process dies, runs
+for more than 20 seconds or needs more than 6 GiB, or any other exception. `fuzz --only NUMBER` makes and runs one input
+again. kill: after each kill the old or the new bundle must load and give the same logits, and no engine may be damaged.
+At the end each command runs without a kill, and must leave the same files as a run that was never killed. Exit code 1
+if anything was found. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 NEED_A_GPU = ("kernels/gpu/device.py", "kernels/gpu/driver.py", "kernels/gpu/pool.py", "kernels/gpu/stream.py")
 
-# imported where they are needed, so that a child process, which runs this file again, holds what its own part needs
+# imports are inside the functions: a child process runs this file again, and must import only what its part needs
 
 
 def _fuzz(given: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _kill(given: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def _networks(given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """tests/test_random_networks.py with so many examples, other ones each time."""
+    """Runs tests/test_random_networks.py with that many examples; they are new in every run."""
     del work
     test = ROOT / "tests" / "test_random_networks.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
@@ -67,7 +67,9 @@ def _networks(given: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def _coverage(given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Of build/coverage.json: statements, and the percentage that tests run; also without what needs PyCUDA."""
+    """From build/coverage.json: the number of statements, and the percentage that tests run, with and without the files
+    that need PyCUDA.
+    """
     del given, work
     files = json.loads((ROOT / "build" / "coverage.json").read_text())["files"]
     counted = {name: file["summary"] for name, file in files.items()}

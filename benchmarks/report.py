@@ -1,5 +1,5 @@
-"""Writes docs/benchmarks.md, docs/reliability.md and docs/models.md from the JSON files beside them, which peers.py,
-reliability.py and zoo/measure.py write.
+"""Writes docs/benchmarks.md, docs/reliability.md and docs/models.md from the JSON files of the same names, which
+peers.py, reliability.py and zoo/measure.py write.
 
 python benchmarks/report.py
 """
@@ -26,26 +26,28 @@ def machine(found: dict[str, Any]) -> str:
 
 def benchmarks(found: dict[str, Any]) -> str:
     """docs/benchmarks.md."""
-    text = """# camrt beside the public implementations
+    text = """# camrt and the public implementations
 
-Made by `make peers`, which installs the other implementations into an environment of their own, runs
-`benchmarks/peers.py` and writes this page from `docs/benchmarks.json`.
+`make peers` installs the other implementations into a separate environment, runs `benchmarks/peers.py` and writes this
+page from `docs/benchmarks.json`.
 
-The same network, images and machine, in one run. Before anything is timed, every implementation's map is compared with
-camrt's, both scaled by min-max; where the definition is the same they must agree within 1e-3 on every image, and the
-table says how near they are. Winsor-CAM reads the gradients of all convolutions, and in a deep network with random
-weights some rectifier's input is always within rounding of zero: there the limit is twice the distance of PyTorch's
-own float32 maps, of images that differ in their last bits, from its float64 map, if that is more, and the table has
-that distance as well. Then the contenders take turns on the same image, one image a call, from the preprocessed array
-to the map in the image's size. Times are medians over the turns, in milliseconds, with quartiles; the last column is
-the median of each turn's ratio, more than 1 where camrt is faster. Everything is float32.
+All implementations have the same network, images and machine, in one run. Before anything is timed, every
+implementation's map is compared with camrt's, both scaled by min-max. If the definition is the same, they must agree
+within 1e-3 on every image, and the table shows the largest difference. Winsor-CAM has another limit, because it reads
+the gradients of all convolutions: in a deep network with random weights the input of some rectifier (ReLU) is always
+nearly zero, so rounding decides whether it is on or off. Its limit is twice the distance between PyTorch's own float32
+maps, of images that differ in their last bits, and its float64 map, if that is more than 1e-3; the table shows that
+distance too. Then the implementations take turns on the same image. Each call has one image, and is timed from the
+preprocessed array to the map in the image's size. Times are medians over the turns, in milliseconds, with quartiles.
+The last column is the median over the turns of the implementation's time divided by camrt's: above 1, camrt is faster.
+Everything is float32.
 
-Each implementation is used as its documentation shows it. OpenVINO XAI adds its branch to the same ONNX file that
-camrt's bundle is made from, asked for float32 and for low latency; its branch computes the maps of all classes at
-once. ScoreCAM++ stands in Score-CAM's table because no other package has it. `resnet50` and `mobilenet_v3_small` are
-torchvision's with random weights and warmed-up batch norm, which changes no arithmetic; `mobilenet` is a MobileNet v1
-of width 0.25 with its ImageNet weights, on photographs. Layers: all convolutions for Winsor-CAM, the last block for
-the rest.
+Each implementation is used as its documentation shows. OpenVINO XAI adds its branch to the same ONNX file that camrt's
+bundle is made from, set to float32 and low latency; its branch computes the maps of all classes at once. ScoreCAM++ is
+in Score-CAM's table because no other package has it. `resnet50` and `mobilenet_v3_small` are torchvision's, with random
+weights and batch norm statistics of random images; this does not change the amount of arithmetic. `mobilenet` is a
+MobileNet v1 of width 0.25 with its ImageNet weights, on photographs. Layers: all convolutions for Winsor-CAM, the last
+block for the other methods.
 
 """
     text += f"{machine(found)}.\n"
@@ -58,9 +60,9 @@ the rest.
         )
         for row in result["rows"]:
             if row["library"] != "camrt" and "differs" in row:
-                text += f"\n{row['library']}'s {row['name']} is another definition: it {row['differs']}.\n"
+                text += f"\n{row['library']}'s {row['name']} has another definition: it {row['differs']}.\n"
     if found["left_out"]:
-        text += "\n## Left out\n\n" + "".join(f"- {reason}\n" for reason in found["left_out"])
+        text += "\n## Skipped\n\n" + "".join(f"- {reason}\n" for reason in found["left_out"])
     return text
 
 
@@ -71,36 +73,36 @@ def _row(row: dict[str, Any]) -> list[str]:
         times = [f"{row['median_ms']:.1f}", f"{low:.1f} to {high:.1f}", f"{row['times_camrt']:.2f}"]
     distance = f"{row['distance']:.0e}" if "distance" in row else ""
     if row.get("spread", 0) > 1e-3 / 2:
-        distance += f" (PyTorch from itself: {row['spread']:.0e})"
+        distance += f" (PyTorch float32 from float64: {row['spread']:.0e})"
     return [f"{row['library']} `{row['name']}`", *times[:2], distance, times[2]]
 
 
 def reliability(found: dict[str, Any]) -> str:
     """docs/reliability.md."""
     fuzz, soak, kill, networks = (found[part] for part in ("fuzz", "soak", "kill", "networks"))
-    text = """# What was done to break camrt
+    text = """# How we tried to break camrt
 
-Each part is one command of `benchmarks/reliability.py`, which writes its numbers into `docs/reliability.json`; this
-page is made of that file by `python benchmarks/report.py`. All of it ran on the CPU.
+Each part is one command of `benchmarks/reliability.py`, which writes its numbers into `docs/reliability.json`;
+`python benchmarks/report.py` makes this page from that file. Everything ran on the CPU.
 
 """
     text += "## Random networks\n\n"
     text += f"`python benchmarks/reliability.py networks --examples {networks['examples']}`\n\n"
-    text += f"""Hypothesis draws small networks of all operators that have a gradient rule. Each is exported, and its
-    gradient program is compared with PyTorch's autograd, both in float64, within 1e-4 (each operator alone is held to
-    1e-9 by tests/test_vjp.py), and run by ONNX Runtime. {networks["examples"]} networks in {_time(networks)}:
-    {_said(networks)}.
+    text += f"""Hypothesis makes small random networks of all operators that have a gradient rule. Each is exported; its
+    gradient program is compared with PyTorch's autograd, both in float64, with a limit of 1e-4, and ONNX Runtime runs
+    it. (tests/test_vjp.py compares each operator alone, with a limit of 1e-9.) {networks["examples"]} networks in
+    {_time(networks)}: {_said(networks)}.
 
 ## Damaged files
 
 `python benchmarks/reliability.py fuzz --inputs {fuzz["inputs"]}`
 
-Bytes of manifests, of programs, of ONNX models and of pictures in ten formats are changed, put in, taken out or
-doubled; values of manifests are exchanged for others, and models changed in ways that leave them readable: operators,
-attributes, wiring, shapes, types, weights' places, versions, nested graphs. A changed program has its hash in the
-manifest, as whoever means harm would write it. Every input runs in a child process. It must be refused by a one-line
-message, or be explained by maps without NaN or infinity. The death of the process, 20 seconds without an end, 6 GiB of
-address space, or any other exception is a finding.
+In manifests, programs, ONNX models and pictures of ten formats, bytes are changed, inserted, removed or repeated.
+Values of manifests are replaced by others. Models are also changed so that they stay readable: operators, attributes,
+wiring, shapes, types, places of weights, versions, nested graphs. The manifest gets the hash of a changed program, as
+an attacker would write it. Every input runs in a child process. It must be refused with a one-line message, or be
+explained with maps without NaN or infinity. A finding is: the process dies, it needs more than 20 seconds or 6 GiB of
+address space, or any other exception is raised.
 
 """
     text += table(
@@ -115,10 +117,11 @@ address space, or any other exception is a finding.
 
 `python benchmarks/reliability.py soak --explanations {soak["explanations"]}`
 
-{soak["processes"]} processes of {soak["threads_each"]} threads share the work, the threads of a process one explainer:
-eight methods, one picture or two, retuned and drawn. Every map is compared with that of the same call when the process
-had one thread: the largest difference was {soak["largest_difference"]:.0e}. Memory is noted 40 times; between the
-second and the last quarter the processes' medians changed by {
+{soak["processes"]} processes with {soak["threads_each"]} threads each share the work; the threads of a process use one
+explainer. The calls use seven methods and one or two pictures; some are retuned, some are drawn. Every map is compared
+with the map of the same call from before the threads started: the largest difference was
+{soak["largest_difference"]:.0e}. Each process measures its memory about 40 times; from the second to the last quarter
+of the run the median memory of each process changed by {
         " and ".join(f"{100 * g:+.1f} %" for g in soak["growth"])
     }, at {" and ".join(f"{m[-1]:.0f} MB" for m in soak["memory_mb"])}. {soak["explanations"]} explanations
 in {_time(soak)}: {_said(soak)}.
@@ -127,14 +130,14 @@ in {_time(soak)}: {_said(soak)}.
 
 `python benchmarks/reliability.py kill --rounds {kill["rounds"]}`
 
-`kill -9` at random moments; half of them follow within 30 ms on the moment when the command begins to write. After
-each kill of an export the bundle that was there, or the new one, must load and give the same logits, and after each
-kill of a build no engine may be damaged. At the end each command must run through, and leave what it leaves
-undisturbed: one bundle and no other folder, all engines, the same records once each.
+Each command gets `kill -9` at random moments; half of the kills come within 30 ms after the command starts to write.
+After each kill of an export, the old or the new bundle must load and give the same logits; after each kill of a build,
+no engine may be damaged. At the end each command runs without a kill. It must then leave the same as a run that was
+never killed: one bundle and no other folder, all engines, each record once.
 
 """
     text += table(
-        ["", "kills", "of them while it wrote"],
+        ["", "kills", "while it was writing"],
         [
             [name, str(n["kills"]), str(n["of_them_while_writing"])] if "kills" in n else [name, n["left_out"], ""]
             for name, n in kill["commands"].items()
@@ -145,22 +148,22 @@ undisturbed: one bundle and no other folder, all engines, the same records once 
 ## Hostile bundles
 
 `python -m pytest tests/test_hostile.py`: weights outside the folder, absolute paths, links and pipes, gigantic shapes,
-operators of other domains, nested subgraphs and functions, manifests that contradict themselves or trap their reader.
-Each is refused before an engine reads it. What is not: a chain of operators that computes something huge from
-something small.
+operators of other domains, nested subgraphs and functions, manifests that contradict themselves or attack the parser.
+Each is refused before an engine reads it. One attack is not refused: a chain of operators that computes a huge tensor
+from a small one.
 
 ## Determinism
 
-`python -m pytest tests/test_determinism.py`: on the CPU backend the same input gives the same bits, in any batch it
-travels in maps within 1e-6, and on any number of threads within 1e-5, for every method on the demo's network.
+`python -m pytest tests/test_determinism.py`, with every method and the demo's network, on the CPU backend: the same
+input gives the same bits. In another batch its maps differ by at most 1e-6, and with another number of threads by at
+most 1e-5.
 
 ## Coverage
 
 """
     covered = found["coverage"]
     text += f"""`make coverage`: the tests run {covered["percent"]:.1f} % of the {covered["statements"]} statements of
-    the packages. Without what only a GPU runs, the side of the kernels that calls PyCUDA, it is
-    {covered["percent_without_gpu"]:.1f} %.
+    the packages. Without the files that call PyCUDA, which need a GPU, it is {covered["percent_without_gpu"]:.1f} %.
 
 """
     text += f"{machine(found['fuzz'] | {'threads': 2})}.\n"
@@ -177,59 +180,61 @@ def _time(part: dict[str, Any]) -> str:
 
 def models(found: list[dict[str, Any]]) -> str:
     """docs/models.md."""
-    text = """# Which models get in
+    text = """# Which models camrt can export
 
-Made by `make models`, which writes the networks below with the exporters that users have, exports each with camrt,
-verifies the bundle, and writes this page from `docs/models.json`. Weights are random; networks are small
-configurations where the family has them. *Passes* means that every comparison of `camrt verify` passed: logits of the
-untouched file in ONNX Runtime, and activations, gradients and maps beside float64 autograd.
+`make models` writes the networks below with the exporters that users have, exports each with camrt, verifies the
+bundle, and writes this page from `docs/models.json`. Weights are random; networks are small configurations if the
+family has them. *Passes* means that every comparison of `camrt verify` passed: the logits are compared with the
+original file in ONNX Runtime; activations, gradients and maps with float64 autograd.
 
-## What is read
+## What camrt accepts
 
-- **ONNX files** from opset 9 on, of any exporter: a network in ONNX's own operators, with one image in and one score
-  for each class out. What the constants, the image's size and a free batch determine is computed at export. A batch
-  that was traced as 1 (or another fixed number) is freed; where it cannot be, or where the images of a batch change
-  one another, the bundle says batch 1 and a warning names the node. Free height and width need `--input-shape`.
-- **PyTorch modules** that `torch.export` traces, in float32 or any other precision; wrapped by DataParallel or
-  torch.compile; returning a tensor, or a dict, tuple or dataclass with `--output`. Hugging Face image classifiers by
+- **ONNX files** from opset 9 on, from any exporter: a network of standard ONNX operators, with one image as input and
+  one score for each class as output. Everything that depends only on constants and on the image's size is computed at
+  export. A batch that was traced as 1 (or another fixed number) is made free. If this is impossible, or if the images
+  of a batch influence each other, the bundle has batch 1 and a warning names the node. A free height or width needs
+  `--input-shape`.
+- **PyTorch modules** that `torch.export` can trace, in float32 or any other precision, also inside DataParallel or
+  torch.compile. They return a tensor; or a dict, tuple or dataclass, with `--output`. Hugging Face image classifiers:
   `hf:FOLDER`.
-- **Precisions**: float16, bfloat16 and float64 are read as float32, with a warning. Quantised files compute their
-  forward pass as deployed; gradients pass straight through the rounding and are zero where the range clips, as
-  PyTorch's fake_quantize has them. Integer operators become QuantizeLinear and DequantizeLinear; dynamic quantisation
-  takes its scales from all images of a batch, and so has batch 1.
-- **Heads**: (N, C), (N, C, 1, 1), (N,) and (N, 1). A final Softmax, Sigmoid or LogSoftmax is set aside, also where it
-  is written out. What merely looks like probabilities is exported with a warning that says what it does to maps.
-  Without any of these a softmax is assumed and said; `--activation sigmoid` says otherwise.
-- **Preprocessing inside the graph** keeps its layers. Masks multiply what the first layer reads, not raw pixels:
-  `camrt info` says where that is.
+- **Precisions**: float16, bfloat16 and float64 are read as float32, with a warning. A quantised file keeps its
+  quantised forward pass. Its gradients ignore the rounding and are zero where a value is clipped, as in PyTorch's
+  fake_quantize. Integer operators become QuantizeLinear and DequantizeLinear. Dynamic quantisation computes its scales
+  from all images of a batch, so the bundle has batch 1.
+- **Heads**: (N, C), (N, C, 1, 1), (N,) and (N, 1). A final Softmax, Sigmoid or LogSoftmax is removed, also if it is
+  written as simpler operators. Other outputs that look like probabilities are exported, with a warning about the effect
+  on maps. Otherwise camrt assumes a softmax and says so; `--activation sigmoid` changes that.
+- **Preprocessing inside the graph** stays there. Masks then multiply the tensor that the first layer reads, not raw
+  pixels: `camrt info` names this tensor.
 
-## What is refused, by name
+## What camrt refuses, with a reason
 
-Custom operators, those that ONNX Runtime's optimiser wrote, what a converter left over, control flow that depends on
+Custom operators, operators that ONNX Runtime's optimiser wrote, leftovers of a converter, control flow that depends on
 the image's numbers, sequences, several image inputs, outputs that are not one score for each class, integer operators
-without an exact form, TorchScript, files in training mode, networks that pad or crop their picture by more than a
-twentieth before they read it (a map of the padded canvas would not lie over the picture: let the recipe pad or crop),
-and PyTorch models that write through `detach()` or change gradients by hooks.
+without an exact float form, TorchScript, files in training mode, networks that pad or crop their picture by more than
+5 % before the first layer (their maps would not fit the picture: let the recipe pad or crop), and PyTorch models that
+write through `detach()` or change gradients with hooks.
 
-## What a graph cannot know
+## What an ONNX file does not record
 
-Stop-gradient (`detach`, straight-through estimators) is part of PyTorch's gradient and absent from an ONNX file:
-exported from PyTorch it is honoured, with a warning; from an ONNX file the gradient is that of the forward pass. A
-`torch.autograd.Function` with a backward pass of its own is differentiated through its forward pass, with a warning
-that names it.
+Stop-gradients (`detach`, straight-through estimators) change PyTorch's gradient, but an ONNX file does not contain
+them. An export from PyTorch keeps them, with a warning; from an ONNX file, the gradient is the derivative of the
+forward pass. A `torch.autograd.Function` with its own backward pass is differentiated through its forward pass, with a
+warning that names it.
 
-Which of several equal elements is the largest: `max_pool2d`, `adaptive_max_pool2d` and `max(dim)` give the gradient to
-the first, `amax` shares it. From PyTorch each is kept; an ONNX file writes `max(dim)` and `amax` alike (ReduceMax),
-and there it is shared.
+Ties for the largest element: `max_pool2d`, `adaptive_max_pool2d` and `max(dim)` give the gradient to the first of the
+equal elements; `amax` divides it among them. An export from PyTorch keeps this difference. In an ONNX file, `max(dim)`
+and `amax` are the same operator (ReduceMax), so the gradient is divided.
 
 ## The last layer
 
-The role "last" belongs to the last tensor on a spatial grid that the logits read before the grid is pooled or
-flattened, behind its batch norm and activation; of tokens that only a class token reads, the norm before the last
-attention. It is found in the graph, so that PyTorch and ONNX give the same. All that the logits read of the image
-passes it: a gate beside the trunk is no last layer. Where there is no such tensor, or a later tensor's positions
-cannot be followed, no layer takes the role, and a warning says so. Of a head that reads two levels of the trunk the
-shallower carries all, and a warning names the deeper. Tokens may lie behind the batch or before it, as CLIP's do.
+The role "last" belongs to the last tensor on a spatial grid, after its batch norm and activation, that the logits read
+before the grid is pooled or flattened. If the logits read only a class token, it is the norm before the last attention.
+camrt finds it in the graph, so PyTorch and ONNX give the same layer. Everything that the logits read of the image
+passes through it: a gate beside the trunk is not the last layer. If there is no such tensor, or camrt cannot follow the
+positions of a later tensor, no layer has the role, and a warning says so. If a head reads two levels of the trunk, the
+shallower level has the role, and a warning names the deeper one. Tokens may be (batch, token, channel), or (token,
+batch, channel) as in CLIP.
 
 """
     text += table(["torchvision", "camrt's default", "pytorch-grad-cam's documentation"], LAST_LAYERS)
@@ -237,12 +242,12 @@ shallower carries all, and a warning names the deeper. Tokens may lie behind the
     good = [r for r in found if "refused" not in r and not r["failed"]]
     free = [r for r in good if r["batch"] == "dynamic"]
     text += (
-        f"{len(good)} of {len(found)} get in and pass, {len(free)} of them with a free batch. A comparison that fails "
-        "is listed "
+        f"{len(good)} of {len(found)} are exported and pass, {len(free)} of them with a free batch. A comparison that "
+        "fails is listed "
     )
     text += (
-        "with its distance from float64 and that of PyTorch's own float32: maps of a network with random weights may "
-        "cancel out.\n\n"
+        "with its distance from float64 and that of PyTorch's own float32: in a network with random weights, the terms "
+        "of a map may cancel out.\n\n"
     )
     text += table(
         ["network", "exporter", "opset", "batch in the file", "batch", "last layer", "result"], map(_model, found)
@@ -267,7 +272,7 @@ def _model(row: dict[str, Any]) -> list[str]:
     return [row["network"], row["exporter"], opset, batch, given, last, result]
 
 
-# of the networks in tests/families.py, whose tests hold camrt's side
+# the networks of tests/families.py; tests check camrt's column
 LAST_LAYERS = [
     ["AlexNet", "`features` (the last MaxPool)", "not named"],
     ["VGG", "`features` (the last MaxPool)", "`features[-1]`: the same tensor"],
@@ -293,7 +298,7 @@ PAGES: dict[str, Callable[[Any], str]] = {"benchmarks": benchmarks, "reliability
 
 
 def pages() -> dict[Path, str]:
-    """What each page must say, by its file."""
+    """File of each page -> its text."""
     return {
         DOCS / f"{name}.md": write(json.loads((DOCS / f"{name}.json").read_text())) for name, write in PAGES.items()
     }

@@ -1,11 +1,11 @@
-"""ScoreCAM++ beside pytorch-grad-cam's ScoreCAM and beside its own network runs, in one run on one machine.
+"""Times ScoreCAM++, pytorch-grad-cam's ScoreCAM, and ScoreCAM++'s network runs alone, in one run on one machine.
 
 python benchmarks/scoring.py [--models mobilenet resnet18] [--threads 2] [--runs 7] [--out scoring.json]
 
 mobilenet is the network of the data folder (see tests/support.py), on the zebra; resnet18 has random weights with
 warmed-up batch norm. First camrt's score_cam in the peer's convention must equal the peer's map within 1e-3; then the
-contenders take turns. `network` runs ready-made masks through the same lanes, as many and in the same batches: what
-the rest of ScoreCAM++ costs is the difference. Needs the test extra.
+contenders take turns. `network` runs the same number of ready-made masked images, in the same lanes and batches: the
+difference from score_cam_pp is the cost of everything but the network. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
         same = explainer.explain(image, "score_cam", target, variant="pytorch_grad_cam")
         distance = largest_difference(same.maps, peer())
         if distance > 1e-3:
-            raise SystemExit(f"not timed, because it is wrong: {distance:.1e} from the peer's map")
+            raise SystemExit(f"not timed: camrt's map differs from the peer's by {distance:.1e}")
         found = explainer.explain(image, "score_cam_pp", target)
         batch = Batch(0, image, np.zeros((1, found.logits.shape[1]), np.float32))
         prepared = MaskedRuns.read(explainer.session, batch, [layer], {})

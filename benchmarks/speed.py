@@ -1,9 +1,10 @@
-"""Explanation time over forward time, and over Winsor-CAM's public implementation, in one run on one machine.
+"""Times an explanation, a forward pass and Winsor-CAM's public implementation, in one run on one machine.
 
 python benchmarks/speed.py [--model resnet50] [--size 224] [--threads 2] [--runs 30] [--peer FOLDER] [--out speed.json]
 
-Random weights with warmed-up batch norm: the arithmetic is the same. The bundle is verified against PyTorch in float64
-before anything is timed; the contenders take turns; a ratio is the median of the ratios of each turn. --peer is a
+The weights are random, with batch norm statistics of random images: the amount of arithmetic is that of a trained
+network. The bundle is verified against PyTorch in float64 first; then the contenders take turns; a ratio is the median
+over the turns. --peer is a
 checkout of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers. Needs the test extra.
 """
 
@@ -70,7 +71,7 @@ def main() -> None:
         bundle = read_bundle(path)
         report = verify_bundle(bundle, module_oracle(model, arguments.model))
         if not report.passed:
-            raise SystemExit(f"not timed, because it is wrong: {[r for r in report.rows if not r.passed][:3]}")
+            raise SystemExit(f"not timed: comparisons failed: {[r for r in report.rows if not r.passed][:3]}")
         backend = create("onnxruntime", Settings(threads=arguments.threads))
         classify = backend.open(bundle, bundle.program("classify"))
         layer_maps = backend.open(bundle, bundle.program("layer_maps", [t.name for t in bundle.manifest.taps]))

@@ -1,4 +1,4 @@
-"""How long explanations take: latency, throughput, memory and stages, beside the forward pass of the same engine."""
+"""Measures explanations: latency, throughput, memory and stages, compared with the forward pass of the same engine."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from .runtime.images.preprocess import as_batch
 from .verification.distances import cosine_distance, largest_difference
 
 FORWARD = "forward pass"
-LIMIT = 1e-3  # from the maps of ONNX Runtime on the CPU in float32, after min-max: in float16 of 1 - cosine
-WARM_UP = 3  # the third of a shape is the first that a CUDA graph replays
+LIMIT = 1e-3  # on the distance from ONNX Runtime's CPU maps in float32, after min-max; in float16 it is 1 - cosine
+WARM_UP = 3  # calls before the timing: a CUDA graph replays a shape from the third call on
 
 
 @dataclass
 class Measurements:
-    """Seconds of calls, by contender and batch size, turn by turn; seconds of stages in other calls, of one image.
+    """Results of a benchmark.
 
-    checked: what the maps were compared with, and how far they were.
+    times: (contender, batch size) -> seconds of each call. stages: contender -> seconds of each stage, for separate
+    calls with one image. checked: one sentence, the result of comparing the maps. memory: see `memory`, in MB.
     """
 
     times: dict[tuple[str, int], list[float]] = field(default_factory=dict)
@@ -39,8 +40,8 @@ class Measurements:
     memory: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Of what has been timed: milliseconds, images per second, the median over turns of the ratio to the forward
-        pass.
+        """One row per contender and batch size that has been timed: milliseconds, images per second, and
+        `forward_passes`, the median over turns of its time divided by that of the forward pass.
         """
         found = []
         for (name, batch), times in self.times.items():
@@ -68,15 +69,14 @@ def measure(
     measured: Measurements,
     seconds: float = 60.0,
 ) -> Iterator[str]:
-    """Fills `measured`, and says before each step what it is; may be stopped at any of them.
+    """Fills `measured`; yields the name of each step before it runs. The caller may stop after any step.
 
-    contenders: methods; the forward pass runs beside them.
-    images: pictures as `explain` takes them, or network inputs; used in turn. Stages are of calls with them. Latency
-    and throughput are from the network's input to the map, so that the ratio to the forward pass says what explaining
-    adds. Contenders take turns, after three calls each; `seconds`: after which a batch size has had enough turns, at
-    least three.
+    contenders: the methods; the forward pass takes turns with them. images: pictures as `explain` takes them, or
+    network inputs; the stages are timed on the first of them. Latency and throughput are timed from the network's input
+    to the map, so their ratio to the forward pass is the cost of explaining. batches: batch sizes. runs: the most turns
+    for each, after WARM_UP calls. seconds: a batch size gets no new turn after this time, but at least three turns.
 
-    CamrtError if the maps are not those of the CPU in float32.
+    CamrtError if a map differs from the CPU's in float32 by more than LIMIT.
     """
     yield "comparing with the CPU"
     measured.checked = check(explainer, contenders, images[0])
@@ -124,13 +124,15 @@ def stages(explainer: Explainer, contender: MethodChoice, image: Any, runs: int)
 
 
 def check(explainer: Explainer, contenders: Sequence[MethodChoice], image: Any) -> str:
-    """Compares maps with those of ONNX Runtime on the CPU in float32. CamrtError where they differ; says what was
-    found.
+    """Compares maps with those of ONNX Runtime on the CPU in float32 and returns one sentence about the result.
+
+    CamrtError if they differ by more than LIMIT.
     """
     half = explainer.precision == "fp16"
     if explainer.backend.name == "onnxruntime" and not half:
         return (
-            "not compared: this is the runtime that others are compared with; `camrt verify` compares it with PyTorch"
+            "not compared: this backend is the reference for all others; "
+            "`camrt verify` compares it with PyTorch in float64"
         )
     try:
         reference = load(explainer.bundle.path, "onnxruntime", precision="fp32")
@@ -156,7 +158,9 @@ def check(explainer: Explainer, contenders: Sequence[MethodChoice], image: Any) 
 
 
 def memory(explainer: Explainer) -> dict[str, float]:
-    """MB: the most that this process has held, where the system counts it; what is used of the GPU, by whomever."""
+    """Memory in MB. peak_mb: the most that this process held (not on Windows); gpu_used_mb: used on the GPU, by all
+    processes.
+    """
     found = {}
     if sys.platform != "win32":
         import resource
@@ -170,7 +174,7 @@ def memory(explainer: Explainer) -> dict[str, float]:
 
 
 def example(explainer: Explainer, seed: int = 0) -> Any:
-    """A random picture of a photo's size, or where the bundle does not say how those become its input, that input."""
+    """A random picture, uint8 (480, 640, C); a random network input (C, H, W) if the bundle has no preprocessing."""
     rng = np.random.default_rng(seed)
     channels, height, width = explainer.manifest.input_shape
     if explainer.manifest.preprocess is None:
@@ -180,7 +184,7 @@ def example(explainer: Explainer, seed: int = 0) -> Any:
 
 
 def machine(explainer: Explainer) -> dict[str, Any]:
-    """What it was measured on."""
+    """The model, the backend, the machine and the versions, for the report."""
     packages = {}
     for name in (
         "camrt",
@@ -239,7 +243,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Stages of one image's explanation, and images per second by batch size, as a picture."""
+    """Writes a picture: the stages of one image's explanation, and images per second by batch size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")

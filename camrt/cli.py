@@ -15,7 +15,10 @@ COMMANDS = ("export", "recipe", "info", "build", "cache", "methods", "explain", 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 if it succeeded, 1 if a check failed, 2 for a refusal, which is one line on stderr."""
+    """Runs a command and returns the exit code.
+
+    0: success; 1: a check failed; 2: an error, one line on stderr; 130: interrupted.
+    """
     options = _parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"camrt: {message}", file=sys.stderr)
     try:

@@ -43,16 +43,18 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Mask:
-    """object, valid (H, W) bool, on the network's grid of pixels."""
+    """object, valid (H, W) bool, resized and cropped as the network's input; valid: pixels that count."""
 
     object: np.ndarray
     valid: np.ndarray
 
 
 def read_mask(path: Path, image: Path, explainer: Explainer, void: int | None = None) -> Mask:
-    """A mask of the image's size: 0 is background, anything else the object, and `void` neither: by default 255 in a
-    palette picture, as in Pascal VOC, and nothing in a grey one. InputError if it cannot be read, fits not the image,
-    or holds no object where the network looks.
+    """Reads an object mask, which must have its image's size, and preprocesses it like the image.
+
+    0 is background; any other value is the object; pixels with the value `void` do not count. void: by default 255 in
+    palette pictures, as in Pascal VOC, and none in grey pictures. InputError if the mask cannot be read, has another
+    size than its image, or has no object inside the crop that the network sees.
     """
     try:
         with Image.open(path) as opened:
@@ -65,13 +67,13 @@ def read_mask(path: Path, image: Path, explainer: Explainer, void: int | None = 
         raise InputError(f"{path}: not a readable mask ({error})") from None
     if values.shape != size[::-1]:
         width, height = values.shape[::-1]
-        raise InputError(f"{path}: {width} x {height}, its image is {size[0]} x {size[1]}: they must be alike")
+        raise InputError(f"{path}: {width} x {height}, its image is {size[0]} x {size[1]}: make the sizes equal")
     recipe = explainer.manifest.preprocess
     assert recipe is not None  # the image was preprocessed
     kinds = np.where(values == void, 2, values > 0).astype(np.uint8)
     fitted = np.asarray(fit(Image.fromarray(kinds), recipe, "nearest"))
     if not (fitted == 1).any():
-        raise InputError(f"{path}: holds no object where the network looks")
+        raise InputError(f"{path}: has no object inside the crop that the network sees")
     return Mask(fitted == 1, fitted != 2)
 
 
@@ -79,9 +81,10 @@ MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def find_masks(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Images with a mask: of the same place below their folder, or else of the same stem, if only one image has it.
+    """image -> its mask, for the images that have one.
 
-    InputError if there is no folder, or no image has one.
+    A mask has its image's relative path, without the suffix; or, if only one image has that stem, the stem alone.
+    InputError if the folder does not exist or no image has a mask.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of masks")
@@ -116,10 +119,12 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Measures every method on every image's top class and returns the records, one per image and method.
 
-    Each record is appended to out/results.jsonl at once; records of an earlier run with the same settings are not made
-    again. masks: a folder of object masks; images without one are measured without the localisation metrics. wanted:
-    metrics, by default all that apply. progress() is called per image and method, problem(line) for an image that
-    cannot be used.
+    Each record is appended to out/results.jsonl at once; records of an earlier run with the same settings are used
+    again. masks: a folder of object masks; images without a mask get no localisation metrics. wanted: names in METRICS,
+    by default all that apply. steps: of insertion and deletion; threshold: of the metric "iou", 0..1; void: see
+    read_mask. progress() is called once per image and method; problem(line) for each image that cannot be used.
+
+    UnknownName for an unknown metric; InputError for options that do not fit, or if `out` cannot be written.
     """
     names = list(METRICS if masks is not None else FAITHFULNESS) if wanted is None else list(wanted)
     for name in names:
@@ -179,7 +184,7 @@ def evaluate(
 
 
 def _identity(image: Path, mask: Path | None) -> str:
-    """An image by its path and the contents of it and its mask, so that a changed file is measured again."""
+    """Identifies an image by its path and the hashes of it and its mask, so that a changed file is measured again."""
     parts = [str(image)]
     for path in (image, *([mask] if mask is not None else [])):
         try:
@@ -191,7 +196,7 @@ def _identity(image: Path, mask: Path | None) -> str:
 
 
 def _earlier(path: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Records of an earlier run with these settings; a last line that an interruption cut is removed from the file."""
+    """Records of an earlier run with these settings. Removes an incomplete last line of an interrupted run."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -256,7 +261,7 @@ class Cell:
 
 
 def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Cell:
-    """Mean and percentile bootstrap interval of values (B,). Efron, 1979. ValueError if there are none."""
+    """Mean and 95 % percentile bootstrap interval of values (B,). Efron, 1979. ValueError if there are none."""
     if not len(values):
         raise ValueError("no values")
     rng = np.random.default_rng(seed)
@@ -266,7 +271,7 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Cell:
 
 
 def tabulate(records: Sequence[dict[str, Any]], methods: Sequence[MethodChoice]) -> dict[str, dict[str, Cell]]:
-    """method -> metric -> cell. Win is among the methods here, over the images that all of them have."""
+    """method -> metric -> Cell. Win compares these methods, over the images that all of them have."""
     of_method = {m.text: {r["image"]: r for r in records if r["method"] == m.text} for m in methods}
     common = sorted(set.intersection(*(set(rows) for rows in of_method.values()))) if of_method else []
     wins: dict[str, np.ndarray] = {}

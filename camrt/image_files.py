@@ -12,8 +12,9 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Image files named by files, folders (searched through) and glob patterns, each once. InputError if one names
-    none.
+    """Image files, each once. patterns: files, folders (with all subfolders) or glob patterns.
+
+    InputError if a pattern gives no file.
     """
     images: dict[Path, None] = {}
     for pattern in patterns:

@@ -1,11 +1,11 @@
-"""How what is missing gets installed: one place for every message that advises it."""
+"""The pip command that messages give for a missing package."""
 
 from __future__ import annotations
 
 
 def extra(name: str) -> str:
-    """The command that adds an extra (`cpu`, `cuda`, `export`, ...) to camrt from where this camrt came: a folder, a
-    file, a repository, or a package index.
+    """The pip command that installs an extra (`cpu`, `cuda`, `export`, ...) of camrt, from this camrt's own source:
+    a folder, a file, a repository, or a package index.
     """
     import shlex
     from urllib.parse import urlsplit
@@ -28,6 +28,6 @@ def _origin() -> dict:
     import importlib.metadata
     import json
 
-    # in a clone, the metadata of setuptools lie beside the code and come first; they say nothing of where from
+    # in a clone, setuptools' metadata are beside the code and are found first; they have no direct_url.json
     said = (d.read_text("direct_url.json") for d in importlib.metadata.distributions(name="camrt"))
     return json.loads(next(filter(None, said), "{}"))

@@ -1,4 +1,4 @@
-"""A method with options, as one writes it: score_cam_pp:variant=tanh_mask_only,baseline=zero."""
+"""Parses a method with options, e.g. score_cam_pp:variant=tanh_mask_only,baseline=zero."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .runtime.errors import InputError
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """A method with options, and how it was written."""
+    """A method with options. text: as the user wrote it."""
 
     text: str
     name: str
@@ -18,7 +18,10 @@ class MethodChoice:
 
 
 def parse_method(text: str) -> MethodChoice:
-    """UnknownMethod for a method or option that does not exist, InputError if the text cannot be read."""
+    """Parses "NAME" or "NAME:option=value,...". Values become int, float, bool or stay text.
+
+    UnknownMethod for a method or option that does not exist; InputError if an option has no value.
+    """
     from .runtime.cams import method_named
 
     name, _, rest = text.partition(":")

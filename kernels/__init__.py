@@ -1,7 +1,7 @@
-"""Array operations behind the maps, for NumPy's arrays and for a GPU's.
+"""Array operations that compute the maps, for NumPy arrays and for GPU arrays.
 
-operations/ has a file for each kernel: what it takes, its NumPy specification and its launch; cuda/ has their CUDA
-sources, which build.py compiles; gpu/ owns the GPU; call.py says how arrays of either kind come in.
+operations/ has one file per kernel: its checks, its NumPy specification and its launch. cuda/ has the CUDA sources,
+which build.py compiles. gpu/ has the device, its streams and its memory. call.py chooses NumPy or CUDA for a call.
 """
 
 from .errors import DeviceError, OutOfMemory

@@ -1,4 +1,4 @@
-"""Compiles the kernels for all supported GPUs: python -m camrt.kernels.build. Needs nvcc and nothing else of ours."""
+"""Compiles the kernels for all supported GPUs: python -m camrt.kernels.build. Needs only nvcc."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def find_nvcc() -> str | None:
 
 
 def sources_hash() -> str:
-    """Of all CUDA sources: what build.json says of the binaries, so that old ones are not run with new arguments."""
+    """Hash of all CUDA sources. build.json records it, so that old binaries are never run with new arguments."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.glob("*.cu*")):
         digest.update(source.read_bytes())
@@ -66,14 +66,14 @@ def build(
     if architectures is None:
         architectures = [a for a in ARCHITECTURES if a.replace(".", "") in known]
     targets = [(a.replace(".", ""), "sm") for a in architectures]
-    targets.append((targets[-1][0], "compute"))  # what the driver translates for GPUs that come later
+    targets.append((targets[-1][0], "compute"))  # PTX, which the driver compiles for newer GPUs
     codes = [f"-gencode=arch=compute_{a},code={kind}_{a}" for a, kind in targets]
     out.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
         binary = out / f"{source.stem}.fatbin"
         unfinished = binary.with_suffix(f".{os.getpid()}.tmp")
-        # products are contracted where the sources say fmaf, and nowhere else: as on the host
+        # fmad=false: only fmaf in the sources is fused, so results are the same as on the host
         options = ["-fatbin", "-std=c++17", "-O3", "--fmad=false", *warnings, *codes]
         try:
             _run([nvcc, *options, "-o", str(unfinished), str(source)])

@@ -1,10 +1,10 @@
-"""How a kernel is called: NumPy's arrays by its specification, a GPU's arrays by CUDA.
+"""How a kernel is called: NumPy arrays run its NumPy specification, GPU arrays run its CUDA kernel.
 
-A GPU's array is anything that speaks __cuda_array_interface__ or DLPack (PyTorch, CuPy, camrt.kernels.gpu.device). The
-work is queued and not waited for; results are `DeviceArray`s. `stream` is a `Stream`, or the handle of another
-library's (`torch.cuda.current_stream().cuda_stream`); without one it is the legacy default stream, PyTorch's default.
-All arrays lie on the stream's GPU. What another library's stream still reads must be held until that is done, as with
-any two streams.
+A GPU array is any object with __cuda_array_interface__ or DLPack (PyTorch, CuPy, camrt.kernels.gpu.device). The call
+queues the work and returns at once; results are `DeviceArray`s. `stream` is a `Stream`, or the handle of another
+library's stream (`torch.cuda.current_stream().cuda_stream`); without it the legacy default stream is used, which is
+PyTorch's default. All arrays must be on the stream's GPU. Keep an array alive while another library's stream still
+reads it, as with any two streams.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Stream = Queue | int | None
 
 @contextmanager
 def prepared(kernel: str, stream: Stream, written: str = "", **values: Any) -> Iterator[tuple[Queue | None, list[Any]]]:
-    """The queue and the values as arrays for it, where one lies on a GPU; else None and NumPy's arrays. None stays
-    None.
+    """(queue, values as DeviceArrays) if at least one value is on a GPU; else (None, the values as they are).
 
-    written: the value that the kernel writes. Streams that arrays come from wait for what is queued.
+    A value that is None stays None. written: the name of the value that the kernel writes. The queue first waits for
+    the streams that the arrays come from; afterwards these streams wait for the queued work. ValueError; DeviceError.
     """
     if not any(map(is_device_array, values.values())):
         yield None, list(values.values())

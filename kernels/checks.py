@@ -1,4 +1,4 @@
-"""What kernels take: the same checks for NumPy's arrays and for a GPU's. ValueError, in one line."""
+"""Checks of the kernels' arguments, the same for NumPy and GPU arrays. They raise ValueError, in one line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 def expect(
     kernel: str, name: str, array: Any, shape: Sequence[int | str], dtypes: Sequence[str] = ("float32",)
 ) -> None:
-    """shape: a number where the length is known, a letter where it is not."""
+    """ValueError if the array has another shape or dtype. shape: a number for a fixed length, a letter for any."""
     if not hasattr(array, "shape") or not isinstance(array.dtype, np.dtype):
-        raise ValueError(f"{kernel}: {name} is a {type(array).__name__}, needed an array of NumPy's or of a GPU's")
+        raise ValueError(f"{kernel}: {name} is a {type(array).__name__}, needed a NumPy or GPU array")
     known = all(isinstance(want, str) or want == got for want, got in zip(shape, array.shape, strict=False))
     if len(array.shape) != len(shape) or not known:
         raise ValueError(f"{kernel}: {name} is {tuple(array.shape)}, needed ({', '.join(map(str, shape))})")

@@ -1,9 +1,9 @@
-"""What goes wrong on a GPU."""
+"""Errors of the GPU."""
 
 
 class DeviceError(RuntimeError):
-    """No GPU, a driver or a build that does not fit, no memory, or a kernel that failed. One line."""
+    """No GPU, a wrong driver or build of the kernels, no memory, or a kernel that failed. The message is one line."""
 
 
 class OutOfMemory(DeviceError):
-    """The GPU's memory does not suffice."""
+    """The GPU has too little free memory."""

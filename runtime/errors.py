@@ -1,4 +1,4 @@
-"""Every refusal of camrt: one line that says what, where and what to do next."""
+"""The errors of camrt. A message is one line: what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def first_line(error: BaseException) -> str:
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """What to try instead of `name`: close matches, else some of the known names."""
+    """The end of a message about an unknown name: close matches, else some of the known names."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return ": did you mean " + " or ".join(repr(c) for c in close) + "?"

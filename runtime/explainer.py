@@ -27,9 +27,7 @@ from .session.timing import Stages
 
 @dataclass(frozen=True)
 class Targets:
-    """What to explain: seeds (B, K, classes) float32, a row of zeros for the top class; `given` as the user
-    shaped it.
-    """
+    """What to explain. seeds (B, K, classes) float32: cotangents of the logits; a row of zeros means the top class."""
 
     seeds: np.ndarray
     classes: np.ndarray | None  # (B, K) int64; None for seed arrays; -1 where the top class was asked for
@@ -37,8 +35,11 @@ class Targets:
 
 
 class Explainer:
-    """Explains images with the programs of one bundle. May be used from several threads. session: what runs the
-    programs.
+    """Explains images with the programs of one bundle. May be used from several threads.
+
+    backend: an opened backend; max_batch: the most images, targets or masked images in one run; precision: "fp32" or
+    "fp16", by default the bundle's first. session: runs the programs. InputError if max_batch is below 1 or the bundle
+    does not have the precision.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16, precision: str | None = None):
@@ -61,7 +62,7 @@ class Explainer:
         return tuple(t.name for t in self.manifest.taps)
 
     def classify(self, images: Any) -> np.ndarray:
-        """Logits (B, classes) float32."""
+        """Logits (B, classes) float32. images: as for `explain`. InputError, CamrtError."""
         pictures = ImageBatch(images, self.manifest)
         return self._within_memory(lambda: self.session.logits(self._placed(pictures)[0]))
 
@@ -73,15 +74,16 @@ class Explainer:
         layers: Sequence[str] | str | None = None,
         **options: Any,
     ) -> Explanation:
-        """Maps that show where the network saw its target.
+        """Maps that show which parts of an image raise the score of its target.
 
-        images: float32 NCHW arrays, or uint8 HWC arrays, paths or Pillow images, preprocessed as the bundle says.
-        target: None (each image's top class), an int, one int per image, K ints per image (B, K), or a float seed
-        array (classes,), (B, classes) or (B, K, classes), the cotangent of the logits; "not", of a network with a
-        single score: what speaks against its class. layers: names or a role ("conv", "last"); the method's own by
-        default. options: the method's, e.g. percentile=90.
+        images: float32 NCHW arrays, taken as they are; or uint8 HWC arrays, paths or Pillow images, which are
+        preprocessed by the bundle's recipe. target: None (each image's top class), an int, one int per image, K ints
+        per image (B, K), or a float seed array (classes,), (B, classes) or (B, K, classes): the cotangent of the
+        logits. target="not", only for a network with a single score: explains what lowers it. layers: names, or a
+        role ("conv", "last"); by default the method's own. options: the method's, e.g. percentile=90.
 
-        InputError, UnknownMethod, UnknownLayer for arguments that do not fit; nothing is explained in part.
+        InputError, UnknownMethod, UnknownLayer for arguments that do not fit; CamrtError if the network gives NaN or
+        infinity or the GPU fails. An error in one image means no result for any image.
         """
         chosen = method_named(method)
         chosen.check_options(options)
@@ -133,12 +135,12 @@ class Explainer:
         )
 
     def _placed(self, images: ImageBatch) -> tuple[Any, Callable[[], list[np.ndarray]]]:
-        """The network's input where the backend runs, and what draws the pictures that maps cover."""
+        """(the network's input, on the host or the GPU; a function that draws the pictures under the maps)."""
         stream = self.session.memory.stream
         return images.on_host() if stream is None else images.on_gpu(stream)
 
     def _within_memory(self, work: Callable[[], Any]) -> Any:
-        """work(), again with half as much at a time where a GPU's memory does not suffice. CamrtError."""
+        """Returns work(). If the GPU's memory runs out, frees some or halves the batch, and tries again. CamrtError."""
         while True:
             try:
                 with self.session.exclusive(halving=True):
@@ -150,9 +152,9 @@ class Explainer:
 
     @contextmanager
     def timed(self) -> Iterator[Stages]:
-        """Notes where the time of the calls inside goes, of one thread.
+        """A context that measures the stages of the calls inside it. Use it from one thread.
 
-        On a GPU each stage is waited for and nothing is replayed: such a call takes longer than others.
+        On a GPU it waits after each stage and replays no CUDA graph, so calls take longer than usual.
         """
         stream = self.session.memory.stream
         self.session.stages = stages = Stages() if stream is None else Stages(lambda: stream.event().synchronize())
@@ -162,14 +164,15 @@ class Explainer:
             self.session.stages = None
 
     def probabilities(self, images: Any) -> np.ndarray:
-        """(B, classes) float32: the softmax of the logits, or their sigmoids where the network ends in one or has one
-        class.
+        """Probabilities (B, classes) float32: the softmax or sigmoid of the logits, as Manifest.probability says.
+
+        images: as for `explain`. InputError, CamrtError.
         """
         return probabilities(self.classify(images), self.manifest)
 
     def normalized(self, images: Any) -> np.ndarray:
-        """What masks multiply, (B, C', H, W) float32: the network's input, or where the network normalises it itself,
-        what its first layer reads.
+        """The tensor that masks multiply, (B, C', H, W) float32: the network's input; or, if the network normalises
+        its input itself, the tensor that its first layer reads. images: as for `explain`.
         """
         pictures = ImageBatch(images, self.manifest)
         return self._within_memory(
@@ -177,20 +180,23 @@ class Explainer:
         )
 
     def normalized_probabilities(self, normalized: np.ndarray) -> np.ndarray:
-        """`probabilities` of what `normalized` gives, (B, C', H, W)."""
+        """Probabilities (B, classes) of tensors (B, C', H, W) as `normalized` returns them, masked or not."""
         if self.manifest.normalized is None:
             return self.probabilities(normalized)
         return probabilities(self._within_memory(lambda: self.session.scored(normalized)), self.manifest)
 
     def _seeds_of(self, method: Method, images: Any, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
-        """The seeds of a method that makes its own from the logits, (B, K, classes)."""
+        """Seeds (B, K, classes) from the method's own `seeds` function, which needs the logits."""
         assert method.seeds is not None
         logits = np.repeat(self.session.logits(images), seeds.shape[1], axis=0)
         given = top_class_where_zero(seeds.reshape(logits.shape), logits)
         return method.seeds(logits, given, **options).reshape(seeds.shape)
 
     def targets(self, target: Any, images: int) -> Targets:
-        """Checks `target` as explain takes it. InputError for a class out of range or a shape that does not fit."""
+        """Converts the `target` of `explain` to Targets for that many images.
+
+        InputError for a class out of range or a shape that does not fit.
+        """
         classes = self.manifest.num_classes
         if isinstance(target, str):
             if target != "not":
@@ -208,13 +214,13 @@ class Explainer:
             given = np.asarray(target)
         except ValueError:
             raise InputError(
-                "target: as many classes for each image, please: one, one per image, or (images, targets)"
+                "target: every image needs the same number of classes: pass one, one per image, or (images, targets)"
             ) from None
         if given.dtype.kind == "f":
             if given.ndim == 1:
                 given = np.repeat(given[None], images, axis=0)
             seeds = given[:, None] if given.ndim == 2 else given
-            seeds = seeds.astype(np.float32)  # before the check: what underflows to zero would stand for the top class
+            seeds = seeds.astype(np.float32)  # before the check: a seed that underflows to 0 would mean the top class
             if seeds.ndim != 3 or len(seeds) != images or seeds.shape[2] != classes or not seeds.size:
                 raise InputError(
                     f"seed array of shape {given.shape}: pass ({images}, {classes}) or ({images}, targets, {classes})"
@@ -251,7 +257,7 @@ class Explainer:
                 if wanted == "conv":
                     add = "export it with --layers conv"
                 elif own is None:
-                    add = "export it with --layers last, which says so where the network has no such layer"
+                    add = "export it with --layers last, which fails with a reason if the network has no such layer"
                 else:
                     add = f"export it with layer {own!r} as well"
                 raise UnknownLayer(
@@ -266,11 +272,11 @@ class Explainer:
                     f"the bundle has no layer {name!r}{near(name, self.layers)}; 'camrt info' lists them"
                 )
         if not names:
-            raise UnknownLayer("no layers were named: leave layers out for the method's own")
+            raise UnknownLayer("layers is empty: name layers, or leave the argument out for the method's own")
         for name in names:
             if method.layers == "last" and self.manifest.tap(name).grid == (1, 1):
                 raise UnknownLayer(
-                    f"layer {name!r} has no grid, it is 1 x 1: a map of it says nothing; name another layer"
+                    f"layer {name!r} has no grid, it is 1 x 1, so its map would be constant: name another layer"
                 )
         return names
 
@@ -286,12 +292,13 @@ def load(
 ) -> Explainer:
     """Opens a bundle.
 
-    backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto", the first of them that can be used here.
-    max_batch: images, targets or masked images in one run; precision: "fp32" or "fp16", by default the first that the
-    bundle has; threads: CPU threads of a run, by default one per core; device: which GPU. progress is called with a
-    line before work that takes seconds, such as building an engine.
+    path: the bundle's folder. backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto": the first of these
+    that works on this machine. max_batch: the most images, targets or masked images in one run. precision: "fp32" or
+    "fp16", by default the first that the bundle has. threads: CPU threads of one run, by default one per core. device:
+    the GPU's number. progress: called with one line of text before work that takes seconds, e.g. building an engine.
 
-    BundleError if it is damaged; BackendUnavailable if nothing here can run it.
+    BundleError if the bundle is missing or damaged; BackendUnavailable if no backend can run it here; UnknownName for
+    an unknown backend; InputError for a precision that the bundle does not have.
     """
     return Explainer(
         read_bundle(path), create(backend, Settings(threads, device, max_batch, progress)), max_batch, precision

@@ -37,13 +37,14 @@ class Explanation:
 
     @functools.cached_property
     def pictures(self) -> list[np.ndarray]:
-        """Per image what a map covers, uint8 (H, W, 3)."""
+        """The picture under each image's map, uint8 (H, W, 3): resized and cropped, not normalised."""
         return self._draw()
 
     def retune(self, **options: Any) -> Explanation:
-        """The same explanation under other options of its method, without running the network.
+        """The same explanation with other options of its method, without running the network.
 
-        InputError if the method cannot be retuned, or an option does not fit.
+        Options that are not named keep their values. InputError if the method cannot be retuned or an option cannot be
+        changed; InputError or UnknownMethod for a value that does not fit.
         """
         if self._retune is None:
             raise InputError(f"{self.method} has nothing to retune: call explain again")
@@ -59,11 +60,15 @@ class Explanation:
         )
 
     def normalized(self) -> np.ndarray:
-        """Each map scaled to [0, 1], a constant one to zeros; the shape of `maps`."""
+        """Each map min-max scaled to [0, 1], in the shape of `maps`; a constant map becomes zeros."""
         return minmax(self.maps)
 
     def overlay(self, index: int | tuple[int, int], opacity: float = 0.5) -> np.ndarray:
-        """Image `index` (or image and target) under its map, uint8 (H, W, 3)."""
+        """The picture of image `index` with its map drawn over it, uint8 (H, W, 3).
+
+        index: the image, or (image, target) if there are several targets; opacity: of the map, 0..1. InputError if one
+        image has several maps and no target is named.
+        """
         scaled = self.normalized()[index]
         if scaled.ndim != 2:
             raise InputError(f"overlay({index}): there are {scaled.shape[0]} maps of this image, pass (image, target)")

@@ -1,7 +1,7 @@
 """Numbers that say how good a map is: faithfulness to the network, and agreement with a mask of the object.
 
-Scores are probabilities of the explained class. Maps (H, W) are scaled to [0, 1] by the caller. Where a definition
-leaves a choice open, the docstring says which was made.
+Scores are probabilities of the explained class. Maps (H, W) must be scaled to [0, 1] by the caller. If a definition
+leaves a choice open, the docstring names our choice.
 """
 
 from __future__ import annotations
@@ -16,43 +16,46 @@ from .errors import CamrtError
 
 Score = Callable[[np.ndarray], np.ndarray]  # network inputs (N, C, H, W) -> probabilities of the explained class (N,)
 
-PERCENTILES = (20, 40, 60, 80)  # of pixels that ROAD removes
+PERCENTILES = (20, 40, 60, 80)  # per cent of the pixels, which ROAD removes
 
 
 # ---- faithfulness
 
 
 def masked(image: np.ndarray, scaled: np.ndarray) -> np.ndarray:
-    """The network's input (C, H, W) seen through a map: their product, so that what the map hides becomes the mean
-    colour.
-    """
+    """The network's input (C, H, W) multiplied by a map (H, W): float32. Pixels where the map is 0 become 0."""
     return (image * scaled).astype(np.float32)
 
 
 def average_drop(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """100 max(0, Y - O) / Y per image, in percent: Y the probability for the image, O for the image through its map.
-    Lower is better. before, after (B,) -> (B,). Chattopadhyay et al., arXiv 1710.11063.
+    """100 max(0, Y - O) / Y per image, in percent: Y the probability of the image, O that of the image times its map.
+
+    before: Y (B,), after: O (B,) -> (B,). Lower is better. Chattopadhyay et al., arXiv 1710.11063.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     return 100 * np.maximum(before - after, 0) / np.maximum(before, np.finfo(np.float64).tiny)
 
 
 def increase_in_confidence(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """100 where O > Y, else 0, in percent of images; see average_drop. Higher is better. arXiv 1710.11063."""
+    """100 if O > Y, else 0, per image, so that the mean is a percentage of images; O and Y as in average_drop.
+
+    before: Y (B,), after: O (B,) -> (B,). Higher is better. arXiv 1710.11063.
+    """
     return 100.0 * (np.asarray(after) > np.asarray(before))
 
 
 def win_percentage(drops: np.ndarray) -> np.ndarray:
-    """100 where a method's drop is the least of all methods on an image, shared by those that tie. Higher is better.
+    """Per image, 100 for the method with the lowest average drop, else 0; methods that tie share the 100.
 
-    drops (B, methods), of average_drop -> (B, methods), rows summing to 100. arXiv 1710.11063 compares two methods so.
+    drops (B, methods), from average_drop -> (B, methods); each row sums to 100. Higher is better. arXiv 1710.11063 has
+    it for two methods.
     """
     best = drops == drops.min(axis=1, keepdims=True)
     return 100 * best / best.sum(axis=1, keepdims=True)
 
 
 def _ranks(scaled: np.ndarray) -> np.ndarray:
-    """For each pixel its place when sorted from the most to the least relevant, ties in reading order."""
+    """Rank of each pixel (H, W), 0 for the most relevant; equal pixels rank from left to right, top to bottom."""
     order = np.argsort(-scaled.ravel(), kind="stable")
     ranks = np.empty(order.size, np.int64)
     ranks[order] = np.arange(order.size)
@@ -60,7 +63,10 @@ def _ranks(scaled: np.ndarray) -> np.ndarray:
 
 
 def exchanged(image: np.ndarray, other: np.ndarray, scaled: np.ndarray, steps: int) -> np.ndarray:
-    """`image` with ever more of its pixels, the most relevant first, taken from `other`: (steps + 1, C, H, W)."""
+    """Copies of `image` in which more and more pixels, the most relevant first, are replaced by those of `other`.
+
+    image, other (C, H, W), scaled (H, W) -> (steps + 1, C, H, W) float32, from none replaced to all.
+    """
     ranks = _ranks(scaled)
     counts = np.round(np.linspace(0, scaled.size, steps + 1))
     taken = ranks[None] < counts[:, None, None]
@@ -73,24 +79,24 @@ def area_under(curve: np.ndarray) -> float:
 
 
 def deletion(image: np.ndarray, scaled: np.ndarray, score: Score, steps: int = 32) -> float:
-    """Area under the probability as pixels become the mean colour (0 in the network's input), the most relevant first.
+    """Area, 0..1, under the probability while pixels of the network's input become 0, the most relevant first.
 
-    Lower is better. Petsiuk et al., RISE, arXiv 1806.07421.
+    0 is the mean colour if the recipe subtracts it. Lower is better. Petsiuk et al., RISE, arXiv 1806.07421.
     """
     return area_under(score(exchanged(image, np.zeros_like(image), scaled, steps)))
 
 
 def insertion(image: np.ndarray, scaled: np.ndarray, score: Score, steps: int = 32) -> float:
-    """Area under the probability as a blurred image gets its pixels back, the most relevant first. Higher is better.
+    """Area, 0..1, under the probability while a blurred image gets its pixels back, the most relevant first.
 
-    The blur is RISE's, a Gaussian of sigma 5 over 11 x 11 pixels, at the border with the nearest pixel instead of
-    black. arXiv 1806.07421. CamrtError without scipy.
+    The blur is RISE's: a Gaussian of sigma 5 over 11 x 11 pixels; at the border our blur repeats the nearest pixel,
+    RISE's uses black. Higher is better. arXiv 1806.07421. CamrtError without scipy.
     """
     return area_under(score(exchanged(blurred(image), image, scaled, steps)))
 
 
 def blurred(image: np.ndarray) -> np.ndarray:
-    """(C, H, W), each channel under a Gaussian of sigma 5 over 11 x 11 pixels."""
+    """Each channel of (C, H, W), blurred by a Gaussian of sigma 5 over 11 x 11 pixels. CamrtError without scipy."""
     ndimage = _scipy("ndimage")
     return np.stack([ndimage.gaussian_filter(c, sigma=5, radius=5, mode="nearest") for c in image]).astype(np.float32)
 
@@ -105,8 +111,9 @@ def road(
 ) -> float:
     """Mean over percentiles of (probability without the least relevant pixels - without the most relevant) / 2.
 
-    Removed pixels are imputed from their neighbours (`impute`) with Gaussian noise. Higher is better. Rong et al.,
-    arXiv 2202.00449, combined as pytorch-grad-cam does. CamrtError without scipy.
+    image (C, H, W), scaled (H, W). Removed pixels are imputed from their neighbours (`impute`), plus Gaussian noise of
+    standard deviation `noise`. Higher is better. Rong et al., arXiv 2202.00449; the two curves are combined as in
+    pytorch-grad-cam. CamrtError without scipy; ValueError if a percentile removes every pixel.
     """
     ranks, rng = _ranks(scaled), np.random.default_rng(seed)
     batch = []
@@ -119,10 +126,11 @@ def road(
 
 
 def impute(image: np.ndarray, removed: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Noisy linear imputation: each removed pixel is the mean of its neighbours, direct ones weighing 1/6 and diagonal
-    ones 1/12 (fewer at the border, weights then growing to 1), which is a sparse linear system; plus noise.
+    """Noisy linear imputation: each removed pixel is a weighted mean of its eight neighbours, plus noise.
 
-    image (C, H, W), removed (H, W) bool -> (C, H, W) float32. arXiv 2202.00449, section 4.
+    Direct neighbours have the weight 1/6, diagonal ones 1/12; at the border, where some are missing, the weights are
+    rescaled to sum to 1. Removed neighbours are unknowns of the same sparse linear system. image (C, H, W), removed
+    (H, W) bool -> (C, H, W) float32. arXiv 2202.00449, section 4. ValueError if every pixel is removed.
     """
     height, width = removed.shape
     if not removed.any():
@@ -166,14 +174,13 @@ def _scipy(module: str):
         raise CamrtError(f"insertion and road need scipy: {install.extra('evaluate')}") from None
 
 
-# ---- agreement with a mask: object (H, W) bool; pixels outside `valid` (H, W) bool are left out
+# ---- agreement with a mask: object (H, W) bool, the object's pixels; valid (H, W) bool, the pixels that count
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold between 256 levels of values in [0, 1] that parts them with the most variance between the two
-    classes.
+    """Otsu's threshold of values in [0, 1]: it maximises the variance between the values above it and those below.
 
-    Levels are round(255 x); values above the threshold are in front. Otsu, IEEE TSMC 1979.
+    The values are rounded to 256 levels, round(255 x). Values above the threshold are foreground. Otsu, IEEE TSMC 1979.
     """
     levels = np.round(np.clip(values, 0, 1) * 255).astype(np.int64)
     counts = np.bincount(levels.ravel(), minlength=256).astype(np.float64)
@@ -194,10 +201,9 @@ def iou(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray, threshold: fl
 
 
 def centre_distance(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
-    """Distance between the map's and the object's centres of mass, as a part of the picture's diagonal. Lower is
-    better.
+    """Distance between the map's and the object's centres of mass, divided by the picture's diagonal; 0..1.
 
-    A map of zeros has its centre in the middle.
+    Lower is better. A map of zeros has its centre in the middle.
     """
     weights = np.where(valid, scaled, 0).astype(np.float64)
     centres = [
@@ -214,10 +220,9 @@ def _centre(weights: np.ndarray) -> np.ndarray:
 
 
 def energy(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
-    """Energy-based pointing game: the part of the map's sum that lies on the object; 0 for a map of zeros. Higher is
-    better.
+    """Energy-based pointing game: the fraction of the map's sum that lies on the object; 0 for a map of zeros.
 
-    Wang et al., Score-CAM, arXiv 1910.01279.
+    Higher is better. Wang et al., Score-CAM, arXiv 1910.01279.
     """
     total = scaled[valid].sum(dtype=np.float64)
     return float(scaled[object & valid].sum(dtype=np.float64) / total) if total > 0 else 0.0
@@ -226,7 +231,7 @@ def energy(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
 def pointing(scaled: np.ndarray, object: np.ndarray, valid: np.ndarray) -> float:
     """Pointing game: 1 if the map's maximum (the first, in a tie) lies on the object, else 0, without a margin.
 
-    Higher is better; a constant map, which points nowhere, has 0. Zhang et al., arXiv 1608.00507.
+    Higher is better; a constant map points nowhere and gets 0. Zhang et al., arXiv 1608.00507.
     """
     seen = np.where(valid, scaled, -np.inf)
     return float((object & valid).ravel()[seen.argmax()]) if np.ptp(scaled[valid]) > 0 else 0.0

@@ -134,8 +134,8 @@ def test_time_is_limited(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--batches", "0"], "--batches and --runs: from 1"),
-        (["--runs", "0"], "--batches and --runs: from 1"),
+        (["--batches", "0"], "--batches and --runs must be 1 or more"),
+        (["--runs", "0"], "--batches and --runs must be 1 or more"),
         (["--methods", "grad_cm"], "no method 'grad_cm'"),
         (["--plot", "plot.txt"], "--plot plot.txt: name it .png, .svg or .pdf"),
         (["--out", "missing/bench.json"], "missing/bench.json: no such folder"),

@@ -220,7 +220,7 @@ def test_export_timm(folder: Path) -> None:
         ("mymodels:Holder", "mymodels:Holder gave a list, not a torch.nn.Module"),
         ("mymodels.py.pt2", "no such file"),
         ("missing.onnx", "missing.onnx: no such file"),
-        ("mymodels:build", "does not say its input's size: pass --input-shape 3 224 224"),
+        ("mymodels:build", "does not record its input's size: pass e.g. --input-shape 3 224 224"),
     ],
 )
 def test_sources_that_cannot_be_opened(
@@ -377,3 +377,17 @@ def test_class_names_and_sizes_that_do_not_fit(folder: Path, capsys: pytest.Capt
     assert main(["export", "mymodels:build", "c.camrt", *shape, *mean, "--resize", "40", "--crop", "32", "32"]) == 0
     recipe = camrt.load("c.camrt").manifest.preprocess
     assert recipe is not None and recipe.resize == 40
+
+
+def test_a_model_that_ends_in_a_softmax_is_verified_by_its_own_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "mymodels.py").write_text(
+        MODULE + "\ndef softmaxed(seed=0):\n    torch.manual_seed(seed)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),"
+        " nn.Softmax(1)).eval()\n\ndef other():\n    return softmaxed(1)\n"
+    )
+    assert main(["export", "mymodels:softmaxed", "s.camrt", "--input-shape", "3", "32", "32"]) == 0
+    assert main(["verify", "s.camrt", "mymodels:softmaxed"]) == 0
+    assert "the bundle's own forward graph" in capsys.readouterr().out  # no module of it returns the logits
+    assert "other weights than the bundle" in refusal(capsys, "verify", "s.camrt", "mymodels:other")

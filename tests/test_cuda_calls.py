@@ -58,7 +58,7 @@ def bad_calls(queue: Any) -> dict[str, Any]:
         "mask_batch: out (4, 3, 8, 8) is int32, needed float32 or float16": mask(out=new((4, 3, 8, 8), np.int32)),
         "mask_batch: gate 'relu': use tanh, sigmoid_relu, minmax, identity": mask(kind="relu"),
         "mask_batch: interpolation 'bicubic': use bilinear, align_corners, nearest": mask(interpolation="bicubic"),
-        "mask_batch: gates are not kept on a GPU, making them again is faster: leave them out": mask(
+        "mask_batch: gates are not kept on a GPU, computing them again is faster: leave gates out": mask(
             gates=new((4, 8, 8))
         ),
         "mask_batch: image is on the host and another array on the GPU: upload it first": (
@@ -79,10 +79,10 @@ def bad_calls(queue: Any) -> dict[str, Any]:
         "winsorize: rows (2, 2): its address is not a multiple of 4 bytes": (
             lambda: kernels.winsorize(Foreign(strided, (2, 2), data=(strided.pointer + 2, False)), 5, stream=queue)
         ),
-        "winsorize: rows (2, 2) is >f4: its bytes are in another order than this machine's": (
+        "winsorize: rows (2, 2) is >f4: its byte order is not this machine's": (
             lambda: kernels.winsorize(Foreign(strided, (2, 2), typestr=">f4"), 5, stream=queue)
         ),
-        "accumulate_maps: total (1, 4, 4) is only to be read": (
+        "accumulate_maps: total (1, 4, 4) is read-only": (
             lambda: kernels.accumulate_maps(
                 Foreign(strided, (1, 4, 4), data=(strided.pointer, True)), new((1, 4)), new(MAPS), stream=queue
             )
@@ -223,7 +223,7 @@ def test_dlpack_takes_an_array_without_a_copy() -> None:
     assert (taken.shape, taken.dtype, taken.pointer) == ((2, 3), np.dtype(np.float32), values.data_ptr())
     with pytest.raises(ValueError, match=r"values \(3, 2\) is not C-contiguous"):
         arrays._opened(values.T.__dlpack__(), "values")
-    with pytest.raises(ValueError, match=r"values \(2,\): a dtype that NumPy does not have"):
+    with pytest.raises(ValueError, match=r"values \(2,\) has a dtype that NumPy does not have"):
         arrays._opened(torch.zeros(2, dtype=torch.bfloat16).__dlpack__(), "values")
     again = np.from_dlpack(dataclasses.replace(taken, device=(CPU, 0)))
     del taken
@@ -233,7 +233,7 @@ def test_dlpack_takes_an_array_without_a_copy() -> None:
 
 def test_the_consumers_stream_is_led() -> None:
     led: list[int] = []
-    with pytest.raises(BufferError, match="is given as it is, not copied"):
+    with pytest.raises(BufferError, match="is exported without a copy"):
         on_host(np.zeros(3, "f")).__dlpack__(copy=True)
     array = dataclasses.replace(on_host(np.zeros(3, "f")), follow=led.append)
     for stream in (None, 1, 77, -1):
@@ -244,7 +244,7 @@ def test_the_consumers_stream_is_led() -> None:
 
 
 def test_numpy_does_not_take_an_array_on_a_gpu_for_an_object() -> None:
-    with pytest.raises(TypeError, match=r"an array on a GPU: get it by Stream.download"):
+    with pytest.raises(TypeError, match=r"this array is on a GPU: copy it to the host with Stream.download"):
         np.asarray(Ledger().empty((3,)))
 
 

@@ -123,7 +123,7 @@ def test_unreadable_images_and_masks_are_named_and_the_rest_measured(
     assert run(scenes, "--masks", str(scenes / "masks"), methods=["grad_cam"]) == 1
     captured = capsys.readouterr()
     assert "broken.png: not a readable image" in captured.err
-    assert "scene-1.png: 5 x 5, its image is 128 x 128: they must be alike" in captured.err
+    assert "scene-1.png: 5 x 5, its image is 128 x 128: make the sizes equal" in captured.err
     assert "2 of 4 images" in captured.out
 
 
@@ -154,12 +154,12 @@ def test_void_pixels_of_a_voc_mask_are_left_out(scenes: Path) -> None:
     np.testing.assert_array_equal(mask.valid, values != 255)
     binary = read_mask(masks[images[1]], images[1], explainer)
     assert binary.valid.all() and binary.object.any() and not binary.object.all()
-    with pytest.raises(camrt.CamrtError, match="holds no object where the network looks"):
+    with pytest.raises(camrt.CamrtError, match="has no object inside the crop that the network sees"):
         read_mask(masks[images[1]], images[1], explainer, void=255)
     values[values == 7] = 0
     palette.putdata(values.ravel().tolist())
     palette.save(scenes / "masks" / "scene-0.png")
-    with pytest.raises(camrt.CamrtError, match="holds no object where the network looks"):
+    with pytest.raises(camrt.CamrtError, match="has no object inside the crop that the network sees"):
         read_mask(masks[images[0]], images[0], explainer)
 
 

@@ -213,7 +213,7 @@ REFUSALS = [
     ({"low": 2.0}, "they need 0 < low <= high"),
     ({"method": "grad_cam", "percentile": 50}, "grad_cam has no option 'percentile'"),
     ({"layers": ["stemm"]}, "the bundle has no layer 'stemm': did you mean 'stem'"),
-    ({"layers": []}, "no layers were named"),
+    ({"layers": []}, "layers is empty: name layers"),
 ]
 
 
@@ -249,7 +249,7 @@ def test_grad_cam_cannot_be_retuned(explainer: camrt.Explainer) -> None:
 def test_a_bundle_without_a_recipe_takes_arrays_only(tmp_path: Path) -> None:
     explainer = camrt.load(camrt.export_model(small_net(), tmp_path / "bare.camrt", (3, 32, 32), layers="last"))
     assert explainer.explain(IMAGES, "grad_cam").maps.shape == (4, 32, 32)
-    with pytest.raises(camrt.CamrtError, match="does not say how pictures become its input"):
+    with pytest.raises(camrt.CamrtError, match="does not say how to preprocess pictures"):
         explainer.explain(np.zeros((32, 32, 3), np.uint8), "grad_cam")
     with pytest.raises(
         camrt.CamrtError,

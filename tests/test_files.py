@@ -978,5 +978,5 @@ def test_a_bundle_that_an_engine_refuses_is_not_put_in_place(tmp_path: Path, mon
 
 def test_export_without_onnx_runtime_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(camrt.CamrtError, match="an export ends by running what it wrote, which needs ONNX Runtime"):
+    with pytest.raises(camrt.CamrtError, match="an export runs the programs that it wrote, which needs ONNX Runtime"):
         camrt.export_onnx(classifier(tmp_path / "model.onnx"), tmp_path / "model.camrt")

@@ -110,7 +110,7 @@ def library(model: onnx.ModelProto) -> None:
 
 
 OUTSIDE = "reads the file .* which is not the bundle's"
-PLACE = "a tensor is not where it says that it is"
+PLACE = "a tensor's place in the weights is wrong"
 SIZE = "a tensor is not as large as it says"
 VAST = "declares a tensor that no machine holds"
 CHANGES: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {

@@ -155,7 +155,7 @@ def test_an_unknown_gate_is_refused() -> None:
         (lambda: kernels.check_finite(np.array([1, np.nan], np.float32)), "NaN or infinity"),
         (
             lambda: kernels.layer_importance(np.zeros((2, 3), np.float32), [], "mean"),
-            "needed one or more of at least one",
+            "needed at least one layer, each with a channel",
         ),
         (
             lambda: kernels.class_scores(np.zeros((2, 0), np.float32), np.zeros((1, 0), np.float32), "softmax"),

@@ -446,7 +446,7 @@ REFUSALS = [
     ("ablation_cam", {"layers": ["stem"]}, "has no program 'trunk' for stem: .* export it with --layers last"),
     ("eigen_cam", {"target": 9}, r"class 9 is out of range: the network has classes 0\.\.4"),
     ("grad_cam", {"target": np.array([[1e-50, 0, 0, 0, 0]])}, "every row needs finite entries, not all of them zero"),
-    ("grad_cam", {"target": [[1], [1, 2]]}, "target: as many classes for each image"),
+    ("grad_cam", {"target": [[1], [1, 2]]}, "target: every image needs the same number of classes"),
     ("grad_cam", {"target": np.zeros((1, 0, 5), np.float32)}, r"seed array of shape \(1, 0, 5\)"),
     ("gradcam", {}, "no method 'gradcam': did you mean 'grad_cam'"),
 ]

@@ -210,7 +210,7 @@ def test_what_cannot_be_captured_is_run_as_it_is(
     backend.capturable = False
     want = explainer.explain(IMAGES[:1])
     assert_same(on_gpu.explain(IMAGES[:1]), want)
-    with pytest.warns(UserWarning, match="not replayed as a CUDA graph, and so slower: the engine could not be run"):
+    with pytest.warns(UserWarning, match="cannot be replayed as a CUDA graph, so it is slower: the engine could"):
         assert_same(on_gpu.explain(IMAGES[:1]), want)
     assert_same(on_gpu.explain(IMAGES[:1]), want)
 

@@ -57,7 +57,7 @@ def test_a_recipe_is_set_where_there_was_none(
 
     path = camrt.export_model(small_net(), tmp_path / "bare.camrt", (3, 32, 32))
     assert main(["recipe", str(path)]) == 0 and "preprocessing  none" in capsys.readouterr().out
-    with pytest.raises(camrt.CamrtError, match="does not say how pictures become its input"):
+    with pytest.raises(camrt.CamrtError, match="does not say how to preprocess pictures"):
         camrt.load(path).classify(PICTURE)
     assert main(["recipe", str(path), "--resize", "32"]) == 2
     assert "preprocessing needs both --mean and --std" in capsys.readouterr().err
@@ -94,7 +94,7 @@ def test_an_activation_is_set_after_the_export(bundle: Path, capsys: pytest.Capt
     recipe(bundle, "--activation", "sigmoid")
     np.testing.assert_allclose(camrt.load(bundle).probabilities(image), 1 / (1 + np.exp(-logits)), rtol=1e-5)
     main(["info", str(bundle)])
-    assert "probabilities: sigmoid, as was given" in capsys.readouterr().out
+    assert "probabilities: sigmoid, set by --activation" in capsys.readouterr().out
 
 
 PROCESSORS: dict[str, tuple[dict[str, Any], Preprocess | None]] = {

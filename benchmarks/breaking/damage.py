@@ -1,4 +1,4 @@
-"""Damaged inputs, each made from its number alone."""
+"""Makes damaged inputs from a random generator: the same generator always gives the same input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INTEGERS = (0, 1, -1, 2, 3, 5, 7, 64, 1000, 65536, 2**31 - 1, 2**31, 2**40, 2**6
 
 
 def bytes_of(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, put in, taken out or doubled, or the end cut off."""
+    """The data with some bytes changed, inserted, removed or repeated, or with its end cut off."""
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5, 30))):
         at = rng.randrange(len(found) + 1)
@@ -235,7 +235,7 @@ def manifest_of(text: str, rng: random.Random) -> bytes:
 
 
 def hashed(manifest: str, file: str, data: bytes) -> str:
-    """The manifest as whoever changed the file would write it."""
+    """The manifest with the hash of the changed file, as an attacker would write it."""
     tree = json.loads(manifest)
     for program in tree["programs"]:
         if program["file"] == file:

@@ -36,7 +36,7 @@ _METHODS_OF_LAST = {"layer_maps.last.onnx": "grad_cam", "trunk.onnx": "recipro_c
 
 
 class Place:
-    """A worker's folder: a bundle to damage, pictures, and what was read of them once."""
+    """A worker's folder: a bundle to damage, pictures, and their undamaged contents in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.bundle = folder / "demo.camrt"
@@ -110,13 +110,13 @@ RUN: dict[str, Callable[[Place, random.Random], None]] = {
 
 
 def _checked(result: camrt.Explanation, explainer: camrt.Explainer) -> None:
-    """What is explained has maps of the right size without NaN."""
+    """Asserts that the maps have the right shape and are finite."""
     assert result.maps.shape == (1, *explainer.manifest.input_shape[1:]), result.maps.shape
     assert np.isfinite(result.maps).all(), "a map holds NaN or infinity"
 
 
 def run(number: int, seed: int, place: Place) -> str:
-    """ "explained", or the message it was refused with. Any exception but a CamrtError."""
+    """Makes and runs input `number`. Returns "explained", or the CamrtError's message; other errors are raised."""
     try:
         RUN[KINDS[number % len(KINDS)]](place, random.Random(f"{seed}/{number}"))
     except camrt.CamrtError as error:
@@ -129,13 +129,13 @@ def run(number: int, seed: int, place: Place) -> str:
 
 
 def run_one(number: int, seed: int, work: Path) -> str:
-    """One input again, in this process: a finding ends it in the same way."""
+    """Runs one input again, in this process, so that a crash happens here."""
     (work / "again").mkdir()
     return f"{KINDS[number % len(KINDS)]}: {run(number, seed, Place(work / 'again'))}"
 
 
 def _worker(numbers: range, seed: int, folder: Path, now: Any, tally: Any) -> None:
-    """Runs its numbers; now: the number at work and since when; tally: refused and explained of each kind."""
+    """Runs its inputs. now: (current input, its start time); tally: for each kind, refused and explained inputs."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with its parent
@@ -160,7 +160,7 @@ def _worker(numbers: range, seed: int, folder: Path, now: Any, tally: Any) -> No
 
 
 def fuzz(inputs: int, seed: int, work: Path) -> dict[str, Any]:
-    """Runs that many inputs in child processes: how many of each kind were refused and explained, and the findings."""
+    """Runs that many inputs in child processes. Returns the refused and explained inputs of each kind, and findings."""
     context = multiprocessing.get_context("spawn")
     kinds = sorted(RUN)
     tallies, watched = [], []

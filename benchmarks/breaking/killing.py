@@ -1,4 +1,4 @@
-"""export, build and evaluate, killed at random moments and run again."""
+"""Kills `camrt export`, `camrt build` and `camrt evaluate` at random moments and runs them again."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ Problems = list[dict[str, Any]]
 
 
 class Command:
-    """A camrt command that is killed: `look` says what is wrong afterwards, `finished` what is wrong once it ran
-    through.
-    """
+    """A camrt command, to run to its end (`through`) or to kill (`killed`), in a folder."""
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
         self.arguments = [sys.executable, "-m", "camrt", *arguments]
@@ -51,14 +49,14 @@ class Command:
         )
 
     def through(self) -> tuple[float, str | None]:
-        """Seconds, and what it said if it failed."""
+        """Runs the command to its end: (seconds, its error, None if it succeeded)."""
         started, process = time.monotonic(), self.start()
         said = process.communicate()[1].decode(errors="replace")
         failed = f"exit code {process.returncode}: {said[-300:]}" if process.returncode else None
         return time.monotonic() - started, failed
 
     def killed(self, moment: Callable[[subprocess.Popen[bytes]], None]) -> bool:
-        """Whether it was still at work when `moment` was over, and so was killed."""
+        """Starts the command, waits for `moment`, kills it. Returns whether it was still running then."""
         process = self.start()
         moment(process)
         with_life = process.poll() is None
@@ -76,7 +74,9 @@ def _attack(
     busy: Callable[[], bool],
     prepare: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Kills the command `rounds` times. Half of the moments are any, half follow closely on `busy`: while it writes."""
+    """Kills the command `rounds` times: half of the kills at random moments, half within 30 ms after `busy()` is true,
+    while it writes. look(round) returns the problems after a kill.
+    """
     duration, failed = command.through()
     problems: Problems = [] if failed is None else [{"round": -1, "what": failed}]
     kills = while_busy = 0
@@ -103,7 +103,7 @@ def _attack(
 
 
 def _export(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
-    """Exports over a bundle, and in every third round where there is none."""
+    """Kills exports that replace a bundle, and in every third round exports without an earlier bundle."""
     (folder / "small.onnx").write_bytes(damage.small_model())
     bundle = folder / "small.camrt"
     command = Command(["export", "small.onnx", "small.camrt", "--force"], folder)
@@ -143,7 +143,7 @@ def _export(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _build(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
-    """Builds the engines of the demo's leading programs with TensorRT for RTX, into a cache of its own."""
+    """Kills builds of engines of the demo's classify program, by TensorRT for RTX, in a separate cache."""
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         return {"left_out": "TensorRT for RTX is not installed", "problems": []}
     cache = folder / "cache"
@@ -173,7 +173,7 @@ def _build(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _evaluate(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
-    """Measures two methods on drawn scenes; every fourth round begins anew."""
+    """Kills evaluations of two methods on drawn scenes; every fourth round starts without earlier results."""
     (folder / "scenes").mkdir()
     for seed in range(6):
         Image.fromarray(draw_scene(seed)[0]).save(folder / "scenes" / f"{seed}.png")
@@ -203,7 +203,7 @@ def _evaluate(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _differences(undisturbed: Path, results: Path) -> list[str]:
-    """Other files, other records, or records twice, of two folders that `evaluate` wrote."""
+    """How two folders that `evaluate` wrote differ: other files, other records, or records that are there twice."""
     names = [sorted(path.name for path in folder.iterdir()) for folder in (undisturbed, results)]
     if names[0] != names[1]:
         return [f"files {names[1]} instead of {names[0]}"]
@@ -217,7 +217,7 @@ def _differences(undisturbed: Path, results: Path) -> list[str]:
 
 
 def kill(rounds: int, seed: int, work: Path) -> dict[str, Any]:
-    """Kills each command `rounds` times, and what was found."""
+    """Kills each command `rounds` times and returns the counts and findings."""
     found: dict[str, Any] = {}
     findings: Problems = []
     for name, attack in {"export": _export, "build": _build, "evaluate": _evaluate}.items():

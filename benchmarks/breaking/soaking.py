@@ -1,4 +1,4 @@
-"""Ten thousand explanations by several threads of several processes: the same maps every time, and flat memory."""
+"""Runs ten thousand explanations in several processes with several threads: maps must repeat, memory must not grow."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ WORK: tuple[tuple[str, dict[str, Any]], ...] = (
     ("recipro_cam", {}),
     ("integrative_cam", {}),
 )
-NEAR = 1e-5  # of maps, whatever else runs
+NEAR = 1e-5  # the largest difference from the first run's map, whatever other threads do
 SAMPLES = 40
-GROWTH = 0.02  # of the memory between the second and the last quarter
+GROWTH = 0.02  # the largest growth of memory, as a fraction, from the second to the last quarter of the run
 
 
 def _resident() -> float:
@@ -39,7 +39,7 @@ def _resident() -> float:
 
 
 def _explain(explainer: camrt.Explainer, pictures: list[np.ndarray], number: int) -> np.ndarray:
-    """The maps of one call: one picture or two, by one of the methods; every third is retuned or drawn."""
+    """The maps of one call: one method, one or two pictures; Winsor-CAM is retuned, every third call is drawn."""
     method, options = WORK[number % len(WORK)]
     at = number // len(WORK) % (len(pictures) - 1)
     result = explainer.explain(pictures[at : at + 1 + number % 2], method, **options)
@@ -92,7 +92,7 @@ def _process(count: int, report: Any) -> None:
 
 
 def soak(explanations: int) -> dict[str, Any]:
-    """That many explanations over PROCESSES and THREADS: distances, memory in MB over time, and what went wrong."""
+    """Runs that many explanations. Returns the largest difference of maps, memory in MB over time, and findings."""
     context = multiprocessing.get_context("spawn")
     reports = [context.Queue() for _ in range(PROCESSES)]
     count = explanations // PROCESSES

@@ -1,3 +1,1 @@
-"""Networks as users bring them, written by the exporters that users have: what `make models` tries and docs/models.md
-lists.
-"""
+"""Writes networks with the exporters that users have; `make models` tries them all and docs/models.md lists them."""

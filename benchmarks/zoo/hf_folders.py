@@ -1,5 +1,5 @@
-"""Hugging Face image classifiers of random weights, each saved in a folder with its image processor: for `camrt export
-hf:FOLDER`.
+"""Saves Hugging Face image classifiers with random weights, each in a folder with its image processor, for
+`camrt export hf:FOLDER`.
 
 python benchmarks/zoo/hf_folders.py FOLDER        needs transformers
 """

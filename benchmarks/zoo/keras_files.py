@@ -1,7 +1,7 @@
-"""keras.applications, written by tf2onnx, with the image channels-last, as TensorFlow has it.
+"""Writes the networks of keras.applications with tf2onnx; the image is channels-last, as in TensorFlow.
 
-python benchmarks/zoo/keras_files.py FOLDER        with random weights; needs tensorflow-cpu and tf2onnx, an
-environment of their own
+python benchmarks/zoo/keras_files.py FOLDER        with random weights; needs tensorflow-cpu and tf2onnx, in a separate
+environment
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NETWORKS = [
 
 
 def build(name: str, size: int) -> Any:
-    """Seeded, with batch norm statistics of random images."""
+    """A Keras network with fixed random weights and batch norm statistics of random images."""
     keras.utils.set_random_seed(1)
     model = getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), classes=10)
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Exports and verifies every network of a folder, and writes what came of each.
+"""Exports and verifies every network of a folder, and writes the result of each.
 
 python benchmarks/zoo/measure.py FOLDER [--only WORD ...] [--out docs/models.json]
 
@@ -27,7 +27,7 @@ from camrt.verification.verify import verify
 
 
 def measured(source: Path, work: Path) -> dict[str, Any]:
-    """What the export and verification of one network gave."""
+    """The result of exporting and verifying one network: a row of docs/models.json."""
     row, bundle = described(source), work / "network.camrt"
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as said:

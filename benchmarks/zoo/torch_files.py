@@ -1,4 +1,4 @@
-"""torchvision's and timm's families, written by PyTorch's legacy exporter and its newer one.
+"""Writes networks of torchvision and timm with PyTorch's two ONNX exporters, the legacy one and dynamo.
 
 python benchmarks/zoo/torch_files.py FOLDER        with random weights; needs the test extra
 """

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", default=["winsor_cam"], help="NAME or NAME:option=value,... (default: winsor_cam)"
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="batch sizes (default: 1 4 16)")
-    parser.add_argument("--runs", type=int, default=50, help="calls of each at most (default: 50)")
-    parser.add_argument("--seconds", type=float, default=60, help="a batch size at most, roughly (default: 60)")
+    parser.add_argument("--runs", type=int, default=50, help="calls of each method, at most (default: 50)")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds for each batch size, roughly (default: 60)")
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
     parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
     parser.add_argument("--threads", type=int, help="of a run on the CPU (default: one per core)")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints and writes tables; interrupted, of what was measured until then (exit code 130)."""
+    """Prints and writes tables. If interrupted, they hold what was measured until then (exit code 130)."""
     from tqdm import tqdm
 
     from .. import bench as benchmark
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     steps = benchmark.measure(explainer, contenders, images, batches, options.runs, measured, options.seconds)
     total = 1 + len(contenders) + options.runs * len(batches)
     with tqdm(total=total, leave=False, disable=None) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a map of zeros takes as long
+        warnings.simplefilter("ignore")  # a map of zeros takes the same time
         try:
             for step in steps:
                 bar.set_description(step)
@@ -85,9 +85,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What would only be found out after minutes."""
+    """Checks options whose errors would otherwise appear only after minutes. InputError."""
     if min(options.batches) < 1 or options.runs < 1:
-        raise InputError("--batches and --runs: from 1")
+        raise InputError("--batches and --runs must be 1 or more")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"--plot needs matplotlib: {install.extra('bench')}")
     if options.plot is not None and options.plot.suffix not in (".png", ".svg", ".pdf"):

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--programs",
         nargs="+",
         metavar="FILE",
-        help="'all', or files as 'camrt info' lists them (default: the leading methods')",
+        help="'all', or files as 'camrt info' lists them (default: those of winsor_cam and score_cam_pp)",
     )
 
 
@@ -106,7 +106,7 @@ def _shapes(options: argparse.Namespace) -> list[Shapes]:
 
 
 def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
-    """What to build. InputError, UnknownName."""
+    """The programs to build. InputError if the bundle lacks the precision, UnknownName for an unknown file."""
     from ..runtime.bundle.kinds import KINDS, Kind
     from ..runtime.bundle.manifest import PRECISIONS
 
@@ -131,7 +131,10 @@ def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
 
 
 def targets(library: Library, wanted: list[str] | None) -> list[Target]:
-    """What to build for: this machine's GPU, or every GPU of the compute capabilities that are named."""
+    """The GPUs to build for: this machine's GPU, or every GPU of the named compute capabilities ("8.9").
+
+    EngineError if there is no GPU here; InputError for a compute capability that the library does not know.
+    """
     from ..runtime.backends.tensorrt.target import Target
 
     if wanted is None:
@@ -144,7 +147,7 @@ def targets(library: Library, wanted: list[str] | None) -> list[Target]:
             hint = (
                 ", or name --compute-capability"
                 if library.ahead_of_time
-                else ": TensorRT builds on the GPU that it is for"
+                else ": TensorRT builds engines only on the GPU that runs them"
             )
             raise EngineError(f"{error}{hint}") from None
         return [Target.of(library, card)]

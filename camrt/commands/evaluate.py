@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metrics", nargs="+", help="default: all that apply")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder to write (default: evaluation)")
-    parser.add_argument("--steps", type=int, default=32, help="of insertion and deletion (default: 32)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of the second IoU (default: 0.5)")
+    parser.add_argument("--steps", type=int, default=32, help="steps of insertion and deletion (default: 32)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="threshold of the second IoU, 0..1 (default: 0.5)")
     parser.add_argument(
         "--void", type=int, help="mask value to leave out (default: 255 in palette pictures, else none)"
     )
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints and writes a table; 1 if images could not be used."""
+    """Prints and writes a table; exit code 1 if an image could not be used."""
     from tqdm import tqdm
 
     from ..evaluate import as_markdown, tabulate
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     methods = [parse_method(text) for text in dict.fromkeys(options.methods)]
     problems: list[str] = []
     with tqdm(total=len(images) * len(methods), unit="map", disable=None) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a map of zeros is measured as what it is
+        warnings.simplefilter("ignore")  # a map of zeros is measured like any map
 
         def advance() -> None:
             bar.update()

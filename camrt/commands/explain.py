@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         nargs="+",
         help="class numbers or names, or "
-        "'not' for what speaks against a network's single class (default: each image's top class)",
+        "'not' for what lowers the score of a network with a single class (default: each image's top class)",
     )
     parser.add_argument("--percentile", type=float, help="Winsor-CAM's percentile, 0..100 (default: 90)")
     parser.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     target: Any = None
     if options.target == ["not"]:
         target = "not"
-        explainer.targets(target, 1)  # refused before anything is read
+        explainer.targets(target, 1)  # fails before any image is read
     elif options.target is not None:
         target = [_class_index(explainer, t) for t in options.target]
     method = parse_method(options.method)
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _kept(part: Path) -> Iterator[None]:
-    """Afterwards what was written takes its final name; a run that wrote nothing leaves an earlier file as it was."""
+    """On exit, gives the written file its final name; if nothing was written, an earlier file stays as it was."""
     try:
         yield
     finally:
@@ -116,7 +116,7 @@ def _explained(
     layers: Any,
     arguments: dict[str, Any],
 ) -> Iterator[tuple[list[Path], Explanation] | InputError]:
-    """The images that could not be read, as errors, and the others explained in one batch."""
+    """Yields an error for each image that cannot be read, then the others with their explanation, in one batch."""
     from PIL import Image
 
     from ..runtime.images.preprocess import open_image

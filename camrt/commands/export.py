@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("bundle", type=Path, help="folder to write, e.g. resnet50.camrt")
     parser.add_argument(
-        "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="where the source does not say"
+        "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="needed if the source does not record it"
     )
     parser.add_argument("--layers", nargs="+", default=["default"], help="conv, last, default (both) or names")
     parser.add_argument(
@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("fp32", "fp16"),
         default=["fp32"],
-        help="of the programs: one or both (default: fp32)",
+        help="precision of the programs, one or both (default: fp32)",
     )
-    parser.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one a line")
+    parser.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one name per line")
     preprocess_options.add_arguments(parser)
-    parser.add_argument("--output", help="which output, attribute or key holds the logits, where there are several")
+    parser.add_argument("--output", help="the output, attribute or key that holds the logits, if there are several")
     parser.add_argument("--name", help="the model's name in the manifest")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
 
@@ -78,7 +78,7 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
         source = open_source(options.source)
         shape = options.input_shape or source.input_shape
         if shape is None:
-            raise InputError(f"{options.source} does not say its input's size: pass --input-shape 3 224 224")
+            raise InputError(f"{options.source} does not record its input's size: pass e.g. --input-shape 3 224 224")
         same = source.input_shape is None or tuple(shape) == tuple(source.input_shape)
         common["name"] = common["name"] or source.name
         common["classes"] = common["classes"] or source.classes
@@ -103,7 +103,7 @@ def _print_written(path: Path) -> None:
     if manifest.preprocess is None:
         print(f"It records no preprocessing, so it takes float32 arrays only: see camrt recipe {path} --help.")
     if manifest.assumes_softmax:
-        print(f"Its probabilities are taken to be a softmax; if they are not: camrt recipe {path} --activation sigmoid")
+        print(f"Its probabilities are assumed to be a softmax. If not: camrt recipe {path} --activation sigmoid")
     print(f"Next: camrt verify {path}, camrt explain {path} IMAGE ...")
 
 
@@ -114,5 +114,5 @@ def _class_names(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no class names ({error})") from None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"{path}: expected a JSON list of names, or a text file with one a line")
+        raise InputError(f"{path}: expected a JSON list of names, or a text file with one name per line")
     return names

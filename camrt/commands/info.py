@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"logits are taken before the final {manifest.final_activation}")
     print(f"probabilities: {said_of_scores(manifest)}")
     if manifest.normalized is not None:
-        print(f"masks multiply {manifest.normalized.tensor!r}, the image as the network normalises it itself")
+        print(f"masks multiply {manifest.normalized.tensor!r}, the image after the network's own normalisation")
     print(f"preprocessing: {manifest.preprocess or 'none recorded, it takes float32 arrays'}")
     print(f"batch: {manifest.batch}; weights: {manifest.weights['bytes'] / 1e6:.1f} MB")
     print("programs:")
@@ -56,7 +56,7 @@ def _versions(tools: dict[str, str]) -> str:
 
 
 def _backends() -> int:
-    """The backends from the best on; "auto" takes the first that is usable."""
+    """Prints every backend, the best first; "auto" takes the first that works. Exit code 1 if none does."""
     from ..runtime.backends import survey
 
     taken = False

@@ -11,7 +11,7 @@ HELP = "list the CAM methods, their formulas and sources"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="one method, in full")
+    parser.add_argument("name", nargs="?", help="shows everything about this method")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The options of camrt export and camrt recipe that say how a picture becomes the network's input."""
+"""The preprocessing options that `camrt export` and `camrt recipe` share."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ FIELDS = ("resize", "crop", "mean", "std", "interpolation", "fit", "fill", "chan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a picture becomes the network's input, and what its scores are."""
+    """Adds the options for preprocessing and for the probabilities."""
     parser.add_argument("--resize", type=int, nargs="+", metavar="N", help="shorter side, or height and width")
     parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="centre crop after resizing")
     parser.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in 0..1")
     parser.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in 0..1")
-    parser.add_argument("--interpolation", help="of the resize: bilinear (default), bicubic, nearest, lanczos")
+    parser.add_argument("--interpolation", help="for resizing: bilinear (default), bicubic, nearest, lanczos")
     parser.add_argument(
         "--fit", help="stretch to height and width (default), or letterbox: fit inside and fill the rest"
     )
-    parser.add_argument("--fill", type=int, help="shade around a letterboxed picture, 0..255 (default: 114)")
-    parser.add_argument("--channels", help="the network's order: RGB (default) or BGR")
+    parser.add_argument("--fill", type=int, help="grey value around a letterboxed picture, 0..255 (default: 114)")
+    parser.add_argument("--channels", help="the network's channel order: RGB (default) or BGR")
     parser.add_argument(
-        "--activation", help="what makes probabilities of the logits: softmax, or sigmoid of each class"
+        "--activation", help="the function that turns logits into probabilities: softmax, or sigmoid of each class"
     )
 
 
 def preprocess_of(
     options: argparse.Namespace, known: Preprocess | None, shape: Sequence[int] | None
 ) -> Preprocess | None:
-    """The recipe that the options give, completed by what is known; None if neither says anything. InputError."""
+    """The recipe of the options; options that are not given come from `known`. None if there is neither.
+
+    shape: the network's (C, H, W), the default size. InputError if mean, std or a size is missing.
+    """
     from ..runtime.bundle.manifest import Preprocess
 
     if all(getattr(options, name) is None for name in FIELDS):

@@ -1,4 +1,4 @@
-"""Progress of work that has stages."""
+"""Shows the progress of work in stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Progress:
         self._bar.set_description_str(stage)
 
     def detail(self, text: str) -> None:
-        """What the stage is at: shown where there is a terminal, and not kept."""
+        """Shows a detail of the running stage, on a terminal only."""
         self._bar.set_postfix_str(text)
 
     def __exit__(self, *_: object) -> None:

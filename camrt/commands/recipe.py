@@ -8,7 +8,7 @@ from typing import Any
 
 from . import preprocess_options
 
-HELP = "show or set how pictures become a bundle's input, without a new export"
+HELP = "show or set a bundle's preprocessing, without a new export"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Shows a bundle's recipe, or changes it and shows what it is then."""
+    """Changes a bundle's recipe as the options say, then shows it."""
     from dataclasses import replace
 
     from ..runtime.bundle.manifest import check_activation
@@ -43,9 +43,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def said_of_scores(manifest: Any) -> str:
-    """What makes probabilities of the logits, and who says so."""
+    """The function from logits to probabilities, and who chose it: the user, the network, or nobody (assumed)."""
     if manifest.activation is not None:
-        return f"{manifest.probability}, as was given"
+        return f"{manifest.probability}, set by --activation"
     if manifest.final_activation is not None:
         return f"{manifest.probability}, the network's own {manifest.final_activation}"
-    return f"{manifest.probability}, assumed: --activation says otherwise"
+    return f"{manifest.probability}, assumed: --activation sets another"

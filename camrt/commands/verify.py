@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{mark:5}{row.program:24}{row.subject:40}{figures}")
     for name in report.own_backward:
         print(
-            f"{name} has a backward pass of its own, which PyTorch's gradients before it follow; camrt's are the "
-            "derivative of its forward pass"
+            f"{name} has its own backward pass: before it, PyTorch's gradients follow that backward pass, but camrt's "
+            "are the derivative of its forward pass"
         )
     failed = sum(not r.passed for r in report.rows)
     print(f"{len(report.rows) - failed} of {len(report.rows)} comparisons passed")
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _worst(rows: Sequence[Any]) -> list[Any]:
-    """Failures, and for each program and kind of comparison the row nearest its limit."""
+    """The failed rows, and for each program and kind of comparison the passed row that is nearest to its limit."""
     worst: dict[tuple[str, str], Any] = {}
     for row in rows:
         key = (row.program, row.subject.split()[0])

@@ -1,1 +1,1 @@
-"""The embedded default: a small network and the pictures that it explains."""
+"""The demo: a small network in the package, and the drawn pictures that it explains."""

@@ -15,7 +15,7 @@ from ..runtime.images.overlay import overlay
 from .scenes import CLASSES, SIZE, draw_scene
 
 BUNDLE = Path(__file__).parent / "shapes.camrt"
-FIRST_SEED = 1_000_000  # scenes from here on were never trained on
+FIRST_SEED = 1_000_000  # the network was not trained on scenes from this seed on
 PERCENTILES = (0, 50, 90, 100)
 _MARGIN, _HEADER, _CAPTION, _ZOOM = 8, 26, 20, 1.5
 
@@ -58,8 +58,8 @@ def run(out: Path, scenes: int = 6, seed: int = 0) -> Path:
         f"{scenes} scenes, {right} recognised; {len(columns) - 1} maps of each in {seconds * 1e3:.0f} ms, loading "
         "included."
     )
-    print(f"Look at {path}: what the network saw, at four Winsor-CAM percentiles and by Grad-CAM.")
-    print("With a model of your own:")
+    print(f"Open {path}: each scene with its Winsor-CAM maps at four percentiles and its Grad-CAM map.")
+    print("For your own model:")
     print(f"  {install.extra('export,cpu')}")
     print("  camrt export torchvision:resnet50:DEFAULT resnet50.camrt     (or package.module:callable, or model.onnx)")
     print("  camrt explain resnet50.camrt photo.jpg")

@@ -83,8 +83,9 @@ CLASSES = tuple(SHAPES)
 
 
 def draw_scene(seed: int, label: int | None = None) -> tuple[np.ndarray, int, np.ndarray]:
-    """A scene that depends on `seed` alone: picture (SIZE, SIZE, 3) uint8, class index, object mask (SIZE,
-    SIZE) bool.
+    """Draws a scene: (picture (SIZE, SIZE, 3) uint8, class index, object mask (SIZE, SIZE) bool).
+
+    label: the class, by default a random one. The same arguments always give the same scene.
     """
     rng = np.random.default_rng(seed)
     drawn = int(rng.integers(len(CLASSES)))

@@ -1,1 +1,1 @@
-"""A bundle held against PyTorch: the reference, in float64 and float32, its methods, and the comparisons."""
+"""Compares a bundle with PyTorch: the reference model in float64 and float32, methods in PyTorch, and comparisons."""

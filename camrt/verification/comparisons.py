@@ -1,4 +1,4 @@
-"""The comparisons that `camrt verify` makes, each a row: what a bundle gives, beside PyTorch in float64."""
+"""The comparisons of `camrt verify`, one row each: a bundle's result against PyTorch's in float64."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ from .oracle import Oracle
 if TYPE_CHECKING:
     from ..export.pytorch.autograd import Record
 
-GRAPH_LIMIT = 1e-6  # relative L2 of a program's own arithmetic in float64: what float32 constants leave
+GRAPH_LIMIT = 1e-6  # relative L2 of a program's arithmetic in float64; its constants are still float32
 FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
-SOURCE_LIMIT = 1e-4  # relative L2 from another float32 program
-ROUNDED_LIMIT = 5e-2  # the same, where the source rounds to float16 or quantises
+SOURCE_LIMIT = 1e-4  # relative L2 from the source file, run in float32
+ROUNDED_LIMIT = 5e-2  # the same, if the source file computes in float16 or is quantised
 ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
 MAP_LIMIT = 1e-3  # largest difference after min-max
 HALF_LIMIT = 1e-3  # 1 - cosine of maps after min-max, of programs in float16
-CLASS_LIMIT = 0.02  # part of the range of an image's logits within which classes are tied to float16
+CLASS_LIMIT = 0.02  # classes count as tied in float16 if their logits differ by less, as a fraction of the range
 PERCENTILES = (0, 50, 90, 100)
-FULL_GRAD_RUNS = 3  # how often PyTorch float32's own distance from FullGrad is sampled, a whole backward pass each,
-FLOAT32_UNITS = 16  # with images that differ by so many units in the last place,
-QUANTISED_UNITS = 2**14  # or by so many, 1e-3 of each number, where a network rounds to 256 steps by itself
+FULL_GRAD_RUNS = 3  # samples of PyTorch float32's own distance from FullGrad; each needs a whole backward pass
+FLOAT32_UNITS = 16  # the images of these samples differ by about this many units in the last place
+QUANTISED_UNITS = 2**14  # the same for a quantised network: about 1e-3 of each number
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: its distance from the float64 reference, PyTorch float32's own, and what is allowed.
+    """One comparison. distance: of the bundle from the float64 reference; torch_float32: of PyTorch float32 from it;
+    limit: the largest distance that passes; problem: why the comparison could not be made.
 
-    A rectifier whose input is within rounding of 0 may fall to either side, and one that does moves early gradients by
-    1e-3 and more. Which ones fall is chance, so for gradients and maps PyTorch float32's own distance is the largest
-    of several runs, whose images differ in their last bits, and of a quantised network that fails so by about a
-    thousandth, since engines that compute with its integers round elsewhere. Chance hides no error: the gradient
-    program is also run as it stands by PyTorch operators in float64, where rectifiers fall as they do in the
-    reference.
+    If the input of a rectifier (ReLU) is nearly 0, rounding decides whether the rectifier is on or off. One such change
+    moves early gradients by 1e-3 or more, and it is chance which rectifiers change. So for gradients and maps,
+    torch_float32 is the largest distance of several runs, whose images differ in their last bits. If a quantised
+    network fails this comparison, it is compared again with images that differ by about 1e-3 of each number, because
+    engines with integer arithmetic round at other places. No error can hide behind chance: PyTorch's operators also run
+    the gradient program itself in float64, where the rectifiers are as in the reference.
     """
 
     program: str
@@ -65,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class MapComparison:
-    """How maps of a precision are compared: what the rows say, the distance, and what is allowed of it."""
+    """How the maps of one precision are compared. label: `program` of the rows; distance: (got, want) -> number."""
 
     label: str
     distance: Callable[[np.ndarray, np.ndarray], float]
@@ -79,7 +80,7 @@ class MapComparison:
 
 
 def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, double: Record) -> Iterator[Row]:
-    """By how much of the range of its logits the top class in float16 falls short of the reference's."""
+    """One row: the reference's top logit minus its logit of the bundle's top class, as a fraction of its range."""
     want = double.logits.numpy()
     found = explainer.classify(batch).argmax(axis=1)
     short = want.max(axis=1) - want[np.arange(len(want)), found]
@@ -95,7 +96,10 @@ def _row(
     measure: Callable[[np.ndarray, np.ndarray], float],
     floor: float,
 ) -> Row:
-    """Compares in float64; a comparison that cannot be made is a row that fails."""
+    """Compares in float64. If the shapes or dtypes differ, or there is a NaN, the row fails.
+
+    own: PyTorch float32's results; the limit is `floor`, or twice their largest distance if that is more.
+    """
     try:
         if got.dtype != np.float32:
             raise ValueError(f"dtype {got.dtype} instead of float32")
@@ -114,7 +118,10 @@ def program_rows(
     singles: Sequence[Record],
     steps: bool,
 ) -> Iterator[Row]:
-    """steps: whether activations are no continuous function of the image, as those of a quantised network."""
+    """Rows for the logits, activations, gradients and maps of one program. out: its outputs.
+
+    steps: whether the network is quantised, so that its activations change in steps.
+    """
 
     def row(subject: str, name: str, pick: Callable[[Record], Any], continuous: bool) -> Row:
         runs = singles[:1] if continuous and not steps else singles
@@ -143,7 +150,7 @@ def head_rows(
     singles: Sequence[Record],
     steps: bool,
 ) -> Iterator[Row]:
-    """The head as methods use it: three activations of one image, here all unchanged, with its context repeated."""
+    """Runs a head as methods do: with three activations of one image, here unchanged, and its context repeated."""
     trunk = bundle.program(Kind.TRUNK, program.taps)
     out = engine.open(bundle, trunk).run({"image": batch[:1]})
     given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
@@ -186,7 +193,7 @@ def use_rows(
 
 
 def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
-    """For an ONNX source that is at hand: what ONNX Runtime computes from the untouched file."""
+    """If the bundle's ONNX source file exists: compares the logits with ONNX Runtime's result of the original file."""
     from ..export.check import finished
     from ..export.files.from_onnx import read_graph, source_logits
     from ..export.graph import Attempt
@@ -246,7 +253,7 @@ def method_rows(
     singles: Sequence[Record],
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
-    """Winsor-CAM, Integrative CAM, and at the last block every method that reads one activation and gradient."""
+    """Maps of Winsor-CAM and Integrative CAM, and, at the last block, of every method in LAYER_METHODS."""
     import torch
 
     from ..export.pytorch.autograd import select
@@ -262,7 +269,7 @@ def method_rows(
     if roles["conv"]:
         progress("checking winsor_cam")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a map of zeros is compared all the same
+            warnings.simplefilter("ignore")  # a map of zeros is compared too
             first = explainer.explain(batch, "winsor_cam", seed, percentile=PERCENTILES[0])
             for aggregation in ("mean", "max"):
                 for p in PERCENTILES:
@@ -294,7 +301,7 @@ class FullGrads:
 
 
 def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float) -> FullGrads | None:
-    """None where the bundle has no program for it. units: in the last place, by which float32's images differ."""
+    """FullGrad's reference maps; None if the bundle has no full_grad program. units: see FLOAT32_UNITS."""
     if not any(p.kind == Kind.FULL_GRAD for p in bundle.manifest.programs):
         return None
     singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, units)]

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def comparable(got: np.ndarray, want: np.ndarray) -> None:
-    """ValueError unless both hold numbers of one shape and dtype, the reference being finite."""
+    """ValueError unless both arrays are finite, not empty, and have the same shape and dtype."""
     if got.shape != want.shape:
         raise ValueError(f"shape {got.shape} instead of {want.shape}")
     if got.dtype != want.dtype:

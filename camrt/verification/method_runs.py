@@ -1,5 +1,5 @@
-"""The methods that run the network again, or differentiate all of it, in plain PyTorch; one image and one target a
-call.
+"""References in plain PyTorch for the methods that run the network several times, or differentiate all of it. Each call
+takes one image and one target.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .methods import combined, minmax, resize, weighted
 
 @contextmanager
 def _replaced(model: nn.Module, layer: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While it lasts, the layer's output goes through `change`."""
+    """A context in which `change` is applied to the layer's output."""
     with recording(model, lambda name, output: change(output) if name == layer else output):
         yield
 
@@ -94,7 +94,7 @@ def ablation_cam(model: nn.Module, image: torch.Tensor, target: int, tap: Tap) -
 def recipro_cam(
     model: nn.Module, image: torch.Tensor, target: int, tap: Tap, gaussian: bool = False, variant: str = "original"
 ) -> torch.Tensor:
-    """Recipro-CAM (arXiv 2209.14074): (H, W). variant="openvino_xai": of logits less the lowest."""
+    """Recipro-CAM (arXiv 2209.14074): (H, W). variant="openvino_xai": logits minus the lowest, not probabilities."""
     height, width = tap.grid
     line = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype)
     scores = []
@@ -125,7 +125,7 @@ def recipro_cam(
 
 
 def _batch_first(output: torch.Tensor, tap: Tap) -> torch.Tensor:
-    """LND as tokens, and tokens as LND: a view."""
+    """A view that swaps the first two axes of an LND tensor (to tokens, or back); other layouts as they are."""
     return output.transpose(0, 1) if tap.layout == "LND" else output
 
 
@@ -133,15 +133,17 @@ Biased = tuple[torch.Tensor, torch.Tensor]  # a constant (K,) and the gradient w
 
 
 def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, list[Biased]]:
-    """The image's gradient; and for every 2-d convolution and batch norm that the image reaches what it makes of
-    zeros, its constant, with the gradient there.
+    """(gradient of the image, (constant, gradient of the output) for every 2-d convolution and batch norm that depends
+    on the image and has a nonzero constant).
+
+    The constant (K,) of a module is its output for an input of zeros. seed: the cotangent of the logits.
     """
     constants: dict[str, torch.Tensor] = {}
 
     def measure(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if name not in constants and args[0].dim() == 4:
-                constants[name] = torch.zeros(0)  # the next call is our own
+                constants[name] = torch.zeros(0)  # the hook's own call below must not run the hook again
                 forward = (
                     module
                     if _is_alone(module)
@@ -175,7 +177,7 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
     try:
         for parameter in trained:
             parameter.requires_grad = False
-        # what is computed from the image, and that alone, then requires gradients
+        # now exactly the tensors that are computed from the image require gradients
         with torch.enable_grad(), checkpoints_as_calls(), recording(model, visit):
             model(image.detach().clone().requires_grad_())
     finally:
@@ -188,9 +190,7 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
 
 
 def _is_alone(module: nn.Module) -> bool:
-    """Whether a module is the convolution or batch norm alone, and not one with an activation behind it, as timm's
-    are.
-    """
+    """False for a batch norm that also computes an activation, as timm's do; True for every other module."""
     return not isinstance(module, nn.BatchNorm2d) or type(module).forward is nn.BatchNorm2d.forward
 
 

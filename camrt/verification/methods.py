@@ -1,4 +1,4 @@
-"""CAM methods in plain PyTorch, from recorded activations and gradients: what ours are compared with."""
+"""CAM methods in plain PyTorch, from recorded activations and gradients: the references for camrt's methods."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def layer_cam_maps(recorded: Record) -> tuple[list[torch.Tensor], list[torch.Ten
 
 
 def winsor_weights(importance: torch.Tensor, percentile: float, low: float = 0.1, high: float = 1.0) -> torch.Tensor:
-    """Importances (L,) -> weights (L,): clamped at the percentile of the positive ones, rescaled to [low, high]; else
-    0.
+    """Importances (L,) -> weights (L,): positive ones are clamped at their percentile and rescaled to [low, high];
+    others become 0.
     """
     positive = importance > 0
     weights = torch.zeros_like(importance)
@@ -53,7 +53,7 @@ def winsor_weights(importance: torch.Tensor, percentile: float, low: float = 0.1
 
 
 def mean_of_alphas(alpha: torch.Tensor) -> torch.Tensor:
-    """Mean over channels (B, K) -> (B,); 0 where the channels cancel to rounding, as they do behind a layer norm."""
+    """Mean over channels (B, K) -> (B,); 0 if the channels cancel up to rounding, as they do before a layer norm."""
     mean = alpha.mean(1)
     return torch.where(mean.abs() > 1e-6 * alpha.abs().mean(1), mean, 0)
 

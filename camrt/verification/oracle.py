@@ -1,4 +1,4 @@
-"""What a bundle is checked against: the model that it was made from, in PyTorch, in float64 and float32."""
+"""The reference for a bundle: the model that it was made from, run by PyTorch in float64 and float32."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Oracle:
     """The reference, in float64 (precise) or float32.
 
-    record: (image, seed, layers, precise) -> what was recorded; full_grad: (image, seed, precise) -> maps (B, H, W);
-    own_backward: (image) -> parts of the model, by name, whose backward pass is not their forward pass's derivative.
+    record: (image (B, C, H, W), seed (B, classes), layers, precise) -> logits, activations and gradients; full_grad:
+    (image, seed, precise) -> maps (B, H, W); own_backward: image -> names of the model's parts whose backward pass is
+    not the derivative of their forward pass.
     """
 
     name: str
@@ -33,7 +34,10 @@ class Oracle:
 
 
 def module_oracle(model: Any, name: str) -> Oracle:
-    """A float32 PyTorch module, by hooks and autograd. It is cast back and forth, which loses nothing."""
+    """The reference from a float32 PyTorch module, with hooks and autograd.
+
+    The module is cast to float64 and back to float32, which changes no weight.
+    """
     import torch
 
     from ..export.pytorch.autograd import record
@@ -60,7 +64,7 @@ def module_oracle(model: Any, name: str) -> Oracle:
 
 
 def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Oracle:
-    """An ONNX graph run by PyTorch operators under autograd; taps: layer -> value."""
+    """The reference from an ONNX graph, run by PyTorch operators with autograd. taps: layer -> name of its value."""
     import torch
 
     from ..export.interpreter import Interpreter
@@ -89,7 +93,7 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
         x = torch.from_numpy(image).to(kind).requires_grad_()
         points = interpreter.biased()
         values = interpreter.run({str(interpreter.model.graph.inputs[0].name): x}, [logits, *points])
-        # a bias of what is constant explains nothing of the image
+        # leave out biases whose output does not depend on the image
         points = {n: b for n, b in points.items() if values[n].requires_grad}
         tensors = [values[n] for n in points]
         grads = torch.autograd.grad(values[logits], [x, *tensors], torch.from_numpy(seed).to(kind), allow_unused=True)
@@ -100,15 +104,16 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
 
 
 def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
-    """The model that the bundle was made from, or the bundle's own forward graph: where the model is not at hand, for
-    a PyTorch model that ends in a Softmax or Sigmoid, whose logits no module returns, and for one that does not run in
-    float64.
+    """The reference for a bundle: the model that it was made from, or the bundle's own forward graph.
 
-    CamrtError if the source's weights are not those of the bundle.
+    The own graph is used if the model is not available; if a PyTorch model ends in a Softmax or Sigmoid, because no
+    module then returns the logits; or if the model does not run in float64. source: as for `camrt export`, by default
+    what the bundle records. CamrtError if the source's weights are not those of the bundle; ExportError if there is no
+    such file.
     """
     manifest = bundle.manifest
     spec = source or manifest.source.get("spec")
-    if manifest.source["kind"] == "torch" and spec and manifest.final_activation is None:
+    if manifest.source["kind"] == "torch" and spec and (source or manifest.final_activation is None):
         from ..export.pytorch.from_torch import weights_digest
         from ..export.pytorch.modules import prepare_module
         from ..export.pytorch.sources import open_source
@@ -116,25 +121,25 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
         model = prepare_module(open_source(spec).model, manifest.source.get("output"))
         if weights_digest(model) != manifest.source["weights_sha256"]:
             raise CamrtError(f"{spec} has other weights than the bundle: name the model that was exported")
-        if _runs_in_float64(model, manifest.input_shape):
+        if manifest.final_activation is None and _runs_in_float64(model, manifest.input_shape):
             return module_oracle(model, f"{spec} in PyTorch")
     if manifest.source["kind"] == "onnx" and spec and Path(spec).is_file():
         from ..export.files.from_onnx import read_graph
         from ..export.graph import Attempt
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say of the file was said at the export
+            warnings.simplefilter("ignore")  # the export already gave these warnings
             layers, output = [t.name for t in manifest.taps], manifest.source["output"]
             graph = read_graph(spec, manifest.input_shape, layers, output, attempt=Attempt(manifest.batch == 1))
         taps = {tap.name: value for tap, value in graph.taps}
         return graph_oracle(graph.model, graph.logits, taps, f"{spec}, its operators run by PyTorch")
-    if source:
+    if source and manifest.source["kind"] == "onnx":
         raise ExportError(f"{source}: no such file")
     return _own_graph(bundle)
 
 
 def _runs_in_float64(model: Any, shape: Sequence[int]) -> bool:
-    """Whether nothing in the model's code insists on float32."""
+    """Whether the model runs in float64: its code may require float32."""
     import torch
 
     try:

@@ -1,5 +1,7 @@
-"""A backend that rounds to float16 after every operator, as a GPU does whose units add in float32: mixed programs
-checked on any machine. ONNX Runtime's CPU provider computes in float32 between its casts and rounds less.
+"""A backend that rounds to float16 after every float16 operator, to check mixed-precision programs on any machine.
+
+A GPU that sums in float32 rounds in the same places. ONNX Runtime's CPU provider computes in float32 between its casts,
+and so rounds less.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from ..runtime.bundle.reading import Bundle
 
 
 class RoundingBackend:
-    """Programs run by PyTorch's operators in float32, what they call float16 rounded to it."""
+    """Runs programs with PyTorch's operators in float32 and rounds float16 tensors of the program to float16."""
 
     name = "rounding"
     lanes = 1

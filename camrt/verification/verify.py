@@ -36,13 +36,13 @@ from .comparisons import (
 from .oracle import Oracle, open_oracle
 from .rounding import RoundingBackend
 
-FLOAT32_RUNS = 8  # how often PyTorch float32's own distance is sampled
+FLOAT32_RUNS = 8  # samples of PyTorch float32's own distance from float64
 
 
 @dataclass(frozen=True)
 class Report:
-    """oracle: what was compared with. rows: one per program and tap or method; own_backward: parts of the model whose
-    backward pass is not their forward pass's derivative, so that gradients before them may differ.
+    """The result of `verify`. oracle: the reference's name. rows: one per comparison. own_backward: parts of the model
+    whose backward pass is not the derivative of their forward pass, so gradients before them may differ.
     """
 
     oracle: str
@@ -64,8 +64,9 @@ def verify(
     """Compares every program of a bundle with the reference in float64.
 
     source: as for `camrt export`; by default what the bundle records. images: float32 (B, C, H, W); by default two
-    smooth random ones. Limits: 1e-5 relative L2 for activations and gradients and 1e-3 for maps, after min-max, or
-    twice PyTorch float32's own distance where that is more; 1e-6 for the gradient program's arithmetic in float64.
+    smooth random ones. Limits: relative L2 of 1e-5 for activations and gradients; largest difference of 1e-3 for maps
+    after min-max; or twice PyTorch float32's own distance, if that is more. 1e-6 for the gradient program's arithmetic
+    in float64. `comparisons` has the other limits. CamrtError if the source does not fit the bundle or the GPU fails.
     """
     bundle = read_bundle(path)
     oracle = open_oracle(bundle, source)
@@ -83,11 +84,11 @@ def verify_bundle(
     progress: Callable[[str], None] = lambda _: None,
     precisions: Sequence[str] | None = None,
 ) -> Report:
-    """As `verify`, with the oracle at hand. precisions: by default all that the bundle has."""
+    """As `verify`, with an opened bundle and oracle. precisions: "fp32", "fp16"; by default all of the bundle."""
     report = _compared(bundle, oracle, images, backend, progress, precisions, steps=False)
     if report.passed or not _is_quantised(bundle):
         return report
-    progress("the network rounds to 256 steps: comparing with what a small change of the images does")
+    progress("the network is quantised: comparing again, with larger changes of the images as the limit")
     return _compared(bundle, oracle, images, backend, progress, precisions, steps=True)
 
 
@@ -100,8 +101,8 @@ def _compared(
     precisions: Sequence[str] | None,
     steps: bool,
 ) -> Report:
-    """steps: whether small changes of the images count as rounding, because activations are no continuous function of
-    them.
+    """steps: whether the network is quantised. Its activations change in steps, so the limits allow what a change of
+    the images by about 1e-3 does.
     """
     from ..export.pytorch.autograd import as_maps
 
@@ -122,7 +123,7 @@ def _compared(
     chosen = bundle.precisions if precisions is None else precisions
     of_full_grad = full_grads(bundle, oracle, batch, seed, units)
     by_method: list[Row] = []
-    explainers = []  # whose programs the rows of programs use as well
+    explainers = []  # kept, so that the loop below uses their opened programs
     for precision in chosen:
         by_method += graph_rows(bundle, precision, batch, seed, double, progress)
         by_method += full_grad_graph_rows(bundle, precision, batch, seed, of_full_grad)
@@ -145,7 +146,7 @@ def _compared(
         executable = engine.open(bundle, program)
         out = executable.run({name: given[name] for name in program.inputs})
         if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
-            cut = out  # what the head, or the program that scores, which comes next, is given
+            cut = out  # inputs of the next program in the manifest: the head or score program
         rows += program_rows(program.file, out, program.taps, double, singles, steps)
         if program.kind == Kind.HEAD and manifest.batch != 1:
             rows += head_rows(bundle, engine, program, batch, double, singles, steps)
@@ -164,7 +165,7 @@ def _is_quantised(bundle: Bundle) -> bool:
 
 
 class _Sharing:
-    """A backend that opens a program once for all who hold it at the same time: opening takes longer than most runs."""
+    """A backend that opens a program once, as long as somebody uses it: opening takes longer than most runs."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -180,7 +181,7 @@ class _Sharing:
 
 
 def _seeds(oracle: Oracle, batch: np.ndarray, classes: int, layers: Sequence[str]) -> np.ndarray:
-    """The first image's top class, and for the others a contrast of their top class with its runner-up."""
+    """Seeds (B, classes): +1 for the top class of each image; from the second image on also -1 for its second class."""
     logits = oracle.record(batch, np.zeros((len(batch), classes), np.float32), layers[-1:], True).logits.numpy()
     seed = np.zeros((len(batch), classes), np.float32)
     for i, row in enumerate(logits):

@@ -1,7 +1,7 @@
 // total[s,y,x] += sum_k scores[s,k] gate(up(activations[k])[y,x]), without storing a gate
 // total (S,H,W) f32   scores (S,K) f32   activations (K,h,w) f32   rows (H), columns (W) taps
-// accumulate_maps: a warp per row of 32 V columns and chunk of maps, all s -> partial sums (chunks,S,H,W), or into the total
-// where there is one chunk. add_partials: adds the chunks, always in the same order. No atomics: two runs give the same bits.
+// accumulate_maps: a warp sums one chunk of maps for one row of 32 V columns and all s -> partial sums (chunks,S,H,W); with a
+// single chunk, into total. add_partials: adds the chunks, always in the same order. No atomics: every run gives the same bits.
 #include "common.cuh"
 
 constexpr int SCORES = 4;  // sums held in registers together

@@ -1,4 +1,4 @@
-// channel_extremes: extremes[k] = lowest and highest value of activations[k]; one block per channel, a NaN stays one
+// channel_extremes: extremes[k] = lowest and highest value of activations[k]; one block per channel; NaN if one value is NaN
 // take_channels:    taken[i] = activations[index[i]]
 // activations (K,h,w) f32   index (n) i32 -> extremes (K,2) f32, taken (n,h,w) f32
 #include "common.cuh"

@@ -1,4 +1,4 @@
-// Sets *fault to `code` where a value is NaN or infinite.
+// Sets *fault to `code` if a value is NaN or infinite.
 // values (n) f32   fault (1) i32
 #include "common.cuh"
 

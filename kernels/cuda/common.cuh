@@ -19,20 +19,20 @@ enum Gate { TANH, SIGMOID_RELU, MINMAX, IDENTITY };  // in operations/gates.py: 
 
 // ---- resizing
 
-// Where a position of a resized axis lies: `weight` of the way from source position low to high. Tables of them come from
-// reference.resize_taps, one for each pair of sizes.
+// The source of one position of a resized axis: (1 - weight) source[low] + weight source[high]. resize_taps in
+// operations/resizing.py makes the tables of taps, one for each pair of sizes.
 struct Tap {
     int low, high;
     float weight;
 };
 
-// A neighbour that does not count is not looked at, and between equals there is exactly that: min-max scaling would make a
-// map of a constant's rounding.
+// Interpolates. A neighbour with weight 0 has no influence, and two equal values give exactly that value: otherwise min-max
+// scaling would turn the rounding errors of a constant map into a full-range map.
 __device__ inline float between(float first, float second, float weight) {
     return weight == 0.0f || first == second ? first : fmaf(weight, second, (1.0f - weight) * first);
 }
 
-// The source positions that `used` neighbouring taps read: all from the first to the last, or each tap's two.
+// The source positions that `used` adjacent taps read: a contiguous range, or, if that is longer, two for each tap.
 struct Sources {
     int first, count;
     bool contiguous;
@@ -55,8 +55,8 @@ __device__ inline int place(const Sources& sources, const Tap* taps, int tap, bo
     return 2 * tap + high;
 }
 
-// A warp's part of resized maps: a row of 32 V columns, V neighbours for each lane. Rows are resized first, once for all
-// lanes, into shared memory; then columns.
+// A warp's part of resized maps: a row of 32 V columns, V adjacent columns for each lane. Rows are resized first, once for
+// all lanes, into shared memory; then columns.
 template <int V>
 struct Strip {
     static constexpr int COLUMNS = WARP * V, STAGED = 2 * COLUMNS;  // floats of shared memory for each warp
@@ -84,10 +84,10 @@ struct Strip {
         }
     }
 
-    // Whether the lane has columns: all V, since V divides the width.
+    // Whether the lane has columns; it then has all V of them, since V divides the width.
     __device__ bool inside() const { return static_cast<int>(threadIdx.x % WARP) * V < columns; }
 
-    // Called by the whole warp; staged: its STAGED floats.
+    // The whole warp calls it. staged: the warp's STAGED floats of shared memory.
     __device__ void resize(const float* map, int w, float* staged, float (&values)[V]) const {
         const float* upper = map + static_cast<long long>(row.low) * w;
         const float* lower = map + static_cast<long long>(row.high) * w;
@@ -104,7 +104,7 @@ struct Strip {
 
 // ---- gates
 
-// (value - low) / (high - low), 0 where all are equal, NaN where one is; halved where the difference overflows
+// (value - low) / (high - low); 0 if high = low; NaN if an argument is NaN. All are halved if high - low overflows.
 __device__ inline float scaled(float value, float low, float high) {
     const float half = isinf(high - low) ? 0.5f : 1.0f;
     const float span = high * half - low * half;
@@ -128,7 +128,7 @@ __device__ inline void open_gates(float (&values)[V], int gate, const float* ext
     }
 }
 
-// ---- 16-byte access; V = 1 is for what is not aligned
+// ---- 16-byte access; V = 1 for arrays that are not aligned
 
 template <int V>
 __device__ inline void load(const float* from, float (&values)[V]) {

@@ -1,9 +1,9 @@
 // fused[b,y,x] = sum_l weights[b,l] up(up(M_l[b] -> the largest grid) -> (H,W))[y,x],  M_l rectified and min-max scaled
 // maps (B, sum h w) f32, layers side by side at offsets[l]   weights (B,L) f32   fused (B,H,W) f32
 // taps: of every layer to the largest grid; result_rows (H), result_columns (W): from there to the result
-// layer_scales: one block per image and layer. fuse_layers: one block per tile of the result; it sums the layers at the
-// positions of the largest grid that its tile reads, in shared memory, then resizes from there. One launch each for all
-// layers, however ragged. Without scales the maps are taken as they are.
+// layer_scales: one block per image and layer. fuse_layers: one block per tile of the result; it sums the layers in shared
+// memory, at the positions of the largest grid that its tile reads, then resizes this sum to the tile. One launch each for
+// all layers, whatever their sizes. If scales is null, the maps are not rectified and not scaled.
 #include "common.cuh"
 
 constexpr int TILE_HEIGHT = 8, TILE_WIDTH = 32;  // in operations/fuse_layers.py: TILE; a thread per pixel
@@ -14,8 +14,8 @@ struct Layer {  // in operations/fuse_layers.py: a row of `layers`
     int width, rows, columns;  // of the map; where its taps to the largest grid begin
 };
 
-// Min-max scaling of a rectified layer without a division: (x - low) unit inverse. unit is a power of two that keeps the
-// inverse of the smallest and of the largest spans normal.
+// Min-max scaling of a rectified layer without a division: (x - low) unit inverse. unit is a power of two: with it, the inverse
+// of a very small or very large span is still a normal number.
 struct Scale {
     float low, unit, inverse;
 };

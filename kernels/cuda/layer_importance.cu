@@ -1,7 +1,7 @@
 // importance[b,l] = ReLU(aggregate_k alphas[b,k]), k over the channels of layer l
 // alphas (B, sum K) f32   offsets (L+1) i32, where each layer's channels begin -> importance (B,L) f32
 // kind: 0 mean (0 where the channels cancel), 1 max, 2 min, 3 absmean, 4 absmax, 5 l2. One block per image and layer; sums in
-// float64. A NaN stays one.
+// float64. The result is NaN if an alpha is NaN.
 #include "common.cuh"
 
 enum Aggregation { MEAN, MAX, MIN, ABSMEAN, ABSMAX, L2 };

@@ -1,11 +1,13 @@
 // Per row: clamp the positive entries at their own percentile T, then rescale them linearly to [low, high]; the rest is 0.
 //   T = v[r] + (v[r+1] - v[r]) t of the sorted positive entries v,  r + t = quantile (n - 1)
 //   result = low + (min(x, T) - v[0]) / (T - v[0]) (high - low);  `high` where quantile is 0 or T = v[0]
-// rows (R,L) f32 -> result (R,L) f32. Infinity is a value. A NaN makes its whole row NaN and sets *fault.
+// rows (R,L) f32 -> result (R,L) f32. Infinity is allowed. A NaN makes its whole row NaN and sets *fault.
 //
-// Positive floats are ordered as their bits, so v[r] is found digit by digit (11, 10, 10 bits) from histograms, unsorted.
+// Positive floats have the same order as their bits, so v[r] is found without sorting: digit by digit (11, 10, 10 bits), from
+// histograms.
 // winsorize_short: one block per row, the row held in shared memory: read once, written once.
-// winsorize_reset, three winsorize_count, winsorize_write: many blocks per row; the last block to finish a row picks its digit.
+// winsorize_reset, winsorize_count three times, winsorize_write: many blocks per row; the last block to finish a row picks its
+// digit.
 #include "common.cuh"
 
 typedef unsigned long long Count;
@@ -17,7 +19,7 @@ constexpr unsigned NONE = 0xffffffffu;  // above the bits of every positive floa
 __device__ inline int digit_shift(int digit) { return digit == 0 ? 20 : digit == 1 ? 10 : 0; }
 __device__ inline int digit_bits(int digit) { return digit == 0 ? 11 : 10; }
 
-// bits of a positive float; 0 for what is not positive
+// The bits of a positive float; 0 if it is not positive.
 __device__ inline unsigned key_of(float value) { return value > 0.0f ? __float_as_uint(value) : 0u; }
 
 __device__ inline bool starts_with(unsigned key, unsigned prefix, int digit) {
@@ -28,7 +30,7 @@ __device__ inline unsigned digit_of(unsigned key, int digit) {
     return key >> digit_shift(digit) & ((1u << digit_bits(digit)) - 1);
 }
 
-// What a row's clamping needs.
+// The constants that clamp and rescale one row.
 struct Clamp {
     float minimum, limit;               // what is above, and so at the threshold or beyond, becomes `high`
     float unit_first, unit_second;      // powers of two that bring the span to [1/2, 1)

@@ -1,1 +1,1 @@
-"""The GPU's side: arrays, the queue that kernels are launched on, and by PyCUDA the device, its streams and memory."""
+"""GPU arrays, the queue that takes launches, and, with PyCUDA, the device, its streams and its memory."""

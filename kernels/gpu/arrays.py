@@ -1,4 +1,4 @@
-"""Arrays on a GPU that others' libraries take and give without a copy: __cuda_array_interface__ and DLPack.
+"""GPU arrays, exchanged with other libraries without a copy by __cuda_array_interface__ or DLPack.
 
 Sources: the CUDA array interface, version 3 (Numba's documentation); DLPack 0.8's C header.
 """
@@ -21,8 +21,9 @@ LEGACY_STREAM = 1  # both protocols' name for the default stream
 class DeviceArray:
     """A C-contiguous array in a GPU's memory.
 
-    stream: handle of the stream in whose order it is written, 0 the legacy default stream, None where nobody need wait.
-    owner: what keeps the memory. follow(handle): makes another stream wait for it.
+    pointer: its address. stream: handle of the stream that writes it, 0 for the legacy default stream, None if no wait
+    is needed. device: DLPack's (type, number). owner: keeps the memory alive. follow(handle): makes the stream `handle`
+    wait for the array.
     """
 
     pointer: int
@@ -41,7 +42,7 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, part: slice) -> DeviceArray:
-        """Some of the rows along the first axis, one after the other: the same memory."""
+        """Adjacent rows along the first axis, in the same memory. ValueError for a step other than 1."""
         start, stop, step = part.indices(self.shape[0])
         if step != 1:
             raise ValueError(f"array[{part}]: neighbouring rows only")
@@ -50,7 +51,7 @@ class DeviceArray:
         return replace(self, pointer=self.pointer + start * row, shape=(rows, *self.shape[1:]))
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same memory in another shape; one length may be -1."""
+        """The same memory in another shape; one length may be -1. ValueError if the sizes differ."""
         known = math.prod(n for n in shape if n >= 0)
         size = math.prod(self.shape)
         full = tuple(size // known if n < 0 and known else n for n in shape)
@@ -59,7 +60,7 @@ class DeviceArray:
         return replace(self, shape=full)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("an array on a GPU: get it by Stream.download")
+        raise TypeError("this array is on a GPU: copy it to the host with Stream.download")
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -78,16 +79,16 @@ class DeviceArray:
     def __dlpack__(
         self, *, stream: int | None = None, dl_device: Any = None, copy: bool | None = None, **_: Any
     ) -> Any:
-        """A capsule; the consumer's stream (None: the default one, -1: no waiting) waits for the array."""
+        """A DLPack capsule. The consumer's stream waits for the array (None: the default stream, -1: no waiting)."""
         if copy or dl_device not in (None, self.device):
-            raise BufferError("an array on a GPU is given as it is, not copied")
+            raise BufferError("an array on a GPU is exported without a copy: leave copy and dl_device out")
         if self.follow is not None and stream != -1:
             self.follow(0 if stream in (None, LEGACY_STREAM) else stream)
         return _capsule(self)
 
 
 def is_device_array(value: Any) -> bool:
-    """Whether a value lies on a GPU, by either protocol."""
+    """Whether a value is an array on a GPU, by __cuda_array_interface__ or DLPack."""
     if isinstance(value, np.ndarray):
         return False
     if _cuda_interface(value) is not None:
@@ -99,15 +100,15 @@ def is_device_array(value: Any) -> bool:
 def _cuda_interface(value: Any) -> dict[str, Any] | None:
     try:
         return value.__cuda_array_interface__
-    except (AttributeError, TypeError):  # PyTorch's tensors on the host have the attribute, and raise
+    except (AttributeError, TypeError):  # PyTorch's host tensors have the attribute, but it raises
         return None
 
 
 def device_array(value: Any, name: str, stream: int = 0, written: bool = False) -> DeviceArray:
-    """A value of either protocol as a DeviceArray, without a copy.
+    """Another library's GPU array as a DeviceArray, without a copy.
 
-    name: said in errors. stream: handle of the stream that will use it. written: whether it will be written.
-    ValueError if it is on the host, not C-contiguous, not aligned to its dtype, or only to be read.
+    name: for messages. stream: handle of the stream that will use it. written: whether a kernel will write it.
+    ValueError if it is on the host, not C-contiguous, not aligned to its dtype, or read-only although `written`.
     """
     if isinstance(value, DeviceArray):
         return value
@@ -115,15 +116,15 @@ def device_array(value: Any, name: str, stream: int = 0, written: bool = False) 
         raise ValueError(f"{name} is on the host and another array on the GPU: upload it first")
     interface = _cuda_interface(value)
     if interface is None or ("stream" not in interface and hasattr(value, "__dlpack__")):
-        array = _opened(value.__dlpack__(stream=stream or LEGACY_STREAM), name)  # which waits for PyTorch's own work
+        array = _opened(value.__dlpack__(stream=stream or LEGACY_STREAM), name)  # PyTorch makes our stream wait
     else:
         shape, dtype = tuple(map(int, interface["shape"])), np.dtype(interface["typestr"])
         _refuse_strides(name, shape, dtype, interface.get("strides"))
         if not dtype.isnative:
-            raise ValueError(f"{name} {shape} is {dtype.str}: its bytes are in another order than this machine's")
+            raise ValueError(f"{name} {shape} is {dtype.str}: its byte order is not this machine's")
         pointer, read_only = interface["data"]
         if written and read_only:
-            raise ValueError(f"{name} {shape} is only to be read")
+            raise ValueError(f"{name} {shape} is read-only")
         ready = interface.get("stream")
         array = DeviceArray(pointer or 0, shape, dtype, 0 if ready == LEGACY_STREAM else ready, owner=value)
     if array.pointer % array.dtype.itemsize:
@@ -132,7 +133,7 @@ def device_array(value: Any, name: str, stream: int = 0, written: bool = False) 
 
 
 def _refuse_strides(name: str, shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...] | None) -> None:
-    """strides in bytes; those of axes of length 1 say nothing."""
+    """ValueError if the array is not C-contiguous. strides: in bytes; those of axes of length 1 are ignored."""
     if strides is None or 0 in shape:
         return
     expected = dtype.itemsize
@@ -179,7 +180,7 @@ _rename_capsule = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char
 
 
 class _AsIfOnHost:
-    """A GPU's array as NumPy may wrap it, never to be read."""
+    """Makes NumPy wrap a GPU array, only to get a DLPack capsule. Its data must never be read on the host."""
 
     def __init__(self, array: DeviceArray) -> None:
         self.array = array
@@ -188,7 +189,9 @@ class _AsIfOnHost:
 
 
 def _capsule(array: DeviceArray) -> Any:
-    """NumPy's capsule with the device put right: a deleter in Python could not run wherever consumers let go."""
+    """NumPy's DLPack capsule with the pointer and device corrected. A deleter in Python would be unsafe: consumers may
+    call it on any thread, without the GIL.
+    """
     capsule = np.asarray(_AsIfOnHost(array)).__dlpack__()
     tensor = ctypes.cast(_capsule_pointer(id(capsule), _NAME), ctypes.POINTER(_Managed)).contents.tensor
     tensor.data, (tensor.device_type, tensor.device_id) = array.pointer, array.device
@@ -213,7 +216,7 @@ def _opened(capsule: Any, name: str) -> DeviceArray:
     tensor = managed.contents.tensor
     shape = tuple(tensor.shape[: tensor.ndim])
     if tensor.code not in _CODES or tensor.lanes != 1:
-        raise ValueError(f"{name} {shape}: a dtype that NumPy does not have")
+        raise ValueError(f"{name} {shape} has a dtype that NumPy does not have")
     dtype = np.dtype(f"{_CODES[tensor.code]}{tensor.bits // 8}")
     if tensor.strides:
         _refuse_strides(name, shape, dtype, tuple(s * dtype.itemsize for s in tensor.strides[: tensor.ndim]))

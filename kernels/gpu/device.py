@@ -1,6 +1,6 @@
-"""A GPU: its primary context and the kernels on it. The only file that imports PyCUDA.
+"""A GPU: its primary context and its loaded kernels. The only file that imports PyCUDA.
 
-The primary context is the one that TensorRT, ONNX Runtime and PyTorch use, so arrays and streams are theirs and ours.
+TensorRT, ONNX Runtime and PyTorch use the primary context too, so arrays and streams can be shared with them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _pycuda() -> Any:
 
 
 class Device:
-    """GPU `ordinal`, by `device()`. DeviceError where there is none."""
+    """GPU number `ordinal`. Made by `device()`. DeviceError if it does not exist."""
 
     def __init__(self, ordinal: int = 0) -> None:
         self._cuda = cuda = _pycuda()
@@ -57,7 +57,7 @@ class Device:
         self.name: str = self._device.name()
         self.compute_capability: tuple[int, int] = self._device.compute_capability()
         processors = self._device.get_attribute(cuda.device_attribute.MULTIPROCESSOR_COUNT)
-        # cards of one name differ in these
+        # cards of the same name can differ in these
         self.model = f"{self.name}, {processors} multiprocessors, {self._device.total_memory() >> 20} MiB"
         self.shared_limit: int = self._device.get_attribute(cuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -70,7 +70,7 @@ class Device:
         atexit.register(self._close)
 
     def _close(self) -> None:
-        """At the end of the process: from here on PyCUDA's objects die without calling the driver."""
+        """At the end of the process. After this, PyCUDA objects are deleted without calling the driver."""
         self.closed = True
         self._context.detach()
 
@@ -79,8 +79,9 @@ class Device:
 
     @contextmanager
     def active(self, what: str = "the GPU") -> Iterator[Any]:
-        """Makes the primary context this thread's, gives PyCUDA; its errors become DeviceError, with `what` in
-        front.
+        """Makes the primary context current on this thread and yields pycuda.driver.
+
+        PyCUDA's errors inside become DeviceError or OutOfMemory; the message starts with `what`.
         """
         self._context.push()
         try:
@@ -96,7 +97,7 @@ class Device:
             self._cuda.Context.pop()
 
     def function(self, launch: Launch) -> Any:
-        """The kernel, loaded on first use. DeviceError where it does not run on this GPU. Needs `active`."""
+        """The kernel of a launch, loaded on first use. Call it inside `active`. DeviceError if it cannot be loaded."""
         with self._lock:
             if launch.module not in self._modules:
                 self._modules[launch.module] = self._load(launch.module)
@@ -114,7 +115,7 @@ class Device:
             raise DeviceError(f"this installation has no CUDA kernels ({file.name}): build them by `{BUILD}`")
         built = json.loads(described.read_text())
         if built.get("sources") != sources_hash():
-            raise DeviceError(f"{file.name} was not built from the sources that are here: build it again by `{BUILD}`")
+            raise DeviceError(f"{file.name} was built from other sources than the installed ones: run `{BUILD}`")
         try:
             return self._cuda.module_from_buffer(file.read_bytes())
         except self._cuda.Error as error:
@@ -123,7 +124,7 @@ class Device:
                 f"{file.name}, built by CUDA {built['cuda']} for compute capability "
                 f"{', '.join(built['architectures'])}, does not load on {self} with a driver for CUDA "
                 f"{version // 1000}.{version % 1000 // 10}: update the driver, or build it with that CUDA version's "
-                f"nvcc by `{BUILD}` ({error})"
+                f"nvcc: `{BUILD}` ({error})"
             ) from error
 
     def check(self) -> None:
@@ -133,24 +134,24 @@ class Device:
                 self._modules["check_finite"] = self._load("check_finite")
 
     def memory(self) -> tuple[int, int]:
-        """Free and all bytes."""
+        """(free, total) bytes of the GPU's memory."""
         with self.active() as cuda:
             return cuda.mem_get_info()
 
     def give_back(self) -> None:
-        """Frees the memory that pools keep and nobody holds."""
+        """Frees the memory that the pools keep for later arrays."""
         gc.collect()
         with self.active():
             for pool in list(self.pools):
                 pool.clear()
 
     def stream(self) -> Stream:
-        """A stream of its own, which does not wait for the legacy default stream."""
+        """A new stream, which does not wait for the legacy default stream."""
         with self.active() as cuda:
             return Stream(self, cuda.Stream(_NON_BLOCKING))
 
     def follower(self, handle: int) -> Stream:
-        """The stream whose work is queued in the order of another library's: one for each handle."""
+        """Our stream for work in the order of another library's stream `handle`; one per handle, made on first use."""
         with self._lock:
             if handle not in self._followers:
                 with self.active() as cuda:
@@ -164,7 +165,7 @@ _devices_lock = threading.Lock()
 
 
 def device(ordinal: int = 0) -> Device:
-    """GPU `ordinal`, once a process. DeviceError."""
+    """GPU number `ordinal`; the same object for every call. DeviceError if it does not exist or PyCUDA is missing."""
     with _devices_lock:
         if ordinal not in _devices:
             _devices[ordinal] = Device(ordinal)
@@ -173,7 +174,10 @@ def device(ordinal: int = 0) -> Device:
 
 @contextmanager
 def in_order_of(handle: int, pointer: int) -> Iterator[Stream]:
-    """A stream on the memory's GPU, for work that comes after what is queued on `handle` and before what will be."""
+    """A stream for work that runs after everything queued on stream `handle`, and before everything queued there later.
+
+    pointer: an address on the GPU to use; 0 for GPU 0.
+    """
     _pycuda()
     queue = device(ordinal_of(pointer) if pointer else 0).follower(handle)
     if queue.handle != handle:

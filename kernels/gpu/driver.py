@@ -1,4 +1,4 @@
-"""The CUDA driver's own functions, for what PyCUDA lacks: graphs, and order between streams of several libraries."""
+"""CUDA driver functions that PyCUDA lacks: graphs, and waiting between streams of different libraries."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 class StreamOrder:
-    """An event that lets one stream wait for another, whoever made them: streams are handles. Needs the context
-    current.
+    """Makes one stream wait for another; both are handles, of any library. The context must be current.
+
+    Calling it with (before, after): later work on `after` waits for the work queued on `before` until now.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class StreamOrder:
         self._lock = threading.Lock()
 
     def __call__(self, before: int, after: int) -> None:
-        with self._lock:  # between the two another thread would record another moment
+        with self._lock:  # no other thread may record the event between these two calls
             _call("cuEventRecord", self._event, ctypes.c_void_p(before))
             _call("cuStreamWaitEvent", ctypes.c_void_p(after), self._event, 0)
 
@@ -47,7 +48,7 @@ class StreamOrder:
 
 
 def ordinal_of(pointer: int) -> int:
-    """The GPU on which memory lies."""
+    """The number of the GPU that holds the memory at this address."""
     ordinal = ctypes.c_int()
     _call("cuPointerGetAttribute", ctypes.byref(ordinal), _ORDINAL, ctypes.c_void_p(pointer))
     return ordinal.value
@@ -62,7 +63,7 @@ def begin_capture(stream: int) -> None:
 
 
 def abandon_capture(stream: int) -> None:
-    """Ends a capture that may be invalid; never raises."""
+    """Ends a capture and drops what it recorded, even if it is invalid; never raises."""
     graph = ctypes.c_void_p()
     _library().cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
     if graph:
@@ -70,7 +71,7 @@ def abandon_capture(stream: int) -> None:
 
 
 def end_capture(stream: int) -> ctypes.c_void_p:
-    """What was captured, ready to be launched."""
+    """Ends a capture and returns the graph, ready for launch_graph. DeviceError if the capture is invalid."""
     graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
     try:

@@ -1,6 +1,4 @@
-"""Memory that is used again. PyCUDA's pools want the context current whenever an array dies, and abort where it is
-not.
-"""
+"""Memory pools. Unlike PyCUDA's pools, they need no current context when an array is deleted."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ import numpy as np
 
 
 class Block:
-    """Memory of a pool, which gets it back when nobody holds the block any more: in any thread, without a context.
+    """Memory of a pool. When the block is deleted, in any thread and without a context, the pool gets its memory back.
 
-    busy: an event of PyCUDA's before which the memory may not be used again.
+    busy: a PyCUDA event; the memory must not be used again before it has happened. None: no need to wait.
     """
 
     __slots__ = ("_pool", "_size", "busy", "memory")
@@ -31,10 +29,10 @@ class Block:
 
 
 class Pool:
-    """Allocations by size, for one stream's work: what is given back may still be read by work queued there before.
+    """Memory for one stream's work, kept by size. Returned memory may still be read by work queued there before.
 
-    make(size): allocates or raises `exhausted`; then what the `siblings` hold is freed and it is asked again.
-    Allocating and freeing need the context current.
+    make(size): allocates bytes, or raises `exhausted`; the pool then frees the unused memory of all `siblings` and
+    tries again. `allocate` and `clear` need the context to be current.
     """
 
     def __init__(self, make: Callable[[int], Any], exhausted: type[Exception], siblings: weakref.WeakSet[Pool]) -> None:
@@ -45,7 +43,7 @@ class Pool:
         siblings.add(self)
 
     def allocate(self, size: int) -> Block:
-        step = max(size.bit_length() - 4, 9)  # sizes in steps of a sixteenth, so that similar ones share memory
+        step = max(size.bit_length() - 4, 9)  # rounded up in steps of at most 1/8, so that similar sizes share memory
         size = -(-size >> step) << step
         memory = self._take(size)
         if memory is None:
@@ -70,7 +68,7 @@ class Pool:
                     return memory
         return None
 
-    def give_back(self, size: int, memory: Any, busy: Any) -> None:  # without the lock: it may interrupt its holder
+    def give_back(self, size: int, memory: Any, busy: Any) -> None:  # no lock: __del__ may run inside one
         self._returned.append((size, memory, busy))
 
     def _sort(self) -> None:
@@ -79,14 +77,14 @@ class Pool:
             self._free.setdefault(size, []).append((memory, busy))
 
     def clear(self) -> None:
-        """Frees what nobody holds. Needs the context current."""
+        """Frees all unused memory. The context must be current."""
         with self._lock:
             self._sort()
             self._free.clear()
 
 
 class HostMemory:
-    """What NumPy wraps, and keeps, as an array's memory."""
+    """Pinned memory that NumPy wraps as an array; the array keeps its block alive."""
 
     def __init__(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, block: Block) -> None:
         self.block = block

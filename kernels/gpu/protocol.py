@@ -1,4 +1,4 @@
-"""What the runtime uses of a GPU, whatever drives it."""
+"""The GPU interface that the runtime uses; gpu/device.py and gpu/stream.py implement it with PyCUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .queue import Queue
 
 
 class GpuDevice(Protocol):
-    """A GPU that is here. model: tells cards apart that need engines of their own; closed: the process ends."""
+    """A GPU of this machine. model: names the card; cards of one model share engines. closed: the process is ending."""
 
     @property
     def ordinal(self) -> int: ...
@@ -28,11 +28,11 @@ class GpuDevice(Protocol):
     def closed(self) -> bool: ...
 
     def active(self, what: str = ...) -> AbstractContextManager[Any]:
-        """Makes the GPU's context this thread's; errors inside become DeviceError, with `what` in front."""
+        """Makes the GPU's context current on this thread. Errors inside become DeviceError, starting with `what`."""
         ...
 
     def memory(self) -> tuple[int, int]:
-        """Free and all bytes."""
+        """(free, total) bytes of the GPU's memory."""
         ...
 
     def give_back(self) -> None:
@@ -41,10 +41,10 @@ class GpuDevice(Protocol):
 
 
 class GpuEvent(Protocol):
-    """A moment in a stream's queue."""
+    """A point in a stream's queue."""
 
     def synchronize(self) -> None:
-        """Waits until it has come."""
+        """Waits until all work queued before it is done."""
         ...
 
 
@@ -74,17 +74,17 @@ class GpuStream(Queue, Protocol):
         ...
 
     def download_all(self, arrays: Iterable[DeviceArray]) -> list[np.ndarray]:
-        """Copies to the host; waits once, for all that was queued before."""
+        """Copies arrays to the host. Waits once, for all work queued before."""
         ...
 
     def hold(self, value: Any) -> None:
-        """Keeps what the graph that is being captured will use."""
+        """Keeps `value` alive as long as the graph that is being captured."""
         ...
 
     def capture(self) -> AbstractContextManager[GpuGraph]:
-        """Records what is queued inside, without running it."""
+        """Records the work queued inside as a graph, without running it."""
         ...
 
     def event(self) -> GpuEvent:
-        """The moment in the queue that comes now."""
+        """The current end of the queue."""
         ...

@@ -1,6 +1,4 @@
-"""How kernels are launched, whatever the driver: a launch, the queue that takes it, and what launches are planned
-with.
-"""
+"""Launches of kernels, independent of the driver: Launch, the queue that takes it, and helpers for grid sizes."""
 
 from __future__ import annotations
 
@@ -13,12 +11,12 @@ import numpy as np
 from .arrays import DeviceArray
 
 LARGEST = 2**31 - 1
-MAX_GRID = (LARGEST, 65535)  # blocks along x and y; every kernel strides over what a grid does not cover
+MAX_GRID = (LARGEST, 65535)  # blocks along x and y; a kernel loops if its work needs more blocks
 THREADS = 256
 WARP = 32
 NOTHING = np.uint64(0)  # a null pointer
 NOT_FINITE = 2
-FAULTS = {1: "winsorize: a row holds NaN", NOT_FINITE: "NaN or infinity"}  # what a kernel says in the queue's fault
+FAULTS = {1: "winsorize: a row holds NaN", NOT_FINITE: "NaN or infinity"}  # the queue's fault -> its message
 
 Argument = DeviceArray | np.number
 
@@ -35,7 +33,7 @@ class Launch:
     arguments: tuple[Argument, ...]
 
     def __str__(self) -> str:
-        arrays = [a for a in self.arguments if isinstance(a, DeviceArray) and a.dtype.names is None]  # no tables
+        arrays = [a for a in self.arguments if isinstance(a, DeviceArray) and a.dtype.names is None]  # without tables
         return f"{self.kernel}({', '.join(f'{a.dtype}{list(a.shape)}' for a in arrays)})"
 
 
@@ -53,7 +51,7 @@ class Queue(Protocol):
 
     @property
     def fault(self) -> DeviceArray:
-        """An int32 that a kernel sets where its input was refused."""
+        """An int32 (1,), a key of FAULTS: a kernel sets it if its input is invalid."""
         ...
 
     def empty(self, shape: Sequence[int], dtype: Any = np.float32) -> DeviceArray: ...
@@ -67,16 +65,16 @@ class Queue(Protocol):
     def launch(self, launch: Launch) -> None: ...
 
     def wait_for(self, stream: int) -> None:
-        """What is queued here from now on waits for what is queued there until now."""
+        """Work queued here later waits for the work that is now queued on `stream` (a handle)."""
         ...
 
     def hold_back(self, stream: int) -> None:
-        """What is queued there from now on waits for what is queued here until now."""
+        """Work queued on `stream` (a handle) later waits for the work that is now queued here."""
         ...
 
 
 def int32s(kernel: str, **counts: int) -> tuple[np.int32, ...]:
-    """Counts as a kernel takes them. ValueError for one that does not fit."""
+    """Counts as int32, as kernels take them. ValueError if one is too large."""
     for name, count in counts.items():
         if count > LARGEST:
             raise ValueError(f"{kernel}: {name} is {count}, at most {LARGEST}")
@@ -84,16 +82,16 @@ def int32s(kernel: str, **counts: int) -> tuple[np.int32, ...]:
 
 
 def strips(size: Sequence[int], vector: int) -> int:
-    """Blocks of warps that take a row of 32 vectors each."""
+    """Blocks for an image of size (height, width), if each warp computes 32 vectors of one row."""
     height, width = size
     return blocks(height * -(-width // (WARP * vector)), THREADS // WARP)
 
 
 def blocks(work: int, per_block: int, axis: int = 0) -> int:
-    """How many blocks take `work`, as far as a grid reaches."""
+    """Blocks for `work` items at `per_block` each, at least 1, at most the grid's limit along `axis`."""
     return max(1, min(-(-work // per_block), MAX_GRID[axis]))
 
 
 def is_wide(vector: int, width: int, *arrays: DeviceArray) -> bool:
-    """Whether rows of `width` can be read and written 16 bytes at a time."""
+    """Whether rows of `width` entries can be read and written as 16-byte vectors of `vector` entries."""
     return width % vector == 0 and all(a.pointer % 16 == 0 for a in arrays)

@@ -1,4 +1,4 @@
-"""A queue of work on a GPU, its memory, and work captured to be queued again."""
+"""A queue of work on a GPU, its memory, and CUDA graphs of captured work."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class Stream:
     """A queue of work on a GPU, with the memory that it uses. Made by `Device.stream`.
 
-    Arrays that nobody holds any more return to the stream's pool, and only this stream's later work gets them: whoever
-    reads one on another stream holds it until that is done. One thread at a time may use a stream.
+    The memory of a deleted array returns to the stream's pool, and only later work of this stream gets it. So if
+    another stream reads an array, keep the array until that is done. Only one thread at a time may use a stream.
     """
 
     def __init__(self, device: Device, stream: Any) -> None:
-        """stream: PyCUDA's, None for the legacy default stream."""
+        """stream: a PyCUDA stream, None for the legacy default stream."""
         self.device = device
         self._stream = stream
         self._constants: dict[tuple[str, tuple[int, ...], bytes], DeviceArray] = {}
-        self._graph: Graph | None = None  # that is being captured
+        self._graph: Graph | None = None  # the graph that is being captured
         with device.active() as cuda:
             self._pool = Pool(cuda.mem_alloc, cuda.MemoryError, device.pools)
             self._pinned = Pool(lambda size: cuda.pagelocked_empty(size, np.uint8), cuda.MemoryError, device.pools)
@@ -44,7 +44,7 @@ class Stream:
 
     def __del__(self) -> None:
         if hasattr(self, "fault") and not self.device.closed:
-            with self.device.active():  # PyCUDA frees nothing outside the context's thread without it
+            with self.device.active():  # PyCUDA frees memory only in its context
                 self._order.destroy()
                 self._constants.clear()
                 self._pool.clear()
@@ -53,7 +53,7 @@ class Stream:
 
     @property
     def handle(self) -> int:
-        """For TensorRT, ONNX Runtime, torch.cuda.ExternalStream."""
+        """The CUDA handle, e.g. for TensorRT, ONNX Runtime or torch.cuda.ExternalStream; 0 for the default stream."""
         return 0 if self._stream is None else self._stream.handle
 
     @property
@@ -63,7 +63,7 @@ class Stream:
     # ---- memory
 
     def empty(self, shape: Sequence[int], dtype: Any = np.float32) -> DeviceArray:
-        """An array of unknown content. DeviceError where the GPU's memory does not suffice."""
+        """An uninitialised array on the GPU. OutOfMemory if the GPU's memory runs out."""
         shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         block = None
@@ -76,8 +76,9 @@ class Stream:
         return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.hold_back)
 
     def pinned(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-        """An array on the host that is copied without being staged. Not to be written while a copy from it is
-        queued.
+        """An uninitialised array in pinned host memory, which is copied to the GPU faster.
+
+        Do not write to it while a copy from it is queued. OutOfMemory.
         """
         shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
         with self.device.active(f"a pinned array {dtype}{list(shape)}"):
@@ -115,11 +116,11 @@ class Stream:
         self.hold((source, target))
 
     def download(self, array: DeviceArray) -> np.ndarray:
-        """Copies to the host and waits for it, and so for all that was queued before."""
+        """Copies an array to the host; waits for the copy and all work queued before. Errors as `synchronize`."""
         return self.download_all([array])[0]
 
     def download_all(self, arrays: Iterable[DeviceArray]) -> list[np.ndarray]:
-        """As `download`, waiting once."""
+        """As `download`, of several arrays, with one wait."""
         staged = []
         for array in arrays:
             if array.stream is not None and array.stream != self.handle:
@@ -130,7 +131,7 @@ class Stream:
                     cuda.memcpy_dtoh_async(result, array.pointer, self._stream)
             staged.append(result)
         self.synchronize()
-        return [result.copy() for result in staged]  # pinned memory is too scarce to be given away
+        return [result.copy() for result in staged]  # pinned memory is scarce: the caller gets a copy
 
     def constant(self, array: np.ndarray) -> DeviceArray:
         key = array.dtype.str, array.shape, array.tobytes()
@@ -145,14 +146,14 @@ class Stream:
         return self._graph is not None
 
     def hold(self, value: Any) -> None:
-        """Keeps what the graph that is being captured will use; outside of a capture nothing."""
+        """Keeps `value` alive as long as the graph that is being captured; does nothing outside a capture."""
         if self._graph is not None:
             self._graph.held.append(value)
 
     # ---- work
 
     def launch(self, launch: Launch) -> None:
-        """Queues a kernel. DeviceError names it and its arrays."""
+        """Queues a kernel. DeviceError names the kernel and its arrays."""
         with self.device.active(str(launch)):
             function = self.device.function(launch)
             grid, block = (*launch.grid, 1), (launch.threads, 1, 1)
@@ -174,13 +175,14 @@ class Stream:
             self._order(self.handle, stream)
 
     def event(self) -> Event:
-        """The moment in the queue that comes now."""
+        """The current end of the queue, with a time stamp."""
         with self.device.active("event") as cuda:
             return Event(self.device, cuda.Event().record(self._stream))
 
     def synchronize(self) -> None:
-        """Waits for all that is queued. ValueError for NaN in a row that winsorize got, or where check_finite looked;
-        DeviceError if a kernel failed.
+        """Waits for all queued work.
+
+        ValueError if winsorize found NaN, or check_finite found NaN or infinity; DeviceError if a kernel failed.
         """
         with self.device.active("the kernels queued before"):
             if self._stream is None:
@@ -194,9 +196,9 @@ class Stream:
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
-        """Records what is queued inside as a CUDA graph, without running it. DeviceError on the default stream.
+        """Records the work queued inside as a CUDA graph, without running it. DeviceError on the default stream.
 
-        The same work must have run once: kernels are loaded and constants uploaded then.
+        The same work must have run once before: that run loads the kernels and uploads the constants.
         """
         if self._stream is None:
             raise DeviceError("capture: the default stream cannot be captured, use Device.stream()")
@@ -217,18 +219,18 @@ class Stream:
 
 
 class Event:
-    """A moment in a stream's queue."""
+    """A point in a stream's queue, with a time stamp."""
 
     def __init__(self, device: Device, event: Any) -> None:
         self._device, self._event = device, event
 
     def synchronize(self) -> None:
-        """Waits until it has come."""
+        """Waits until all work queued before it is done."""
         with self._device.active("the kernels queued before"):
             self._event.synchronize()
 
     def time_till(self, later: Event) -> float:
-        """Milliseconds; both must have come."""
+        """Milliseconds between this event and a later one; the stream must have reached both."""
         with self._device.active("event"):
             return self._event.time_till(later._event)
 
@@ -239,7 +241,7 @@ class Event:
 
 
 class Graph:
-    """Work that was captured on a stream. Holds the arrays that it uses; waits for the streams that they came from."""
+    """Work that was captured on a stream. It keeps its arrays alive, and waits for the streams that they come from."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -260,6 +262,6 @@ class Graph:
 
     def __del__(self) -> None:
         if self.executable is not None and not self._stream.device.closed:
-            with self._stream.device.active():  # what is held includes other libraries' objects on this GPU
+            with self._stream.device.active():  # `held` may include other libraries' GPU objects
                 driver.destroy_graph(self.executable)
                 self.held.clear()

@@ -13,8 +13,8 @@ from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s, is_w
 from .gates import GATES, gate, gate_extremes, refuse_gates_on_gpu, within_range
 from .resizing import INTERPOLATIONS, resize_tables, upsample
 
-MAPS_PER_CHUNK = 32  # sums of float32 stay short, and many chunks fill the GPU
-PARTIAL_SUMS = 2**21  # in memory together, unless one chunk has more
+MAPS_PER_CHUNK = 32  # short float32 sums are more accurate, and many chunks fill the GPU
+PARTIAL_SUMS = 2**21  # the most partial sums in memory, if there is more than one chunk
 
 
 def accumulate_maps(
@@ -27,10 +27,11 @@ def accumulate_maps(
     *,
     stream: Stream = None,
 ) -> None:
-    """total[s] += sum_k scores[s, k] gate(up(activations[k])), in place, always in the same order.
+    """total[s] += sum_k scores[s, k] gate(up(activations[k])), in place. Every call sums in the same order.
 
-    total (S, H, W), scores (S, K), activations (K, h, w), all float32 and finite. gates: what mask_batch kept, to spare
-    making them again; NumPy only. ValueError for what does not fit; DeviceError.
+    total (S, H, W), scores (S, K), activations (K, h, w), all float32 and finite. kind: a name in GATES. gates
+    (K, H, W) float32: the gates that mask_batch computed, so that they are not computed again; NumPy only. ValueError
+    for what does not fit; DeviceError.
     """
     refuse_gates_on_gpu("accumulate_maps", gates, total, scores, activations)
     with prepared("accumulate_maps", stream, "total", total=total, scores=scores, activations=activations) as (
@@ -52,7 +53,7 @@ def accumulate_maps(
         if count == 0 or rows == 0:
             return
         sides = int32s("accumulate_maps", scores=rows, maps=count, height=height, width=width, h=h, w=w)
-        # by the shapes alone, so that the same bits come out wherever the arrays lie and on every GPU
+        # the chunks depend only on the shapes, so every GPU and every alignment gives the same bits
         entries = math.prod(total.shape)
         chunks = min(-(-count // MAPS_PER_CHUNK), max(1, PARTIAL_SUMS // entries))
         per_chunk = -(-count // chunks)

@@ -1,4 +1,4 @@
-"""Channels of activations: cuda/channels.cu."""
+"""Range and selection of channels: cuda/channels.cu."""
 
 from __future__ import annotations
 

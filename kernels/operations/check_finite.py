@@ -12,7 +12,10 @@ from ..gpu.queue import FAULTS, NOT_FINITE, THREADS, Launch, blocks
 
 
 def check_finite(values: Any, *, stream: Stream = None) -> None:
-    """Refuses NaN and infinity: ValueError, for a GPU's array from the stream's `synchronize`. float32. DeviceError."""
+    """ValueError if an array holds NaN or infinity; for a GPU array (float32) the stream's `synchronize` raises it.
+
+    values: any shape. ValueError at once for a GPU array of another dtype; DeviceError.
+    """
     with prepared("check_finite", stream, values=values) as (queue, (values,)):
         if queue is not None and values.dtype != np.float32:
             raise ValueError(f"check_finite: values {values.shape} is {values.dtype}, needed float32")

@@ -16,11 +16,10 @@ PROBABILITIES = ("softmax", "sigmoid", "logits")
 def class_scores(
     logits: Any, seeds: Any, kind: str = "softmax", offset: Any = None, weights: Any = None, *, stream: Stream = None
 ) -> Any:
-    """weights_n (sum_c seeds[s, c] p(logits)[n, c] - offset_s), p the softmax, each class's sigmoid, or the logits
-    themselves.
+    """weights[n] (sum_c seeds[s, c] p(logits)[n, c] - offset[s]); kind: p is the softmax, the sigmoid, or the identity.
 
-    logits (N, classes), seeds (S, classes), offset (S,), weights (N,), float32 -> (S, N) float32. ValueError for what
-    does not fit; DeviceError.
+    logits (N, classes), seeds (S, classes), offset (S,), weights (N,), float32 -> (S, N) float32. kind: "softmax",
+    "sigmoid" or "logits". Without offset and weights they are 0 and 1. ValueError for what does not fit; DeviceError.
     """
     with prepared("class_scores", stream, logits=logits, seeds=seeds, offset=offset, weights=weights) as (
         queue,
@@ -62,7 +61,7 @@ def _by_numpy(
 
 
 def class_probabilities(logits: np.ndarray, kind: str) -> np.ndarray:
-    """(N, classes) -> the same, float64: the softmax over classes, each one's sigmoid, or the logits as they are."""
+    """Logits (N, classes) -> (N, classes) float64: their softmax, their sigmoid, or the logits (kind "logits")."""
     z = logits.astype(np.float64)
     if kind == "logits":
         return z

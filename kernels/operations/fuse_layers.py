@@ -14,7 +14,7 @@ from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s
 from .gates import minmax
 from .resizing import INTERPOLATIONS, resize_tables, tap_table, upsample
 
-TILE = (8, 32)  # pixels of the result per block, one for each of the THREADS
+TILE = (8, 32)  # height and width in pixels of a block's part of the result: one pixel per thread
 
 
 def fuse_layers(
@@ -111,7 +111,7 @@ def _offsets(grids: Sequence[tuple[int, int]]) -> np.ndarray:
 def _layer_tables(
     grids: tuple[tuple[int, int], ...], interpolation: str
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Per layer its width and where its taps of rows and columns begin, (L, 3); all taps; the largest grid."""
+    """(per layer: width, first row tap, first column tap, (L, 3) int32; all taps; the largest height and width)."""
     largest = max(h for h, _ in grids), max(w for _, w in grids)
     begins: dict[tuple[int, int], int] = {}
     tables: list[np.ndarray] = []

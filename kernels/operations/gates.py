@@ -1,4 +1,4 @@
-"""Gates of ScoreCAM++ and Score-CAM, which make masks of maps; min-max scaling."""
+"""The gates of ScoreCAM++ and Score-CAM, which turn maps into masks; min-max scaling."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GATES = ("tanh", "sigmoid_relu", "minmax", "identity")
 
 
 def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarray:
-    """The factor that a map (K, H, W) gives each pixel of the image: tanh(x), sigmoid(ReLU(x / 2)), minmax over space,
-    or x.
+    """Masks of maps: tanh(x), sigmoid(ReLU(x / 2)), min-max over the last two axes, or x itself, as `kind` says.
 
-    The first two are ScoreCAM++'s (arXiv 2404.19341), the third Score-CAM's. `out` may be `maps`. ValueError for
+    maps (K, H, W) -> the same shape; any shape for kinds other than "minmax". kind: a name in GATES. "tanh" and
+    "sigmoid_relu" are ScoreCAM++'s (arXiv 2404.19341), "minmax" is Score-CAM's. `out` may be `maps`. ValueError for
     another kind.
     """
     out = np.empty_like(maps) if out is None else out
@@ -40,27 +40,27 @@ def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:
     low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
     with np.errstate(over="ignore"):
         span = high - low
-    if maps.dtype != np.float64 and np.isinf(span).any():  # the difference is beyond the dtype
+    if maps.dtype != np.float64 and np.isinf(span).any():  # the difference overflows the dtype
         return minmax(maps.astype(np.float64), axes).astype(maps.dtype)
     return (maps - low) / np.where(span > 0, span, 1)
 
 
 def within_range(resized: np.ndarray, activations: np.ndarray) -> np.ndarray:
-    """In place: no rounding beyond the range of the map, or min-max scaling would make a map of a constant's
-    rounding.
+    """Clips resized maps to the range of their activations, in place. Otherwise min-max scaling would turn the rounding
+    errors of a constant map into a full-range map.
     """
     low, high = activations.min(axis=(1, 2), keepdims=True), activations.max(axis=(1, 2), keepdims=True)
     return np.clip(resized, low, high, out=resized)
 
 
 def refuse_gates_on_gpu(kernel: str, gates: Any, *arrays: Any) -> None:
-    """ValueError where gates are to be kept of arrays on a GPU."""
+    """ValueError if `gates` is given and an array is on a GPU."""
     if gates is not None and any(map(is_device_array, arrays)):
-        raise ValueError(f"{kernel}: gates are not kept on a GPU, making them again is faster: leave them out")
+        raise ValueError(f"{kernel}: gates are not kept on a GPU, computing them again is faster: leave gates out")
 
 
 def gate_extremes(queue: Queue, kind: str, maps: DeviceArray, tables: Sequence[DeviceArray]) -> Argument:
-    """Lowest and highest value of each resized map, (K, 2), for the min-max gate; nothing for the others."""
+    """Lowest and highest value of each resized map, (K, 2), for the gate "minmax"; a null pointer for other gates."""
     if kind != "minmax":
         return NOTHING
     count, h, w = maps.shape

@@ -12,22 +12,22 @@ from ..checks import expect, expect_choice
 from ..gpu.queue import THREADS, Launch, blocks, int32s
 
 AGGREGATIONS = ("mean", "max", "min", "absmean", "absmax", "l2")
-CANCELLED = 1e-6  # a mean below this part of the mean magnitude is rounding noise: float32 leaves about 1e-8
+CANCELLED = 1e-6  # if |mean| / mean magnitude is below this, the mean is rounding noise (about 1e-8 in float32)
 
 
 def layer_importance(alphas: Any, channels: Sequence[int], kind: str = "mean", *, stream: Stream = None) -> Any:
     """ReLU(aggregate_k alpha_k) of each layer.
 
-    alphas (B, sum K) float32, layers side by side -> (B, L) float32. kind: mean, max, min, absmean, absmax, l2. The
-    mean is exactly 0 where the channels cancel. They do behind a layer norm (ConvNeXt): it makes gradients sum to zero
-    over channels, so that the mean's sign, and with it the layers that Winsor-CAM keeps, would be decided by rounding.
-    ValueError for what does not fit; DeviceError.
+    alphas (B, sum K) float32, layers concatenated; channels: K of each layer -> (B, L) float32. kind: mean, max, min,
+    absmean, absmax, l2. The mean is exactly 0 if the channels cancel. They do if a layer norm follows the layer
+    (ConvNeXt): gradients before a layer norm sum to zero over channels, and rounding would decide the sign of the mean,
+    and so the layers that Winsor-CAM keeps. ValueError for what does not fit; DeviceError.
     """
     with prepared("layer_importance", stream, alphas=alphas) as (queue, (alphas,)):
         expect_choice("layer_importance", "aggregation", kind, AGGREGATIONS)
         if len(channels) == 0 or min(channels) < 1:
             raise ValueError(
-                f"layer_importance: layers of {list(channels)} channels, needed one or more of at least one"
+                f"layer_importance: channels is {list(channels)}, needed at least one layer, each with a channel"
             )
         expect("layer_importance", "alphas", alphas, ("B", sum(channels)))
         if queue is None:

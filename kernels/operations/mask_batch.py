@@ -12,7 +12,7 @@ from ..gpu.queue import THREADS, Launch, blocks, int32s, is_wide, strips
 from .gates import GATES, gate, gate_extremes, refuse_gates_on_gpu, within_range
 from .resizing import INTERPOLATIONS, resize_tables, resized_bands, resized_columns
 
-MAPS_PER_BLOCK = 16  # enough to share the pixels and the positions of the resize
+MAPS_PER_BLOCK = 16  # the maps of a block share the image's pixels and the resize taps
 
 
 def mask_batch(
@@ -27,9 +27,9 @@ def mask_batch(
 ) -> Any:
     """masked[k, c] = image[c] * gate(up(activations[k])).
 
-    image (C, H, W) float32; activations (K, h, w) float32, finite -> masked (K, C, H, W), float32, or in `out`,
-    float32 or 16. gates (K, H, W) float32, where given, receives gate(up(A)); NumPy only. ValueError for what does not
-    fit; DeviceError.
+    image (C, H, W) float32; activations (K, h, w) float32, finite -> masked (K, C, H, W): a new float32 array, or
+    `out`, float32 or float16. gates (K, H, W) float32, if given, receives gate(up(activations)); NumPy only.
+    ValueError for what does not fit; DeviceError.
     """
     refuse_gates_on_gpu("mask_batch", gates, image, activations, out)
     with prepared("mask_batch", stream, "out", image=image, activations=activations, out=out) as (
@@ -76,7 +76,7 @@ def _by_numpy(
     count, (height, width) = len(activations), image.shape[1:]
     out = np.empty((count, *image.shape), np.float32) if out is None else out
     gates = np.empty((count, height, width), np.float32) if gates is None else gates
-    local = kind != "minmax"  # its extremes are those of the whole resized map
+    local = kind != "minmax"  # minmax needs the whole resized map first
     for rows in resized_bands(resized_columns(activations, width, interpolation), gates, interpolation):
         if local:
             gate(gates[:, rows], kind, out=gates[:, rows])

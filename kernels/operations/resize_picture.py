@@ -1,4 +1,4 @@
-"""A picture as a network's input, resized as Pillow does: cuda/resize_picture.cu."""
+"""Makes a network's input of a picture, resized exactly as by Pillow: cuda/resize_picture.cu."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..checks import expect, expect_choice, expect_sides
 from ..gpu.queue import THREADS, Launch, blocks, int32s
 
 FRACTION_BITS = 22  # of Pillow's weights
-FILTERS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # their reach
+FILTERS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # filter -> its radius, in source pixels before stretching
 SPAN = np.dtype([("first", np.int32), ("count", np.int32), ("weights", np.int32)])
 
 
@@ -30,12 +30,12 @@ def resize_picture(
     *,
     stream: Stream = None,
 ) -> Any:
-    """(pixel / 255 - mean) / std of a picture that is resized to (height, width) as Pillow does, bit by bit, and
-    cropped.
+    """Resizes a picture to size, with the same bits as Pillow, crops it, and returns (pixel / 255 - mean) / std.
 
-    picture (H, W, C) uint8; crop: (top, left, height, width) -> (C, height, width) float32, in `out` where it is given
-    (a GPU's). Resized one axis after the other, each rounded to 8 bits. filter: bilinear, bicubic, lanczos;
-    rows_first: which axis Pillow takes first. ValueError; DeviceError.
+    picture (H, W, C) uint8; size: (height, width); crop: (top, left, height, width), inside size; mean, std: C numbers
+    -> (C, height, width) float32, in `out` if it is given. One axis is resized after the other, each result rounded to
+    8 bits. filter: bilinear, bicubic, lanczos; rows_first: the height is resized first. ValueError for what does not
+    fit; DeviceError.
     """
     with prepared("resize_picture", stream, "out", picture=picture, out=out) as (queue, (picture, out)):
         expect_choice("resize_picture", "filter", filter, list(FILTERS))
@@ -106,10 +106,11 @@ def _by_numpy(
 
 @functools.lru_cache(maxsize=64)
 def resize_spans(size: int, target: int, filter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `target` positions: its first source position, how many there are, and their weights in fixed point.
+    """For each of `target` positions: its first source position, the number of source positions, and their weights in
+    fixed point.
 
-    (target,) int32, (target,) int32, (target, most) int32. As Pillow resizes with antialiasing: the filter is
-    stretched by size / target where that is above 1. Where the sizes are equal nothing is filtered.
+    (target,) int32, (target,) int32, (target, most) int32. As in Pillow's antialiasing, the filter is stretched by
+    size / target if that is above 1. If the sizes are equal, every weight is 1.
     """
     if size == target:
         ones = np.ones(target, np.int32)
@@ -129,7 +130,7 @@ def resize_spans(size: int, target: int, filter: str) -> tuple[np.ndarray, np.nd
 
 
 def _filter(x: np.ndarray, name: str) -> np.ndarray:
-    """Triangle; Keys' cubic with a = -1/2; sinc windowed by its own third."""
+    """Filter weight at distance x: triangle (bilinear), Keys' cubic with a = -1/2, or sinc(x) sinc(x / 3) (Lanczos)."""
     x = np.abs(x)
     if name == "bilinear":
         return np.maximum(1 - x, 0)
@@ -140,7 +141,7 @@ def _filter(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def _span_tables(size: int, target: int, filter: str, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The spans of `length` positions from `start` on, and their weights one after the other."""
+    """The spans (SPAN) of `length` positions from `start` on, and their concatenated weights."""
     first, count, weights = (table[start : start + length] for table in resize_spans(size, target, filter))
     spans = np.empty(length, SPAN)
     spans["first"], spans["count"], spans["weights"] = first, count, np.arange(length) * weights.shape[1]

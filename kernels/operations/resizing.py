@@ -1,4 +1,4 @@
-"""Resizing by two taps an axis, as PyTorch's interpolate: what the kernels of maps share."""
+"""Resizes maps with two taps per axis, as PyTorch's interpolate; shared by the kernels that resize maps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ INTERPOLATIONS = ("bilinear", "align_corners", "nearest")
 def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `target` positions along an axis of `size`: two source positions and the weight of the second.
 
-    bilinear: half-pixel centres, no antialiasing; align_corners: bilinear with the corner pixels' centres on each
-    other; nearest: floor(i size / target). All as PyTorch's interpolate. ValueError for another interpolation or sizes
-    below 1.
+    Three arrays (target,). bilinear: half-pixel centres, no antialiasing; align_corners: bilinear, and the first and
+    last pixels of source and result have the same centres; nearest: floor(i size / target). All as PyTorch's
+    interpolate. ValueError for another interpolation or sizes below 1.
     """
     if size < 1 or target < 1:
         raise ValueError(f"cannot resize from {size} to {target}")
@@ -43,12 +43,12 @@ def resized_columns(maps: np.ndarray, width: int, interpolation: str) -> np.ndar
     return maps[..., low] * (1 - weight) + maps[..., high] * weight
 
 
-_BAND = 16  # rows that are resized together: small enough for the cache, and for a matrix product on one thread
+_BAND = 16  # rows resized together: few enough for the cache and for a single-threaded matrix product
 
 
 @functools.lru_cache(maxsize=64)
 def _band_weights(size: int, target: int, interpolation: str) -> tuple[tuple[slice, slice, np.ndarray], ...]:
-    """Per band of the resized axis: its rows, the source rows that they lie between, and the weights (band, source)."""
+    """Per band of the resized axis: its rows, the source rows that it reads, and the weights (rows, source rows)."""
     low, high, weight = resize_taps(size, target, interpolation)
     bands = []
     for start in range(0, target, _BAND):
@@ -63,16 +63,16 @@ def _band_weights(size: int, target: int, interpolation: str) -> tuple[tuple[sli
 
 
 def resized_bands(columns: np.ndarray, out: np.ndarray, interpolation: str) -> Iterator[slice]:
-    """Resizes rows, columns (..., h, W) -> out (..., H, W), and yields bands of rows as they are done."""
+    """Resizes the rows of columns (..., h, W) into out (..., H, W); yields the slice of each band when it is done."""
     for rows, source, matrix in _band_weights(columns.shape[-2], out.shape[-2], interpolation):
         np.matmul(matrix, columns[..., source, :], out=out[..., rows, :])
         yield rows
 
 
 def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "bilinear") -> np.ndarray:
-    """Resize by `resize_taps` on both axes.
+    """Resizes maps to size (H, W) with `resize_taps` on both axes.
 
-    maps (..., h, w) float32 -> (..., *size) float32. ValueError if size < (1, 1).
+    maps (..., h, w) float32 -> (..., H, W) float32; maps itself if it has that size. ValueError if a side is below 1.
     """
     if maps.shape[-2:] == tuple(size):
         return maps
@@ -90,7 +90,7 @@ TAP = np.dtype([("low", np.int32), ("high", np.int32), ("weight", np.float32)])
 
 @functools.lru_cache(maxsize=256)
 def tap_table(size: int, target: int, interpolation: str) -> np.ndarray:
-    """resize_taps as the kernels read it, (target,)."""
+    """resize_taps as one array (target,) of TAP, which the kernels read."""
     table = np.empty(target, TAP)
     table["low"], table["high"], table["weight"] = resize_taps(size, target, interpolation)
     return table
@@ -99,6 +99,6 @@ def tap_table(size: int, target: int, interpolation: str) -> np.ndarray:
 def resize_tables(
     queue: Queue, grid: Sequence[int], size: Sequence[int], interpolation: str
 ) -> tuple[DeviceArray, DeviceArray]:
-    """Taps of the rows and of the columns."""
+    """Tap tables on the GPU, to resize from grid to size: (rows (H,), columns (W,))."""
     rows, columns = (tap_table(s, t, interpolation) for s, t in zip(grid, size, strict=True))
     return queue.constant(rows), queue.constant(columns)

@@ -12,7 +12,7 @@ from ..checks import expect
 from ..gpu.arrays import is_device_array
 from ..gpu.queue import THREADS, Launch, blocks, int32s, is_wide
 
-STATIC_SHARED = 9 * 1024  # winsorize_short's histogram and the like, bytes
+STATIC_SHARED = 9 * 1024  # bytes of shared memory for winsorize_short's histogram and other fixed data
 ENTRIES_PER_BLOCK = 16384  # of a long row; a multiple of 4 THREADS
 ROW_STATE_BYTES = 8264
 
@@ -20,11 +20,12 @@ ROW_STATE_BYTES = 8264
 def winsorize(rows: Any, percentile: float, low: float = 0.1, high: float = 1.0, *, stream: Stream = None) -> Any:
     """Clamps each row's positive entries at their own percentile, then rescales them linearly to [low, high].
 
-    rows (..., L) float (on a GPU float32) -> same shape, float32. Entries that are not positive become 0. Percentile 0
-    gives `high` to every positive entry, as do positive entries that are all equal. The percentile interpolates
-    linearly between order statistics (torch.quantile, numpy.quantile). Infinity is a value: seen from it, finite
-    entries are all at `low`. Source: Winsor-CAM, arXiv 2507.10846. ValueError for NaN or a percentile outside 0..100.
-    On a GPU a row with NaN becomes NaN, and `Stream.synchronize` raises; DeviceError.
+    rows (..., L) float (on a GPU float32) -> the same shape, float32. percentile: 0..100. Entries that are not positive
+    become 0. If percentile is 0, or all positive entries are equal, every positive entry becomes `high`. The percentile
+    interpolates linearly between order statistics (as torch.quantile, numpy.quantile). If the percentile is infinite,
+    infinite entries become `high` and finite positive ones `low`. Source: Winsor-CAM, arXiv 2507.10846. ValueError for
+    NaN, a percentile outside 0..100, or low > high. On a GPU a row with NaN becomes NaN, and `Stream.synchronize`
+    raises the ValueError; DeviceError.
     """
     rows = rows if is_device_array(rows) else np.asarray(rows)
     with prepared("winsorize", stream, rows=rows) as (queue, (rows,)):
@@ -88,7 +89,7 @@ def _by_numpy(rows: np.ndarray, percentile: float, low: float, high: float) -> n
 
 
 def _quantile(values: np.ndarray, fraction: float) -> float:
-    """numpy.quantile, but between infinity and infinity there is infinity."""
+    """As numpy.quantile, but infinity between two infinite values (numpy gives NaN)."""
     position = fraction * (len(values) - 1)
     below = int(position)
     above = min(below + 1, len(values) - 1)

@@ -21,9 +21,10 @@ BACKENDS = {  # the best first: module, function
 
 @dataclass(frozen=True)
 class Settings:
-    """threads: of a run on the CPU, None for one per core; device: which GPU; max_batch: the most images in a run.
+    """threads: CPU threads of one run, None for one per core; device: the GPU's number; max_batch: the most images in
+    one run.
 
-    progress: called with a line before work that takes seconds, such as building an engine.
+    progress: called with one line of text before work that takes seconds, such as building an engine.
     """
 
     threads: int | None = None
@@ -35,8 +36,8 @@ class Settings:
 class Executable(Protocol):
     """A loaded program. `run` may be called from several threads.
 
-    NumPy's arrays give NumPy's arrays; a GPU's arrays, with a backend that has a GPU, give arrays there, in stream
-    order.
+    run: inputs by name -> outputs by name, float32. NumPy arrays in give NumPy arrays out. On a backend with a GPU, GPU
+    arrays in give GPU arrays out: they are ready in the order of the stream.
     """
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...
@@ -45,8 +46,8 @@ class Executable(Protocol):
 class Backend(Protocol):
     """Opens programs.
 
-    lanes: how many runs side by side make the best of the machine, when there are many to make; a program that is
-    opened `concurrent` is run so. gpu: where its programs run, None on the CPU. str() says what it is, in words.
+    lanes: how many runs at the same time give the best throughput; a program that is opened with `concurrent` is run
+    in lanes. gpu: the GPU that its programs run on, None on the CPU. str() describes the backend for users.
     """
 
     name: str
@@ -59,7 +60,10 @@ class Backend(Protocol):
 
 
 def create(name: str = "auto", settings: Settings | None = None) -> Backend:
-    """The backend of that name; "auto" is the best that can be used here. BackendUnavailable, UnknownName."""
+    """Opens the backend `name`; "auto" opens the best one that works on this machine.
+
+    BackendUnavailable if it cannot be used here; UnknownName if no backend has that name.
+    """
     settings = settings or Settings()
     if name == "auto":
         problems = []

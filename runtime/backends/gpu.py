@@ -1,4 +1,4 @@
-"""What the backends on a GPU share: the stream, and programs that take and give arrays of either memory."""
+"""What the GPU backends share: the stream, and programs whose arrays are on the host or on the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import BackendUnavailable, InputError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One stream, on which programs and kernels follow each other; `lock` is held by the thread that uses it.
+    """One stream, which runs programs and kernels one after the other. A thread holds `lock` while it uses the stream.
 
     captures: whether programs can be captured in a CUDA graph.
     """
@@ -35,8 +35,10 @@ class Engine(Protocol):
 
 
 class GpuProgram:
-    """A program on a GPU. Host arrays go to the GPU and the results come back; where one array is there already, the
-    results stay there, in stream order. DeviceError.
+    """A program on a GPU.
+
+    If all inputs are host arrays, they are uploaded and the results are downloaded. If at least one input is on the
+    GPU, the results stay on the GPU, in the order of the stream. InputError for a wrong shape; DeviceError.
     """
 
     def __init__(self, program: Program, engine: Engine, gpu: Gpu) -> None:
@@ -58,7 +60,7 @@ class GpuProgram:
             return dict(zip(outputs, stream.download_all(outputs.values()), strict=True)) if on_host else outputs
 
     def _sizes(self, inputs: Mapping[str, DeviceArray]) -> dict[str, int]:
-        """What the symbolic sizes are. InputError where an input does not fit."""
+        """The values of the symbolic sizes. InputError if an input has the wrong dtype or shape."""
         sizes: dict[str, int] = {}
         for name, shape in self._program.inputs.items():
             array = inputs.get(name)
@@ -78,7 +80,7 @@ def _fits(got: Sequence[int], want: Sequence[Any], sizes: dict[str, int]) -> boo
 
 
 def open_gpu(ordinal: int, captures: bool) -> Gpu:
-    """A stream of its own on GPU `ordinal`, where our kernels run. BackendUnavailable says what is missing."""
+    """A new stream on GPU `ordinal`. BackendUnavailable says what is missing if our kernels cannot run there."""
     try:
         from ...kernels.gpu.device import device
 

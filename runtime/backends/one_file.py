@@ -1,4 +1,4 @@
-"""The one way from export to an engine: a program's file, opened by ONNX Runtime."""
+"""The only module by which export runs a program: it opens an ONNX file with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_file(path: Path) -> Run:
         backend = create("onnxruntime", Settings())
     except BackendUnavailable as error:
         raise BackendUnavailable(
-            f"an export ends by running what it wrote, which needs ONNX Runtime: {error}"
+            f"an export runs the programs that it wrote, which needs ONNX Runtime: {error}"
         ) from None
     assert isinstance(backend, OrtBackend)
     session = backend.session(path, single=False, keeps_memory=False)

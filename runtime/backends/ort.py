@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from . import Settings
 
 _CUDA = "CUDAExecutionProvider"
-# a Relu of one number, in ONNX: whether a session takes the provider is seen by making one
+# an ONNX model with one Relu of one number: a session of it shows whether the CUDA provider works
 _SMALLEST = (
     b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
-_DISABLED = ["Pad_Fusion"]  # which breaks a graph that also returns what is padded (ONNX Runtime 1.31)
+_DISABLED = ["Pad_Fusion"]  # it breaks a graph that also returns the padded tensor (ONNX Runtime 1.31)
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
 class OrtExecutable:
-    """A program in up to two sessions: one for single images, whose sizes are then all known, and one for the rest.
+    """A program in up to two sessions: one with every size fixed, for single images, and one for all other sizes.
 
-    Knowing every size lets ONNX Runtime keep a backward pass in the blocked layout of its convolutions: a ResNet-50
-    with all of its layer maps runs a quarter faster. A session is made when it is first needed. A concurrent program
-    has one session, whose runs take one thread each.
+    With fixed sizes, ONNX Runtime keeps the backward pass in the blocked layout of its convolutions: ResNet-50's layer
+    maps then run a quarter faster. A session is made on first use. A concurrent program has one session, and each of
+    its runs takes one thread.
     """
 
     def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool):
@@ -67,7 +67,7 @@ class OrtExecutable:
 
 
 class OrtBackend:
-    """Sessions on the CPU provider, one thread per core unless told."""
+    """Sessions of the CPU provider; `threads` per run, by default one per core."""
 
     name = "onnxruntime"
     gpu = None
@@ -86,11 +86,10 @@ class OrtBackend:
     def session(
         self, path: Path, single: bool, concurrent: bool = False, spins: bool = True, keeps_memory: bool = True
     ) -> Any:
-        """An inference session; `single` fixes the symbolic sizes to 1, `concurrent` gives a run one thread, and
-        threads that spin wait busily for the next run. keeps_memory: for later runs, of which one that runs once has
-        none.
+        """An ONNX Runtime InferenceSession.
 
-        BundleError if it cannot be loaded.
+        single: fixes the symbolic sizes to 1. concurrent: one thread per run. spins: threads wait busily for the next
+        run. keeps_memory: the session keeps its memory for later runs. BundleError if the file cannot be loaded.
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
@@ -118,13 +117,13 @@ class OrtCudaEngine:
     """A session of the CUDA provider, bound to a GPU's arrays."""
 
     def __init__(self, runtime: Any, session: Any, file: str, gpu: Gpu, place: tuple[str, int]) -> None:
-        """place: where the arrays lie, as ONNX Runtime names it."""
+        """place: the arrays' device type and number, e.g. ("cuda", 0)."""
         self._session = session
         self._file = file
         self._gpu = gpu
         self._place = place
         self._options = runtime.RunOptions()
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream orders all
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps order
 
     def enqueue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         binding = self._session.io_binding()
@@ -161,7 +160,10 @@ class OrtCudaBackend:
         return GpuProgram(program, OrtCudaEngine(self._runtime, session, program.file, self.gpu, place), self.gpu)
 
     def session(self, model: Path | bytes) -> Any:
-        """An inference session; model: a file, or an ONNX model's bytes. As `open`; BackendUnavailable."""
+        """An InferenceSession; model: a file, or an ONNX model's bytes.
+
+        BundleError, OutOfMemory as `open`; BackendUnavailable if ONNX Runtime falls back to the CPU.
+        """
         what = str(model) if isinstance(model, Path) else "a program"
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
@@ -174,7 +176,7 @@ class OrtCudaBackend:
         given = str(model) if isinstance(model, Path) else model
         with self.gpu.lock, self.gpu.stream.device.active(what):
             try:
-                # without the fallback, which runs on the CPU what failed on the GPU
+                # no fallback: it would run on the CPU, without an error, what failed on the GPU
                 session = self._runtime.InferenceSession(
                     given, options, providers=[(_CUDA, settings)], enable_fallback=False, disabled_optimizers=_DISABLED
                 )
@@ -183,7 +185,7 @@ class OrtCudaBackend:
                 if _out_of_memory(said):
                     raise OutOfMemory(f"{what}: {said}") from error
                 raise BundleError(f"{what}: ONNX Runtime cannot load it: {said}") from error
-        if session.get_providers()[0] != _CUDA:  # without its libraries it is left out, without a word
+        if session.get_providers()[0] != _CUDA:  # ONNX Runtime drops it silently if its libraries are missing
             raise BackendUnavailable(f"ONNX Runtime did not take {_CUDA}: its CUDA or cuDNN libraries are missing")
         return session
 
@@ -207,7 +209,7 @@ def create(settings: Settings) -> OrtBackend:
 
 
 def create_cuda(settings: Settings) -> OrtCudaBackend:
-    """BackendUnavailable if onnxruntime-gpu is not installed, its libraries are not, or there is no GPU."""
+    """BackendUnavailable if onnxruntime-gpu or its CUDA libraries are not installed, or there is no GPU."""
     runtime = _onnxruntime("cuda")
     if _CUDA not in runtime.get_available_providers():
         raise BackendUnavailable(
@@ -216,7 +218,7 @@ def create_cuda(settings: Settings) -> OrtCudaBackend:
         )
     gpu = open_gpu(settings.device, captures=False)
     if hasattr(runtime, "preload_dlls"):
-        runtime.preload_dlls()  # CUDA and cuDNN from the wheels that lie beside it
+        runtime.preload_dlls()  # loads CUDA and cuDNN from NVIDIA's installed wheels
     backend = OrtCudaBackend(runtime, gpu)
     backend.session(_SMALLEST)
     return backend

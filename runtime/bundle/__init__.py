@@ -1,3 +1,3 @@
-"""What export writes and the runtime reads: the manifest, the files, and the checks that come before an engine reads
-them.
+"""The bundle, which export writes and the runtime reads: its manifest, its files, and the checks of them, which run
+before an engine reads a file.
 """

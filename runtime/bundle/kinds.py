@@ -32,17 +32,18 @@ Sizes = dict[str, tuple[int, ...]]  # tensor -> its shape without the first size
 Interface = tuple[Sizes, Sizes]  # of a program's inputs and outputs
 _EXPORT_AGAIN = "export the bundle again"
 _NOT_CUT = (
-    "bundles hold the network cut at the last block and at named layers that are no convolutions, where it can be "
-    "cut: export it with --layers last, or name another layer"
+    "bundles hold the network cut in two at the last block and at named layers that are no convolutions, where a cut "
+    "is possible: export it with --layers last, or name another layer"
 )
 
 
 @dataclass(frozen=True)
 class ProgramKind:
-    """interface: (manifest, taps) -> what a program takes and gives, without `context:` and `grid:` tensors.
-    runs_once: it runs once an explanation, which rests on the activation and the class that it finds: so it is float32
-    in every precision, and on a CPU leaves no thread spinning beside the runs that follow. engine: built by `camrt
-    build` unless told otherwise, as winsor_cam and score_cam_pp need it. missing: what to do where a bundle has none.
+    """interface: (manifest, taps) -> the program's inputs and outputs, without `context:` and `grid:` tensors.
+
+    runs_once: the program runs once per explanation, and everything else depends on its result. It is therefore float32
+    in every precision, and on a CPU its threads do not spin after the run. engine: `camrt build` builds it by default,
+    because winsor_cam or score_cam_pp needs it. missing: what a user can do if the bundle has no such program.
     """
 
     interface: Callable[[Manifest, Sequence[Tap]], Interface]

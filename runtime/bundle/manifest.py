@@ -1,4 +1,4 @@
-"""The contract between export and runtime: what a bundle's manifest.json says."""
+"""The format of a bundle's manifest.json, which export writes and the runtime reads."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ LAYOUTS = ("NCHW", "NHWC", "tokens", "LND")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 FITS = ("stretch", "letterbox")
 CHANNEL_ORDERS = ("RGB", "BGR")
-ACTIVATIONS = ("softmax", "sigmoid")  # what makes probabilities of logits
-MOST_ELEMENTS = 1 << 31  # of a tensor
-LARGEST_SIDE = 1 << 14  # of a resized picture or a window, in pixels
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # what users say -> what programs record
+ACTIVATIONS = ("softmax", "sigmoid")  # functions that turn logits into probabilities
+MOST_ELEMENTS = 1 << 31  # the most elements of one tensor
+LARGEST_SIDE = 1 << 14  # pixels, of a resized picture or of a crop
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # the user's name -> the name in the manifest
 
 
 @dataclass(frozen=True)
 class Tap:
     """A tensor (batch, channels, *grid) whose activation and gradient the programs expose.
 
-    roles: "conv" (a convolution's output) and/or "last" (the last spatial block). batch_norm: "after" where the
-    network normalises this output next, "none" where no batch norm follows in the graph: it has none, or it came
-    folded into the convolution, and then the tap is the folded convolution's output. layout: how the network holds it
-    (NCHW, NHWC, tokens: (batch, prefix + height * width, channels), or LND: tokens before the batch); it leaves every
-    program as NCHW, without the prefix.
+    roles: "conv" (a convolution's output) and/or "last" (the last spatial block). batch_norm: "after" if a batch norm
+    reads this output; "none" if not: the network has none there, or it was already folded into the convolution, and the
+    tap is then the folded convolution's output. layout: the tensor's layout in the network: NCHW, NHWC, tokens (batch,
+    prefix + height * width, channels), or LND (tokens first, then batch). Every program returns it as NCHW, without the
+    prefix tokens.
     """
 
     name: str
@@ -50,9 +50,10 @@ class Tap:
 
 @dataclass(frozen=True)
 class Program:
-    """One ONNX file: what it computes (`kind`), for which taps, and its interface, which is float32 in any precision.
+    """One ONNX file. kind: what it computes (KINDS); taps: layers it computes it for; inputs, outputs: name -> shape.
 
-    precision: float32, or float16, where convolutions and matrix products are in float16 and the rest where that is
+    A shape's sizes are numbers or the symbols "batch" and "seeds". Inputs and outputs are float32 in every precision.
+    precision: float32; or float16, with convolutions and matrix products in float16, and other operators where it is
     safe.
     """
 
@@ -65,7 +66,7 @@ class Program:
     precision: str = "float32"
 
     def check_outputs(self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
-        """BundleError unless a run with these inputs gave what the program says that it gives."""
+        """BundleError if a run's outputs do not have the declared names, shapes and dtype. feeds: the run's inputs."""
         sizes = {"batch": 1} | {self.inputs[name][0]: len(array) for name, array in feeds.items()}  # a fixed batch is 1
         for name, declared in self.outputs.items():
             array, shape = out.get(name), tuple(sizes.get(d, d) for d in declared)
@@ -80,7 +81,7 @@ class Preprocess:
 
     resize: (h, w), or one number for the shorter side; crop: (h, w) or None; mean, std: one number per channel, in the
     network's order. fit: "stretch" resizes to (h, w) whatever the picture's shape; "letterbox" resizes the picture to
-    fit into (h, w) and fills the rest with the shade `fill` (0..255). channels: "RGB" or "BGR", the network's order.
+    fit into (h, w) and fills the rest with the grey value `fill`. channels: "RGB" or "BGR", the network's order.
     """
 
     resize: tuple[int, int] | int
@@ -95,7 +96,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Normalized:
-    """The tensor (batch, *shape) that a network's first layer reads, where the network normalises the image itself."""
+    """For a network that normalises the image itself: the tensor (batch, *shape) that its first layer reads."""
 
     tensor: str
     shape: tuple[int, int, int]
@@ -103,12 +104,12 @@ class Normalized:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime must know to run a bundle and to say what it is. Sizes are in elements, shapes without
-    batch.
+    """Everything that the runtime must know to run and describe a bundle. Sizes are in elements, shapes without batch.
 
-    final_activation: the one that was set aside from the network's end; activation: what its user says makes
-    probabilities of the logits. last_layer: the layer of the role "last", tapped or not. normalized: what masks
-    multiply in place of the image.
+    final_activation: the Softmax, Sigmoid or LogSoftmax at the network's end that export removed. activation: the
+    user's choice, "softmax" or "sigmoid", for probabilities. last_layer: the layer with the role "last", even if it is
+    not tapped. normalized: the tensor that masks multiply, if it is not the image. seeds_share_image: whether one run
+    takes one image with several seeds.
     """
 
     name: str
@@ -134,8 +135,10 @@ class Manifest:
 
     @property
     def probability(self) -> str:
-        """What makes probabilities of logits, "softmax" or "sigmoid": as the user says; as the network ended; else the
-        softmax of several classes and the sigmoid of one.
+        """The function from logits to probabilities, "softmax" or "sigmoid".
+
+        It is the user's choice (`activation`) if there is one; else sigmoid if the network ended in a Sigmoid or has
+        one class; else softmax.
         """
         if self.activation is not None:
             return self.activation
@@ -148,7 +151,7 @@ class Manifest:
 
     @property
     def scored_shape(self) -> tuple[int, int, int]:
-        """Of what masks multiply: the image, or what the network's first layer reads."""
+        """Shape (C, H, W) of what masks multiply: the image, or the tensor that the network's first layer reads."""
         return self.input_shape if self.normalized is None else self.normalized.shape
 
     def tap(self, name: str) -> Tap:
@@ -160,7 +163,7 @@ def _tuples(value: Any) -> Any:
 
 
 def parse(text: str, where: str) -> Manifest:
-    """Reads manifest.json. BundleError on anything that is not a manifest of this format."""
+    """Parses the text of manifest.json. where: its path, for messages. BundleError if it is no valid manifest."""
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -200,7 +203,7 @@ def parse(text: str, where: str) -> Manifest:
 
 
 def _check(m: Manifest) -> None:
-    """ValueError if a field is not of its kind, or parts of the manifest contradict each other."""
+    """ValueError if a field has the wrong type or value, or parts of the manifest contradict each other."""
     _texts("name", m.name)
     _texts("tools", *_mapping("tools", m.tools).values())
     _mapping("source", m.source)
@@ -237,7 +240,7 @@ def _check(m: Manifest) -> None:
     _texts("weights", *(_mapping("weights", m.weights)[key] for key in ("file", "sha256")))
     for file in [*(p.file for p in m.programs), m.weights["file"]]:
         if Path(file).name != file or file == ".." or not file.isprintable() or len(file) > 200:
-            raise ValueError("a file lies outside the bundle, or has no name that files have")
+            raise ValueError("a file lies outside the bundle, or its name is not a valid file name")
     if m.classes is not None:
         _texts("classes", *m.classes)
         if len(m.classes) != m.num_classes:
@@ -262,7 +265,7 @@ def _program(program: Program, m: Manifest) -> None:
     for tensors, wanted in zip((program.inputs, program.outputs), KINDS[program.kind].interface(m, taps), strict=True):
         found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
         if found != wanted:
-            raise ValueError(f"what {program.file!r:.100} takes or gives is not what {program.kind!r:.100} must")
+            raise ValueError(f"{program.file!r:.100}: inputs or outputs are not those of kind {program.kind!r:.100}")
 
 
 def _recipe(recipe: Preprocess, channels: int) -> None:
@@ -281,19 +284,19 @@ def _recipe(recipe: Preprocess, channels: int) -> None:
 
 
 def _odd_choice(recipe: Preprocess) -> str | None:
-    """What is wrong with the choices of a recipe that are not sizes or numbers."""
+    """What is wrong with a recipe's interpolation, fit, channels or fill; None if nothing."""
     for part, known in (("interpolation", INTERPOLATIONS), ("fit", FITS), ("channels", CHANNEL_ORDERS)):
         if getattr(recipe, part) not in known:
             return f"preprocess {part} {getattr(recipe, part)!r:.100}: use {', '.join(known)}"
     if not isinstance(recipe.fill, int) or not 0 <= recipe.fill <= 255:
-        return f"preprocess fill {recipe.fill!r:.100}: use a shade, 0 to 255"
+        return f"preprocess fill {recipe.fill!r:.100}: use a grey value, 0 to 255"
     if recipe.fit == "letterbox" and (isinstance(recipe.resize, int) or recipe.crop is not None):
         return "preprocess fit 'letterbox' takes a resize of (height, width) and no crop"
     return None
 
 
 def check_activation(activation: str | None, classes: int | None = None) -> None:
-    """InputError if the activation makes no probabilities of that many scores, or of any."""
+    """InputError if the activation is unknown, or is softmax for a network with one class."""
     if activation is not None and activation not in ACTIVATIONS:
         raise InputError(f"activation {activation!r}: use {' or '.join(ACTIVATIONS)}")
     if activation == "softmax" and classes == 1:
@@ -301,7 +304,7 @@ def check_activation(activation: str | None, classes: int | None = None) -> None
 
 
 def check_recipe(preprocess: Preprocess | None, shape: Sequence[int]) -> None:
-    """InputError if the recipe cannot give the network's input."""
+    """InputError if the recipe cannot produce the network's input; shape: (C, H, W)."""
     if preprocess is None:
         return
     for part in ("mean", "std"):
@@ -324,18 +327,18 @@ def check_recipe(preprocess: Preprocess | None, shape: Sequence[int]) -> None:
 
 def _texts(where: str, *values: Any) -> None:
     if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{where}: a text")
+        raise ValueError(f"{where}: must be text")
 
 
 def _mapping(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a mapping")
+        raise ValueError(f"{where}: must be a mapping")
     return value
 
 
 def _sizes(where: str, *values: Any) -> None:
     if not all(map(_is_size, values)) or math.prod(values) > MOST_ELEMENTS:
-        raise ValueError(f"{where}: a size")
+        raise ValueError(f"{where}: sizes must be whole numbers from 1, at most 2^31 elements together")
 
 
 def _is_size(value: Any) -> bool:

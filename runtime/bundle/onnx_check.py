@@ -1,8 +1,8 @@
-"""Whether an ONNX file keeps to what camrt emits, before an engine gets to read it.
+"""Checks that an ONNX file holds only what camrt writes, before an engine reads it.
 
-A bundle may come from anybody. Its programs need no subgraphs, no functions, no operators of other domains, and no
-file but the bundle's own weights; and nothing that they declare is larger than the bytes that are there, or than what
-fits a machine.
+A bundle may come from an attacker. camrt's programs have no subgraphs, no functions, no operators of other domains, and
+read no file but the bundle's weights. No constant tensor may be larger than the bytes that are there, and no declared
+tensor larger than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _BYTES = {
     16: 2,
 }  # of an element, by data type
 _INT64 = 7
-# operators that make a tensor of a size that an input says: which input
+# operators whose output size is the value of an input: which input
 _SIZED = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3}
 
 
 def check_program(file: Path, weights: str, weights_size: int) -> None:
-    """BundleError if an ONNX file is not as camrt writes them.
+    """BundleError if an ONNX file holds anything that camrt does not write.
 
-    weights: the name of the one file that tensors may lie in, beside this one, and how many bytes it has.
+    weights: the name of the only other file that may hold its tensors; weights_size: that file's bytes.
     """
     try:
         data = file.read_bytes()
@@ -132,11 +132,11 @@ class _Check:
                 raise BundleError("a tensor is not as large as it says: export the bundle again")
             if kind == _INT64 and size <= 64:
                 self._numbers[name] = struct.unpack(f"<{size // 8}q", self._data[raw[0] : raw[1]])
-        elif math.prod(dims) > end - start:  # its numbers, a byte each at least, lie in other fields
+        elif math.prod(dims) > end - start:  # the numbers are in other fields, at least one byte each
             raise BundleError("a tensor is not as large as it says: export the bundle again")
 
     def _outside(self, said: dict[bytes, bytes], size: int) -> None:
-        """A tensor whose numbers lie in a file: in the bundle's weights, whole."""
+        """Checks a tensor that is stored in another file: it must lie fully inside the bundle's weights."""
         if set(said) - {b"location", b"offset", b"length"} or said.get(b"location") != self._weights.encode():
             place = said.get(b"location", b"").decode(errors="replace")
             raise BundleError(f"reads the file {place[:100]!r}, which is not the bundle's: export the bundle again")
@@ -145,7 +145,7 @@ class _Check:
         except ValueError:
             offset = length = -1
         if offset < 0 or length != size or offset + length > self._weights_size:
-            raise BundleError("a tensor is not where it says that it is: export the bundle again")
+            raise BundleError("a tensor's place in the weights is wrong: export the bundle again")
 
     def _declared(self, start: int, end: int) -> None:
         """The shape of an input, an output or a tensor between."""
@@ -171,7 +171,7 @@ class _Check:
         return b"".join(bytes(self._data[first:last]) for first, last in self._inside(start, end, wanted))
 
     def _limited(self, dims: list[int]) -> int:
-        """How many elements. A negative size is a huge one in this encoding."""
+        """The number of elements. BundleError if it is too large; a negative size reads as a huge number here."""
         count = 1
         for n in dims:
             count *= n

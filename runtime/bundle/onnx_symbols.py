@@ -11,9 +11,10 @@ _PATH = ({7}, {11, 12, 13}, {2}, {1}, {2}, {1}, {2})
 
 
 def rename_symbol(model: bytes, old: str, new: str) -> bytes:
-    """The same model with a symbolic size under another name of the same length. BundleError if it is not a model.
+    """Renames a symbolic size of an ONNX model's inputs, outputs and values; returns the changed model.
 
-    Sizes of one name are known to be equal, which an engine's builder makes much of.
+    An engine builder knows that two sizes with one name are equal, and builds a faster engine. BundleError if `model`
+    is not an ONNX model; ValueError if the names differ in length.
     """
     if len(old.encode()) != len(new.encode()):
         raise ValueError(f"{old!r} and {new!r} differ in length")
@@ -25,7 +26,7 @@ def rename_symbol(model: bytes, old: str, new: str) -> bytes:
 
 
 def _places(data: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
-    """Where the strings at the end of the path lie."""
+    """(start, end) of every string that _PATH leads to."""
     for number, _, first, last in fields(data, start, end):
         if number in _PATH[depth] and last:
             if depth == len(_PATH) - 1:

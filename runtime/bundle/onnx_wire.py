@@ -1,4 +1,4 @@
-"""Protocol buffers' wire format, as far as ONNX files need it: the runtime has no onnx package.
+"""Reads the protocol buffers' wire format of ONNX files: the runtime does without the onnx package.
 
 Source: the protocol buffers' encoding specification. Field numbers are onnx.proto's.
 """
@@ -13,7 +13,7 @@ Field = tuple[int, int, int, int]  # number, value of a varint, start and end of
 
 
 def fields(data: memoryview, start: int, end: int) -> Iterator[Field]:
-    """The fields of the message that lies between start and end. BundleError where it is cut off or is none."""
+    """Yields the fields of the message in data[start:end]. BundleError if it is cut off or is not a message."""
     while start < end:
         tag, start = varint(data, start, end)
         number, kind = tag >> 3, tag & 7
@@ -35,7 +35,7 @@ def fields(data: memoryview, start: int, end: int) -> Iterator[Field]:
 
 
 def varint(data: memoryview, start: int, end: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the lowest first, and where it ends."""
+    """Reads a number in groups of seven bits, the lowest first: (number, position after it). BundleError if cut off."""
     value = shift = 0
     while start < end and shift < 64:
         byte = data[start]

@@ -18,7 +18,7 @@ _LONGEST = 1 << 26  # characters of a manifest
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every file was checked against its recorded hash."""
+    """An opened bundle. The hash of every file was compared with the manifest."""
 
     path: Path
     manifest: Manifest
@@ -26,12 +26,12 @@ class Bundle:
 
     @property
     def precisions(self) -> list[str]:
-        """Precisions that it can be run in, as users say it, float32 first."""
+        """The precisions that the bundle has, "fp32" and/or "fp16", fp32 first."""
         classify = {p.precision for p in self.manifest.programs if p.kind == Kind.CLASSIFY}
         return [name for name, recorded in PRECISIONS.items() if recorded in classify]
 
     def file(self, program: Program) -> Path:
-        """A program's file, for an engine to read. BundleError if it is not as camrt writes them."""
+        """The path of a program's file, checked on first use. BundleError if it holds what camrt does not write."""
         path = self.path / program.file
         if program.file not in self._checked:
             weights = self.manifest.weights["file"]
@@ -40,10 +40,10 @@ class Bundle:
         return path
 
     def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
-        """The smallest program of a kind that covers the layers, in a precision; in fp16 some kinds are float32 all
-        the same.
+        """The program of a kind with the fewest taps that has all the layers.
 
-        CamrtError if there is none.
+        precision: "fp32" or "fp16"; a kind that has no fp16 program gives its float32 one. CamrtError if the bundle has
+        no such program.
         """
         fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
         wanted = [p for p in fitting if p.precision == PRECISIONS[precision]]
@@ -55,7 +55,7 @@ class Bundle:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Opens a bundle folder. BundleError if it is missing, of another format, or any file is not as it was written."""
+    """Opens a bundle folder. BundleError if it is missing or of another format, or a file has changed since export."""
     path = Path(path)
     if not path.exists():
         raise BundleError(f"{path}: no such bundle: make one with 'camrt export'")
@@ -81,8 +81,9 @@ def read_bundle(path: str | Path) -> Bundle:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Puts another manifest in the place of a bundle's, at once. InputError if it does not hold together;
-    BundleError.
+    """Replaces a bundle's manifest in one step: a reader sees the old one or the new one.
+
+    InputError if the manifest contradicts itself; BundleError if it cannot be written.
     """
     check_recipe(manifest.preprocess, manifest.input_shape)
     text = manifest.to_json()
@@ -101,7 +102,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):  # a link leads out of the bundle, a pipe waits for ever
+        if not stat.S_ISREG(path.lstat().st_mode):  # a link may leave the bundle; reading a pipe never ends
             raise BundleError(f"{path}: not a file of the bundle's own: export the bundle again")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""CAM methods: one pure function each, registered with what it reads; importing this package registers them all."""
+"""CAM methods: one pure function each, registered with the data it reads. Importing this package registers all."""
 
 from . import gradient, integrative, masking, perturbing, winsor
 from .data import Activations, Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, MethodData

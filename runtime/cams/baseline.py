@@ -1,4 +1,4 @@
-"""What the baselines share: the conventions of pytorch-grad-cam 1.5, which people compare with."""
+"""What the baselines share: they scale and combine maps as pytorch-grad-cam 1.5 does."""
 
 from __future__ import annotations
 

@@ -60,16 +60,16 @@ def hires_cam(layers: Gradients) -> Result:
 
 @cam("eigen_cam", needs=Activations, layers="last", source="Muhammad and Yeasin, Eigen-CAM, arXiv 2008.00299")
 def eigen_cam(layers: Activations) -> Result:
-    """ReLU(X v), X the centred (h w, K) activations, v their first right singular vector; it looks at no class.
+    """ReLU(X v), X the centred (h w, K) activations, v their first right singular vector; the class has no influence.
 
-    A singular vector's sign is arbitrary: here it is the one by which the map correlates with the mean activation.
+    A singular vector's sign is arbitrary: the sign here makes the map correlate with the mean activation over channels.
     """
 
     def layer(activation: np.ndarray) -> np.ndarray:
         rows = activation.reshape(*activation.shape[:2], -1).transpose(0, 2, 1).astype(np.float64)
         centred = rows - rows.mean(axis=1, keepdims=True)
         other = centred.transpose(0, 2, 1)
-        if rows.shape[1] <= rows.shape[2]:  # of the two matrices with the same eigenvalues, the smaller
+        if rows.shape[1] <= rows.shape[2]:  # X X^T and X^T X have the same nonzero eigenvalues: take the smaller
             values, vectors = np.linalg.eigh(centred @ other)
             projection = vectors[:, :, -1] * np.sqrt(np.maximum(values[:, -1:], 0))
         else:
@@ -84,7 +84,7 @@ def eigen_cam(layers: Activations) -> Result:
 @cam("full_grad", needs=GridMaps, layers=None, source="Srinivas and Fleuret, FullGrad, arXiv 1905.00780")
 def full_grad(grids: GridMaps) -> Result:
     """sum_c minmax|x_c g_c| + sum over biases b of sum_k up(minmax|b_k g_k|), over the image x and every convolution
-    and batch norm that adds a constant; biases of linear and layer norm layers, which have no grid, are left out.
+    and batch norm that adds a constant. Biases of linear and layer norm layers have no grid: they are not included.
     """
     total = np.zeros((len(grids.seeds), *grids.size), np.float32)
     for maps in grids.maps:
@@ -93,10 +93,11 @@ def full_grad(grids: GridMaps) -> Result:
 
 
 def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, comparisons: int = 3) -> np.ndarray:
-    """Cotangent of sum_i p_i (z_t - alpha z_i) / (sum_i p_i + 1e-9), p the softmax of the logits z, and i the classes
-    whose logits are nearest to the target's.
+    """Gradient, by the logits z, of sum_i p_i (z_t - alpha z_i) / (sum_i p_i + 1e-9): p is the softmax of z, t the
+    target, i the `comparisons` classes whose logits are nearest to z_t.
 
-    logits (S, classes); seeds (S, classes), one-hot -> (S, classes). InputError for other seeds, or one class.
+    logits (S, classes); seeds (S, classes), one-hot -> (S, classes) float32. InputError for other seeds, for a network
+    with one class, for options out of range, and if the result is zero.
     """
     classes = logits.shape[1]
     if classes < 2:
@@ -126,8 +127,8 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
         slope -= p * pull.sum()
         result[row] = slope / total
     found = result.astype(np.float32)
-    if not found.any(axis=1).all():  # a row of zeros would stand for the top class
-        raise InputError("finer_cam: the rivals' probabilities vanish, there is nothing to compare with: use grad_cam")
+    if not found.any(axis=1).all():  # a seed of zeros would mean the top class
+        raise InputError("finer_cam: the other classes' probabilities are 0, so there is no difference: use grad_cam")
     return found
 
 
@@ -142,5 +143,5 @@ def finer_cam(layers: LayerMaps, alpha: float = 1.0, comparisons: int = 3) -> Re
     """Grad-CAM of how the class differs from the `comparisons` classes with the nearest logits, z_t - alpha z_i,
     weighed by their probabilities.
     """
-    del alpha, comparisons  # the layers come from the seeds that they made
+    del alpha, comparisons  # finer_seeds used them already
     return combined(layers.map_of_layers(), layers.size)

@@ -1,5 +1,5 @@
-"""Integrative CAM, reconstructed from its abstract (arXiv 2412.01354): every convolution's map with a bias, adaptively
-weighed.
+"""Integrative CAM, reconstructed from its abstract (arXiv 2412.01354): a weighted sum of every convolution's map, each
+with a bias.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Smooth:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a map needs of f, (S,) each: Y / |f'(S)|, the sign of f'(S), and r = f'''(S) / f''(S)."""
+    """The values of f that a map needs, (S,) each: Y / |f'(S)|, the sign of f'(S), and r = f'''(S) / f''(S)."""
 
     value: np.ndarray
     sign: np.ndarray
@@ -69,14 +69,15 @@ SMOOTH: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], Terms]] = {
 
 
 def _ratio(third: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """f'''/f'', 0 where both are 0 (the identity), infinite where f'' alone is."""
+    """f'''/f'': 0 where both are 0 (the identity), infinite where only f'' is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((third == 0) & (second == 0), 0.0, third / second)
 
 
 def terms(smooth: str | Smooth, score: np.ndarray, logits: np.ndarray, seeds: np.ndarray) -> Terms:
-    """Of scores (S,), explained by seeds (S, classes); UnknownMethod for an unknown name, InputError where f'(S) is 0
-    or not finite.
+    """The Terms of scores (S,). smooth: a name in SMOOTH, or a Smooth; logits, seeds (S, classes).
+
+    UnknownMethod for an unknown name; InputError if f'(S) is 0 or not finite.
     """
     if isinstance(smooth, Smooth):
         first = np.asarray(smooth.first(score), np.float64)
@@ -90,7 +91,7 @@ def terms(smooth: str | Smooth, score: np.ndarray, logits: np.ndarray, seeds: np
 
 
 def layer_map(activation: np.ndarray, gradient: np.ndarray, smooth: Terms) -> np.ndarray:
-    """sum_k w_k A_k + b / (h w) before the ReLU, divided by |f'(S)|, so that it sums to Y / |f'(S)|.
+    """(sum_k w_k A_k + b / (h w)) / |f'(S)|, before the ReLU. The sum over its pixels is Y / |f'(S)|.
 
     activation, gradient (S, K, h, w) -> (S, h, w) float64. w_k = sign sum_ij a ReLU(g),
     a = g^2 / (2 g^2 + r g^3 sum_ij A_k), 0 where g = 0.
@@ -98,7 +99,7 @@ def layer_map(activation: np.ndarray, gradient: np.ndarray, smooth: Terms) -> np
     total = activation.sum(axis=(2, 3), keepdims=True, dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         bend = np.where(total == 0, 0, smooth.ratio[:, None, None, None] * total) * gradient
-        a = np.where(gradient > 0, 1 / (2 + bend), 0)  # g^2 cancels; ReLU(g) makes a at g <= 0 irrelevant
+        a = np.where(gradient > 0, 1 / (2 + bend), 0)  # g^2 cancels; for g <= 0 ReLU(g) is 0
     a = np.where(np.isfinite(a), a, 0)
     weights = smooth.sign[:, None] * (a * gradient).sum(axis=(2, 3))
     weighted = np.einsum("sk,skhw->shw", weights, activation)
@@ -116,9 +117,9 @@ def integrative_cam(layers: Gradients, smooth: str | Smooth = "identity") -> Res
     """sum_l lambda_l minmax(up(ReLU(sum_k w_k A_k + b_l / (h w)))): a reconstruction, the paper's text is not public.
 
     Y = f(S) for a smooth f (identity, exp, softmax: the class's probability, softplus, or camrt.Smooth); r = f'''/f'';
-    w_k = f' sum_ij a ReLU(g), a = g^2 / (2 g^2 + r g^3 sum_ij A_k), 0 where g = 0; b_l = Y - sum_k w_k sum_ij A_k, so
-    that a map sums to Y before its ReLU; lambda_l proportional to mean|g_l| mean|A_l|, which rescaling a layer does
-    not change.
+    w_k = f' sum_ij a ReLU(g), a = g^2 / (2 g^2 + r g^3 sum_ij A_k), 0 where g = 0; b_l = Y - sum_k w_k sum_ij A_k: a
+    map's pixels sum to Y before its ReLU; lambda_l is proportional to mean|g_l| mean|A_l|, which stays the same if a
+    layer is rescaled. InputError, UnknownMethod for a smooth function that does not fit.
     """
     score = (layers.logits.astype(np.float64) * layers.seeds).sum(axis=1)
     of_score = terms(smooth, score, layers.logits.astype(np.float64), layers.seeds)

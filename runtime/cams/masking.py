@@ -1,4 +1,4 @@
-"""ScoreCAM++ and Score-CAM: channels weighed by the score of the image seen through them."""
+"""ScoreCAM++ and Score-CAM: a channel's weight is the class's score for the image that is masked by the channel."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ SCORE_CAM_VARIANTS = ("original", "pytorch_grad_cam")
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of the image seen through masks, by the first of each part of them, (S, n) each, in the runs' memory;
-    summed: sum_k score_k gate(up(A_k)), (S, H, W), if asked for.
+    """Scores of masked images. parts: number of a batch's first mask -> its scores (S, n), in the runs' memory.
+
+    summed: sum_k score_k gate(up(A_k)), (S, H, W), if it was asked for, else zeros.
     """
 
     parts: dict[int, Any]
@@ -44,20 +45,20 @@ def _score(
     offset: Any = None,
     weights: np.ndarray | None = None,
 ) -> _Scores:
-    """Runs the image through the masks of the live channels (indices).
+    """Runs the network on the image under the mask of each live channel. live: channel numbers.
 
-    A score is seed . probabilities (of the kind `probability`, the network's own by default), less the offset (S,)
-    where there is one, times the mask's weight where there are weights, one for each live channel. For a seed that
-    means "not this class" it is the complement's probability.
+    score = weight (seed . probabilities - offset). probability: the kind of kernels.class_scores, the network's own by
+    default; offset (S,): 0 by default; weights: one per live channel, 1 by default. For the class "not" of a single
+    score the probability is 1 - p.
     """
     memory, stream = runs.memory, runs.memory.stream
     lacking = complements(runs.seeds)
-    if offset is None and probability != "logits" and lacking.any():  # a difference of two scores lacks nothing
+    if offset is None and probability != "logits" and lacking.any():  # a difference of two scores needs no complement
         offset = memory.put(-lacking)
     seeds, index = memory.put(runs.seeds), live.astype(np.int32)
 
     def in_lane(lane: Lane) -> tuple[dict[int, Any], Any]:
-        """Its batches' scores by their first mask, and the sum of its maps."""
+        """(scores of each batch, by the number of its first mask; the lane's weighted sum of gates, or None)."""
         parts, total = {}, None if summed_gate is None else memory.zeros((len(runs.seeds), *runs.size))
         for masks in lane.batches:
             channels = take_channels(activation, memory.put(index[masks]), stream=stream)
@@ -79,7 +80,7 @@ def _score(
     totals = [total for _, total in lanes if total is not None]
     if not totals:
         return _Scores(parts, memory.zeros((len(runs.seeds), *runs.size)))
-    first, *others = totals  # always in the same order, for the same bits
+    first, *others = totals  # always summed in the same order: every run gives the same bits
     for other in others:
         first += other
     return _Scores(parts, first)
@@ -93,7 +94,9 @@ def _score_of_zeros(runs: MaskedRuns, probability: str | None = None) -> Any:
 
 
 def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:
-    """Layers' sums (S, H, W): each rectified and scaled by min-max; of several the mean, scaled again."""
+    """Sums (S, H, W), one per layer -> maps (S, H, W): rectified and min-max scaled; several are averaged, then scaled
+    again.
+    """
     sizes, count = [runs.size] * len(totals), len(totals)
 
     def scaled(maps: Any, layers: int) -> Any:
@@ -116,15 +119,15 @@ def _result(maps: Any, runs: MaskedRuns, masked_runs: int, error_bound: float = 
 
 
 def _extremes(runs: MaskedRuns, activation: Any) -> np.ndarray:
-    """Lowest and highest value of each channel, (K, 2), on the host: they decide what runs."""
+    """Lowest and highest value of each channel, (K, 2), on the host: they decide which masks run."""
     return runs.memory.get(channel_extremes(activation, stream=runs.memory.stream))[0]
 
 
 def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: float) -> tuple[np.ndarray, float]:
-    """Drops as many channels as the bound allows, the weakest first: (those left, the bound that holds).
+    """Drops as many channels as max_error allows, the weakest first: (channels left, bound on the error).
 
-    Leaving channel k out changes sum_k s_k H_k, |s_k| <= 1, nowhere by more than max |H_k|. Bilinear resizing does not
-    leave the range of its input, and the gates grow with |A|.
+    Without channel k, no pixel of sum_k s_k H_k, |s_k| <= 1, changes by more than max |H_k|. This maximum comes from
+    max |A_k|: bilinear resizing stays in the range of its input, and the gates grow with |A|.
     """
     if max_error == 0 or not len(candidates):
         return candidates, 0.0
@@ -138,11 +141,11 @@ def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: 
 def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none", max_error: float = 0.0) -> Result:
     """minmax(ReLU(sum_k s_k H_k)), H_k = tanh(up(A_k)), s_k = the class's probability for the masked input x H_k.
 
-    variant: tanh; tanh_mask_only sums up(A_k) in H_k's place; sigmoid_relu, H_k = sigmoid(ReLU(up(A_k) / 2)).
+    variant: tanh; tanh_mask_only sums up(A_k) instead of H_k; sigmoid_relu has H_k = sigmoid(ReLU(up(A_k) / 2)).
     baseline="zero": s_k minus the score of the all-zero input. x is the normalised input. Channels that add exactly
-    nothing never run. max_error: leave out channels as long as the map before ReLU and minmax changes nowhere by more;
-    the bound that held is details["error_bound"]. Several layers: the mean of their maps, minmax again. InputError,
-    UnknownMethod.
+    nothing never run. max_error: skip weak channels, while no pixel of the map before ReLU and minmax changes by more
+    than this; details["error_bound"] is the bound that holds. Several layers: the mean of their maps, minmax again.
+    InputError, UnknownMethod for options that do not fit.
     """
     chosen(variant, VARIANTS, "variant")
     chosen(baseline, ("none", "zero"), "baseline")
@@ -158,8 +161,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
         still = np.logical_not(extremes.any(axis=1))
         candidates = np.arange(len(activation)) if kind == "sigmoid_relu" else np.flatnonzero(np.logical_not(still))
         candidates, bound = _within(extremes, summed_gate, candidates, max_error / reach)
-        # sigmoid_relu makes one and the same mask, 1/2, of all channels that are zero everywhere: the first runs for
-        # all
+        # sigmoid_relu makes the same mask, 1/2, of every channel that is zero everywhere: only the first of them runs
         alike = candidates[still[candidates]]
         live, weights = np.setdiff1d(candidates, alike[1:]), None
         if len(alike) > 1:

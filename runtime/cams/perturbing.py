@@ -17,8 +17,9 @@ _WINDOW = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 16
 
 
 def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], count: int, logits: bool) -> np.ndarray:
-    """seed . logits, or . probabilities, (S, count) of activations that changed(part of 0..count) makes, (n,
-    K, h, w).
+    """Scores (S, count) of changed activations: seed . logits, or seed . probabilities.
+
+    changed: a slice of 0..count -> activations (n, K, h, w); index: the layer.
     """
     parts = [slice(start, min(start + heads.batch, count)) for start in range(0, count, heads.batch)]
     out = np.concatenate(heads.in_lanes(lambda part: heads.heads[index](changed(part)), parts))
@@ -31,15 +32,15 @@ def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], co
 def ablation_cam(heads: Heads) -> Result:
     """ReLU(sum_k w_k A_k), w_k = (S - S_k) / S, S_k the logit when channel k is set to zero.
 
-    Runs only the network behind the tap, and only channels that are not zero already. Where activations are negative
-    pytorch-grad-cam subtracts 1e7 in place of ablating; this is the paper's zero. Where S is 0, w_k = S - S_k. For the
-    class "not" of a single score S is the score, so that w_k = (S_k - S) / S: what lowers "not" raises the class.
+    Runs only the part of the network after the tap, and only for channels that are not zero everywhere. As in the
+    paper, an ablated channel is zero; pytorch-grad-cam subtracts 1e7 where activations are negative. If S is 0,
+    w_k = S - S_k. For the class "not" of a single score, with S the score of the class, w_k = (S_k - S) / S.
     """
     per_layer = []
     score = (heads.logits.astype(np.float64) * heads.seeds).sum(axis=1)
     over = np.where(score == 0, 1, score)
     if heads.seeds.shape[1] == 1:
-        over = np.where(heads.seeds[:, 0] < 0, -over, over)  # not by its own sign, which would make it the class's map
+        over = np.where(heads.seeds[:, 0] < 0, -over, over)  # its own sign would give "not" the class's map
     for index, activation in enumerate(heads.activations):
         live = np.flatnonzero(activation.any(axis=(1, 2)))
 
@@ -59,11 +60,11 @@ def ablation_cam(heads: Heads) -> Result:
 
 @cam("recipro_cam", needs=Heads, layers="last", source="Byun and Lee, Recipro-CAM, arXiv 2209.14074")
 def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original") -> Result:
-    """M_ij = the class's probability when the tap keeps its activation at position (i, j) alone.
+    """M_ij = the class's probability when the tap keeps its activation only at position (i, j) and is zero elsewhere.
 
-    gaussian: the position's activation is spread over its 3 x 3 neighbours with weights 1/4, 1/8, 1/16, as the paper
-    offers. Tokens before the grid (a class token) keep theirs. variant="openvino_xai": the logit in the probability's
-    place, from its lowest up, as that library takes it. InputError, UnknownMethod.
+    gaussian: the position's activation is spread over 3 x 3 positions with weights 1/4 (centre), 1/8 and 1/16, an
+    option of the paper. Tokens before the grid (a class token) keep their values. variant="openvino_xai": M_ij is the
+    logit minus the lowest logit, as in that library. InputError, UnknownMethod for options that do not fit.
     """
     chosen(variant, RECIPRO_CAM_VARIANTS, "variant")
     if not isinstance(gaussian, bool):

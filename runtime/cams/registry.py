@@ -18,9 +18,11 @@ from .data import DATA, MethodData
 
 @dataclass(frozen=True)
 class Result:
-    """maps (S, H, W) float32; layer_weights (S, L) float32, on the host or, of a method that runs there, on a GPU;
-    details: name -> (S,); retune: new options -> Result; check: warns of what is odd about the result, once it is on
-    the host.
+    """What a method's function returns for S explanations.
+
+    maps (S, H, W) float32 and layer_weights (S, L) float32: on the host, or on the GPU if the method runs there.
+    details: name -> (S,), what the method reports beside its maps. retune: new options -> Result, without running the
+    network. check: warns if the result is unusual; called with the result on the host.
     """
 
     maps: Any
@@ -31,7 +33,7 @@ class Result:
 
 
 def join(results: Sequence[Result]) -> Result:
-    """The explanations of several parts of a batch, one after the other."""
+    """Concatenates the results of several batches along the first axis. Their details must have the same names."""
     if len(results) == 1:
         return results[0]
     retunes = [r.retune for r in results]
@@ -50,10 +52,12 @@ def join(results: Sequence[Result]) -> Result:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: the class of data that it reads, the role of its default layers (None: it takes none), its
-    function, where it comes from, and for a method that explains another score than the class's, (logits (S, classes),
-    seeds (S, classes), options) -> the seeds to explain. on_gpu: its function also takes a GPU's arrays, and leaves
-    them there.
+    """A registered method.
+
+    needs: the class of data that it reads. layers: the role of its default layers, None if it takes no layers.
+    source: where it was published. seeds: for a method that explains another score than the class's: (logits
+    (S, classes), seeds (S, classes), **options) -> the seeds to explain (S, classes). on_gpu: its function also takes
+    GPU arrays and returns GPU arrays.
     """
 
     name: str
@@ -71,7 +75,7 @@ class Method:
 
     @property
     def by_image(self) -> bool:
-        """Whether one image with all of its targets is a part of its own."""
+        """Whether each image runs in its own batch, with all of its targets."""
         return self.needs.by_image
 
     def check_options(self, options: dict[str, object]) -> None:
@@ -96,8 +100,10 @@ def cam(
     seeds: Callable[..., np.ndarray] | None = None,
     on_gpu: bool = False,
 ) -> Callable[[Function], Function]:
-    """Registers a method under `name`. ValueError if the name is taken, `needs` is no class of cams/data, or is one
-    whose data never lie on a GPU where on_gpu says that the method runs there.
+    """A decorator that registers a method's function under `name`. The other arguments: see `Method`.
+
+    ValueError if the name is taken, `needs` is not a class of cams/data, or on_gpu is set for data that is never on a
+    GPU.
     """
 
     def register(function: Function) -> Function:
@@ -106,7 +112,7 @@ def cam(
         if needs not in DATA:
             raise ValueError(f"needs {needs!r}: use {', '.join(data.__name__ for data in DATA)}")
         if on_gpu and not needs.on_gpu:
-            raise ValueError(f"{name}: on_gpu, but {needs.__name__} lies on the host: leave it out")
+            raise ValueError(f"{name}: on_gpu, but {needs.__name__} lies on the host: leave on_gpu out")
         METHODS[name] = Method(name, needs, layers, function, source, seeds, on_gpu)
         return function
 
@@ -129,7 +135,7 @@ def _import_plugins() -> None:
 
 
 def method_named(name: str) -> Method:
-    """UnknownMethod, with near misses, if there is none."""
+    """The method of that name. UnknownMethod, with similar names, if there is none."""
     if name not in METHODS and name not in all_methods():
         raise UnknownMethod(f"no method {name!r}{near(str(name), list(METHODS))}")
     return METHODS[name]

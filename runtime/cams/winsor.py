@@ -25,12 +25,13 @@ def winsor_cam(
 ) -> Result:
     """sum_l w_l up(minmax(ReLU(sum_k alpha_lk A_lk))), not normalised.
 
-    w = winsorize(ReLU(aggregate_k alpha_lk), percentile) rescaled to [low, high]; maps are resized to the largest
-    tap's grid, then to the input, by interpolation: bilinear or nearest. layer_aggregation: mean, max, min, absmean,
-    absmax, l2; gradient_aggregation, how the alphas were pooled: the same and sum. InputError for a value out of
-    range. Warns where no layer is important: that map is zero.
+    w = winsorize(ReLU(aggregate_k alpha_lk), percentile), rescaled to [low, high]. Maps are resized to the largest
+    grid of all taps, then to the input, by interpolation: bilinear or nearest. layer_aggregation: mean, max, min,
+    absmean, absmax or l2. gradient_aggregation: how alpha is pooled from the gradient, one of the same or sum.
+    InputError or UnknownMethod for an option that does not fit. Warns if no layer has a positive importance: the map is
+    then zero.
     """
-    del gradient_aggregation  # the layers come pooled by it
+    del gradient_aggregation  # LayerMaps.read used it already
     stream, on_gpu = layers.memory.stream, layers.memory.stream is not None
     normalized = layers.maps if on_gpu else normalize_layers(layers.maps, layers.grids)  # once for all retunings
     channels = [t.channels for t in layers.taps]

@@ -1,1 +1,1 @@
-"""Pictures: from what users give to the input of a network, and a picture under its map."""
+"""Pictures: makes a network's input of a user's images, and draws maps over pictures."""

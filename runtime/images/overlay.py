@@ -1,4 +1,4 @@
-"""Pictures of maps."""
+"""Draws maps as colours over pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def colorize(scaled: np.ndarray) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, scaled: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Blends the coloured map (H, W) in [0, 1] over a uint8 (H, W, 3) picture of the same size."""
+    """Blends a map (H, W) in [0, 1], as colours, over a picture uint8 (H, W, 3) -> uint8 (H, W, 3).
+
+    opacity: of the map, 0..1. ValueError if the sizes differ.
+    """
     if picture.shape[:2] != scaled.shape:
         raise ValueError(f"picture {picture.shape[:2]} and map {scaled.shape} differ in size")
     return (picture * (1 - opacity) + colorize(scaled) * opacity + 0.5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Images in every form that users have -> the network's input, and the pixels to draw maps on."""
+"""Makes the network's input, and the pictures under the maps, of files, Pillow images or arrays."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ Draw = Callable[[], list[np.ndarray]]
 
 
 def as_batch(images: Any, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Network input (B, C, H, W) float32, and per image the uint8 (H, W, 3) picture that a map covers."""
+    """Preprocesses images on the host: network input (B, C, H, W) float32, and per image its picture, uint8 (H, W, 3).
+
+    images: as for ImageBatch. InputError names the image that does not fit.
+    """
     batch, draw = ImageBatch(images, manifest).on_host()
     return batch, draw()
 
 
 class ImageBatch:
-    """Images that were read and checked, and are still to be preprocessed: on the host by Pillow, or on a GPU.
+    """Images that are read and checked; on_host or on_gpu preprocesses them.
 
-    images: one or a sequence of paths, Pillow images or uint8 HWC arrays, which are preprocessed; or float32 arrays,
-    NCHW or a sequence of CHW, taken as they are. InputError names what does not fit.
+    images: one path, Pillow image or uint8 HWC array, or a sequence of them: these are preprocessed. Or float32 arrays,
+    NCHW or a sequence of CHW: these are taken as they are. InputError names the image that does not fit.
     """
 
     def __init__(self, images: Any, manifest: Manifest) -> None:
@@ -59,7 +62,7 @@ class ImageBatch:
         return len(self._items)
 
     def on_host(self) -> tuple[np.ndarray, Draw]:
-        """Network input (B, C, H, W) float32, and what maps cover."""
+        """(network input (B, C, H, W) float32, a function that draws the pictures under the maps)."""
         made = [(i, None) if isinstance(i, np.ndarray) else preprocess(i, self._manifest) for i in self._items]
         batch, recipe = np.stack([tensor for tensor, _ in made]), self._manifest.preprocess
 
@@ -70,9 +73,9 @@ class ImageBatch:
         return batch, draw
 
     def on_gpu(self, stream: GpuStream) -> tuple[Any, Draw]:
-        """The same on the GPU, to the same bits as on the host."""
+        """As on_host, with the network input on the GPU: the same bits as on the host."""
         batch, recipe = stream.empty((len(self), *self._manifest.input_shape)), self._manifest.preprocess
-        kept = [i.copy() if isinstance(i, np.ndarray) else i for i in self._items]  # their owner may write over them
+        kept = [i.copy() if isinstance(i, np.ndarray) else i for i in self._items]  # callers may reuse arrays
         for i, item in enumerate(kept):
             image = batch[i : i + 1].reshape(*self._manifest.input_shape)
             if (
@@ -121,7 +124,11 @@ def _checked(array: np.ndarray, shape: tuple[int, int, int], where: str) -> np.n
 
 
 def open_image(item: Any, channels: int, where: str) -> Image.Image:
-    """A Pillow image, upright, in the network's colour mode. InputError if it is not a readable image."""
+    """A Pillow image, rotated as its EXIF data says, in grey or RGB.
+
+    item: a path, a Pillow image or a uint8 array (height, width[, 1, 3 or 4]); channels: 1 or 3, the network's;
+    where: names the image in messages. InputError if it is not a readable 8-bit image.
+    """
     if channels not in _MODES:
         raise InputError(f"{where}: the network takes {channels} channels: pass preprocessed float32 arrays")
     try:
@@ -152,7 +159,7 @@ def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess
     recipe = manifest.preprocess
     if recipe is None:
         raise InputError(
-            f"{where}: this bundle does not say how pictures become its input: set it with camrt recipe BUNDLE "
+            f"{where}: this bundle does not say how to preprocess pictures: set it with camrt recipe BUNDLE "
             "(--resize, --crop, --mean, --std), or pass preprocessed float32 arrays"
         )
     (height, width), (top, left, *given) = placed(size, recipe)
@@ -169,10 +176,10 @@ def _recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess
 
 
 def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> tuple[np.ndarray, np.ndarray]:
-    """Resize, crop, scale and normalise as the manifest says: (C, H, W) float32 and the cropped picture, uint8 (H, W,
-    3).
+    """Resizes, crops, scales and normalises as the manifest says: (C, H, W) float32, and the cropped picture, uint8
+    (H, W, 3), RGB.
 
-    InputError if the bundle records no preprocessing.
+    InputError if the bundle records no preprocessing, or its result has another size than the network's input.
     """
     recipe = _recipe(manifest, where, image.size)
     image = fit(image, recipe, recipe.interpolation)
@@ -182,9 +189,11 @@ def preprocess(image: Image.Image, manifest: Manifest, where: str = "image") -> 
 
 
 def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """What a picture of size (width, height) is resized to, (height, width), and the part of it that is kept: (top,
-    left, height, width). In a letterbox it is more than the picture, and top and left are 0 or less; an odd row or
-    column is filled below or right.
+    """For a picture of size (width, height): the size (height, width) that it is resized to, and then the crop (top,
+    left, height, width).
+
+    In a letterbox the crop is at least as large as the resized picture: top and left are 0 or negative. If the fill is
+    odd, the extra row or column is at the bottom or right.
     """
     if recipe.fit == "letterbox":
         (full_height, full_width), (picture_width, picture_height) = recipe.resize, size  # type: ignore[misc]
@@ -204,7 +213,7 @@ def placed(size: tuple[int, int], recipe: Preprocess) -> tuple[tuple[int, int], 
 
 
 def fit(image: Image.Image, recipe: Preprocess, interpolation: str) -> Image.Image:
-    """Resized and cropped, or letterboxed, as the recipe says."""
+    """The image, resized and cropped, or letterboxed, as the recipe says; interpolation replaces the recipe's."""
     (height, width), (top, left, h, w) = placed(image.size, recipe)
     image = image if image.size == (width, height) else image.resize((width, height), _FILTERS[interpolation])
     if recipe.fit == "letterbox":
@@ -215,12 +224,12 @@ def fit(image: Image.Image, recipe: Preprocess, interpolation: str) -> Image.Ima
 
 
 def in_order(pixels: np.ndarray, recipe: Preprocess) -> np.ndarray:
-    """Pixels (H, W, C), RGB, in the network's order of channels; and back."""
+    """Converts pixels (H, W, C) from RGB to the network's channel order, or back."""
     return pixels if recipe.channels == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
 
 def rows_first(size: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether this Pillow resizes a picture's (height, width) along its height before its width.
+    """Whether the installed Pillow resizes the height first, then the width. size, target: (height, width).
 
     Pillow 13 does where the height shrinks by more than twice what the width does; older ones never do.
     """
@@ -229,7 +238,7 @@ def rows_first(size: Sequence[int], target: Sequence[int]) -> bool:
 
 @functools.cache
 def _turns() -> bool:
-    """Whether this Pillow ever takes the height first: seen from a picture on which it matters."""
+    """Whether the installed Pillow ever resizes the height first: tested on a picture where the order matters."""
     picture = np.random.default_rng(0).integers(0, 256, (64, 8, 1), dtype=np.uint8)
     resized = np.asarray(Image.fromarray(picture[..., 0]).resize((6, 5), Image.Resampling.BICUBIC), np.float32)
     found = [
@@ -242,8 +251,8 @@ def _turns() -> bool:
 
 
 def undo(tensor: np.ndarray, recipe: Preprocess | None) -> np.ndarray:
-    """The picture behind a network input (C, H, W), uint8 (H, W, 3); without a recipe its range is stretched to
-    0..255.
+    """The picture of a network input (C, H, W), uint8 (H, W, 3): undoes the recipe's mean and std; without a recipe,
+    stretches the values to 0..255.
     """
     pixels = tensor.transpose(1, 2, 0).astype(np.float32)
     if recipe is not None and len(recipe.mean) in (1, pixels.shape[2]):

@@ -1,3 +1,3 @@
-"""The programs of one bundle, run over batches of images: where they are opened, how batches are cut, where arrays
-lie.
+"""Runs the programs of one bundle over batches of images: opens programs, divides images into batches, and keeps
+arrays on the host or on the GPU.
 """

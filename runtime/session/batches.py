@@ -1,4 +1,4 @@
-"""Batches of explanations: how images and targets are cut, and what every batch's outputs are checked for."""
+"""Divides images and targets into batches, and checks every batch's outputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NOT_FINITE = "the network gave NaN or infinity: check its weights and the images
 
 @dataclass(frozen=True)
 class Batch:
-    """S explanations that run together: S images with a seed each, or one image with S seeds. `first`: the first
-    image's number.
+    """S explanations that run together: S images with a seed each, or one image with S seeds.
 
-    The images are where the backend runs, the seeds on the host.
+    first: the number of the first image. images: (S or 1, C, H, W), on the GPU if the backend has one; seeds
+    (S, classes), on the host.
     """
 
     first: int
@@ -27,7 +27,10 @@ class Batch:
 
 
 def batches(images: Any, seeds: np.ndarray, by_image: bool, largest: int) -> Iterator[Batch]:
-    """B images with seeds (B, K, classes), image-major. by_image: an image with all of its seeds is one batch."""
+    """Divides B images with seeds (B, K, classes) into batches, image after image.
+
+    by_image: one batch per image, with all of its seeds; else a batch has at most `largest` images or seeds.
+    """
     if by_image:
         for index, rows in enumerate(seeds):
             yield Batch(index, images[index : index + 1], rows)
@@ -41,19 +44,19 @@ def batches(images: Any, seeds: np.ndarray, by_image: bool, largest: int) -> Ite
 
 
 def chunks(array: Any, size: int) -> Iterator[tuple[int, Any]]:
-    """Where each starts, and at most `size` rows from there on."""
+    """Divides an array into parts of at most `size` rows: (number of the first row, part)."""
     for start in range(0, len(array), size):
         yield start, array[start : start + size]
 
 
 def repeated(array: np.ndarray, rows: int) -> np.ndarray:
-    """One image's array seen as that of every row; several are left as they are."""
+    """An array (1, ...) as (rows, ...), without a copy; an array of more rows as it is."""
     return np.broadcast_to(array, (rows, *array.shape[1:])) if len(array) == 1 else array
 
 
 def scores_of(out: Mapping[str, np.ndarray], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and seeds (S, classes) of a program's outputs on the host; a row of zeros becomes the one-hot row of the
-    top class.
+    """(logits, seeds) (S, classes) of a batch, from a program's outputs on the host; a seed of zeros becomes the
+    one-hot seed of the top class.
     """
     logits = repeated(out["logits"][: len(batch.seeds)], len(batch.seeds))
     return logits, top_class_where_zero(batch.seeds, logits)
@@ -68,6 +71,6 @@ def top_class_where_zero(seeds: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 
 def check_finite(*arrays: np.ndarray) -> None:
-    """CamrtError if one holds NaN or infinity."""
+    """CamrtError if an array holds NaN or infinity."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise CamrtError(NOT_FINITE)

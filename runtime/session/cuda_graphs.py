@@ -1,4 +1,4 @@
-"""Work on a GPU that is queued again and again: once its shapes are known, as one CUDA graph."""
+"""Work on a GPU that runs again with the same shapes: captured once, then replayed as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class _Captured:
 
 
 class CudaGraphs:
-    """For one stream. The second run of a key is captured as well, every later one replayed.
+    """The CUDA graphs of one stream. The first two runs of a key run as usual; the second is then also captured; later
+    runs replay it.
 
-    What a run returns lies in memory that the next run of its key writes again: read or copy it before.
+    The next run of the same key overwrites a run's result: read or copy it before.
     """
 
     def __init__(self, stream: GpuStream) -> None:
@@ -35,7 +36,10 @@ class CudaGraphs:
         self._kept: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     def run(self, key: Hashable, inputs: Sequence[Any], work: Callable[..., Any]) -> Any:
-        """work(*inputs), its inputs first taken to memory of the GPU that stays theirs. Errors of `work`."""
+        """Returns work(*inputs), or replays it. key: of the same work with the same shapes.
+
+        The inputs are first copied to GPU memory that is fixed for the key. Raises the errors of `work`.
+        """
         kept = self._kept.pop(key, None)
         first = kept is None
         if kept is None:
@@ -48,7 +52,7 @@ class CudaGraphs:
         if kept.graph is not None:
             kept.graph.launch()
             result = kept.result
-        else:  # loads kernels and engines, uploads constants, sets an engine's shapes: what cannot be captured
+        else:  # this loads kernels and engines, uploads constants and sets shapes, which a capture cannot do
             result = work(*kept.inputs)
             if not first and not kept.eager:
                 self._capture(kept, work)
@@ -58,7 +62,7 @@ class CudaGraphs:
         return result
 
     def _capture(self, kept: _Captured, work: Callable[..., Any]) -> None:
-        """Right after the same work was run. What an engine cannot have captured is run as it is from now on."""
+        """Captures the work, right after the same work ran. If that fails, warns, and later runs are not captured."""
         try:
             with self._stream.capture() as graph:
                 kept.result = work(*kept.inputs)
@@ -67,10 +71,10 @@ class CudaGraphs:
             raise
         except (DeviceError, EngineError) as error:
             kept.eager, kept.result = True, None
-            warnings.warn(f"not replayed as a CUDA graph, and so slower: {error}", stacklevel=2)
+            warnings.warn(f"this call cannot be replayed as a CUDA graph, so it is slower: {error}", stacklevel=2)
 
     def clear(self) -> bool:
-        """Gives the memory back; whether there was any."""
+        """Frees all graphs and their memory. Returns whether there were any."""
         held = bool(self._kept)
         self._kept.clear()
         return held

@@ -1,4 +1,4 @@
-"""One batch by one method: on the host, or on a GPU from its images to its maps."""
+"""Explains one batch with one method: on the host, or fully on a GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .session import Session
 def explain_batch(
     session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[Result, np.ndarray]:
-    """What the method says of a batch, and the logits of its images (or of each seed), on the host.
+    """(the method's result, the logits (images or S, classes)) of one batch, both on the host.
 
-    CamrtError if the network gives NaN or infinity.
+    layers: names of taps; options: the method's. CamrtError if the network gives NaN or infinity.
     """
     on_gpu = session.memory.stream is not None and method.on_gpu and method.needs.stays_on_gpu(options)
     if on_gpu and method.needs.captured:
@@ -42,7 +42,7 @@ def _check_result(method: Method, result: Result, shape: tuple[int, ...]) -> Non
 
 
 def read(session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]) -> Any:
-    """What the method's function takes first. CamrtError if the network gives NaN or infinity."""
+    """The method's data: the first argument of its function. CamrtError if the logits hold NaN or infinity."""
     data = method.needs.read(session, batch, layers, options)
     check_finite(data.logits)
     return data
@@ -67,7 +67,7 @@ def _explain_captured(
     else:
         key = (method.name, *layers, repr(sorted(options.items())), batch.images.shape, batch.seeds.shape)
         data, result = session.cuda_graphs.run(key, (batch.images, batch.seeds), work)
-    # what a later replay writes again: the result is read now, and what it is retuned from copied
+    # a later replay overwrites these arrays: so download the result now, and copy the data that retune needs
     kept = replace(data, alphas=memory.copied(data.alphas), maps=memory.copied(data.maps))
     fetched, (logits,) = _fetched(session, result, data.logits)
 
@@ -81,7 +81,7 @@ def _explain_captured(
 
 
 def _fetched(session: Session, result: Result, *others: Any) -> tuple[Result, list[np.ndarray]]:
-    """The result, and what else is named, on the host."""
+    """Downloads the result and the `others`. CamrtError if a kernel found NaN or infinity."""
     try:
         maps, weights, *rest = session.memory.get(result.maps, result.layer_weights, *others)
     except ValueError as error:  # from a kernel that looked for NaN

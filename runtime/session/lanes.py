@@ -1,4 +1,4 @@
-"""Runs side by side, where a backend makes more of the machine so."""
+"""Runs a program several times at once, on backends that are faster this way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 class Lanes:
-    """count: how many runs side by side; their threads start when they are first needed."""
+    """Threads that run work at the same time. count: how many; they start on first use."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -20,7 +20,7 @@ class Lanes:
         self._lock = threading.Lock()
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """What work gives for each item, in their order."""
+        """[work(item) for item in items], several at the same time if count is above 1. Errors of `work`."""
         if self.count < 2 or len(items) < 2:
             return [work(item) for item in items]
         with self._lock:

@@ -1,4 +1,4 @@
-"""Where a method's arrays are: in the host's memory, or in a GPU's, in the order of its stream."""
+"""Array operations for host or GPU memory, so that a method's code is the same for both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...kernels import DeviceArray, GpuStream, take_channels
 
 @dataclass(frozen=True)
 class Memory:
-    """stream: of the GPU that the arrays are on, None for the host."""
+    """Host or GPU memory. stream: the stream of the GPU that the arrays are on, None for the host."""
 
     stream: GpuStream | None = None
 
@@ -21,7 +21,7 @@ class Memory:
         return array if self.stream is None else self.stream.upload(array)
 
     def get(self, *arrays: Any) -> list[np.ndarray]:
-        """As NumPy's arrays; on a GPU waits for all that is queued, once."""
+        """The arrays as NumPy arrays. For GPU arrays it waits once for all queued work."""
         on_gpu = [a for a in arrays if isinstance(a, DeviceArray)]
         fetched = iter(self.stream.download_all(on_gpu) if self.stream is not None and on_gpu else ())
         return [next(fetched) if isinstance(a, DeviceArray) else a for a in arrays]
@@ -33,7 +33,7 @@ class Memory:
         return self.put(np.zeros(shape, np.float32))
 
     def copied(self, array: Any) -> Any:
-        """An array of its own."""
+        """A copy of the array, in the same memory."""
         if self.stream is None:
             return array.copy()
         copy = self.stream.empty(array.shape, array.dtype)
@@ -41,7 +41,7 @@ class Memory:
         return copy
 
     def side_by_side(self, arrays: Sequence[Any]) -> Any:
-        """(S, ...) each -> (S, all of them one after the other)."""
+        """Flattens arrays (S, ...) to (S, N_i) and concatenates them: (S, sum N_i)."""
         flat = [a.reshape(len(a), -1) for a in arrays]
         if len(flat) == 1:
             return flat[0]
@@ -67,7 +67,7 @@ class Memory:
         return taken.reshape(rows, len(index))
 
     def repeated(self, array: Any, rows: int) -> Any:
-        """One row, `rows` times."""
+        """An array (1, ...) repeated to (rows, ...)."""
         if self.stream is None:
             return np.repeat(array, rows, axis=0)
         copies = self.stream.empty((rows, *array.shape[1:]))

@@ -1,7 +1,7 @@
-"""The programs of one bundle, opened when they are first needed, and run one batch after the other.
+"""Opens the programs of one bundle on first use, and runs them batch after batch.
 
-On a GPU images and seeds go there once; methods that run there find their arrays there and leave their maps there, and
-of what the others read only the programs' outputs come back.
+With a GPU, images and seeds are uploaded once. Methods that run on the GPU read their arrays and leave their maps
+there; for other methods only the programs' outputs are downloaded.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from .timing import Stages, TimedExecutable
 
 
 class Session:
-    """May be used from several threads. max_batch: the most images or targets in a run; it halves where a GPU's memory
-    does not suffice. stages: where the time of calls goes, while somebody asks.
+    """Runs the programs of one bundle. May be used from several threads.
+
+    max_batch: the most images or targets in one run; it is halved when the GPU's memory runs out. stages: measures the
+    time of each stage while `Explainer.timed` is active, else None.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int, precision: str) -> None:
@@ -54,7 +56,7 @@ class Session:
 
     @property
     def cuda_graphs(self) -> CudaGraphs | None:
-        """None also while stages are timed, which a graph does not tell apart."""
+        """None if the backend has none, and while stages are timed: a graph does not separate stages."""
         return self._cuda_graphs if self.stages is None else None
 
     def stage(self, name: str) -> AbstractContextManager[None]:
@@ -63,15 +65,15 @@ class Session:
     # ---- programs
 
     def taps(self, names: Sequence[str]) -> tuple[Tap, ...]:
-        """In the bundle's order."""
+        """The taps of these names, in the bundle's order; unknown names are ignored."""
         return tuple(t for t in self.manifest.taps if t.name in set(names))
 
     def program(self, kind: Kind, layers: Sequence[str] = ()) -> Program:
-        """The smallest that covers the layers. CamrtError if there is none."""
+        """The program of a kind with the fewest taps that has all the layers. CamrtError if there is none."""
         return self.bundle.program(kind, layers, self.precision)
 
     def open(self, program: Program, concurrent: bool = False) -> Executable:
-        """concurrent: it runs in lanes."""
+        """The opened program; it is opened once. concurrent: for runs in lanes, one thread each."""
         with self._lock:
             key = (program.file, concurrent)
             if key not in self._opened:
@@ -80,8 +82,9 @@ class Session:
         return executable if self.stages is None else TimedExecutable(executable, self.stages)
 
     def run(self, program: Program, batch: Batch, share_image: bool, on_gpu: bool = False) -> dict[str, Any]:
-        """A program that takes images and seeds. share_image: one image serves several seeds; on_gpu: the results stay
-        there.
+        """Runs a program that takes images and seeds. Returns output name -> array.
+
+        share_image: the program accepts one image with several seeds. on_gpu: the results stay on the GPU.
         """
         images = batch.images
         if not share_image and len(images) != len(batch.seeds):
@@ -94,7 +97,7 @@ class Session:
         return dict(zip(out, self.memory.get(*out.values()), strict=True))
 
     def logits(self, images: Any) -> np.ndarray:
-        """(B, C, H, W) -> (B, classes)."""
+        """Logits (B, classes) on the host, of images (B, C, H, W)."""
         program = self.open(self.program(Kind.CLASSIFY))
 
         def work(some: Any) -> Any:
@@ -109,15 +112,15 @@ class Session:
         return np.concatenate(self.memory.get(*found))
 
     def normalized(self, images: Any) -> Any:
-        """(B, C, H, W) -> what masks multiply, where the images are: the images, or what the network's first layer
-        reads.
+        """The tensor that masks multiply, on the host or GPU as the images are: the images (B, C, H, W); or, if the
+        network normalises its input itself, the tensor that its first layer reads, (B, C', H, W).
         """
         if self.manifest.normalized is None:
             return images
         return self.open(self.program(Kind.NORMALIZE)).run({"image": images})["normalized"]
 
     def scored(self, normalized: np.ndarray) -> np.ndarray:
-        """Logits (B, classes), on the host, of what `normalized` gives."""
+        """Logits (B, classes) on the host, of tensors (B, C', H, W) as `normalized` returns them."""
         program = self.open(self.program(Kind.SCORE))
         found = [
             program.run({"normalized": self.memory.put(some)})["logits"]
@@ -129,8 +132,9 @@ class Session:
 
     @contextmanager
     def exclusive(self, halving: bool = False) -> Iterator[None]:
-        """One thread at a time uses a GPU's stream. CamrtError for what goes wrong there; OutOfMemory if the caller
-        will halve.
+        """Only one thread at a time is inside, if there is a GPU. A DeviceError inside becomes a CamrtError.
+
+        halving: OutOfMemory passes unchanged, because the caller tries again with a smaller batch.
         """
         if self.backend.gpu is None:
             yield
@@ -144,10 +148,10 @@ class Session:
             raise CamrtError(str(error)) from error
 
     def make_room(self) -> bool:
-        """After a GPU's memory was used up: gives back what can be; where that is not much, takes half as much at a
-        time.
+        """Makes room after the GPU's memory ran out: frees unused memory and CUDA graphs; if there were no graphs,
+        halves max_batch.
 
-        False where it cannot.
+        Returns False if there were no graphs and max_batch is 1 already.
         """
         with self.exclusive():
             cleared = self._cuda_graphs is not None and self._cuda_graphs.clear()

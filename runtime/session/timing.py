@@ -1,4 +1,4 @@
-"""Where the time of calls goes."""
+"""Measures how long each stage of a call takes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Interval = tuple[float, float]
 
 
 class Stages:
-    """When each stage was at work, on any thread. By `Explainer.timed`.
+    """The time intervals of each stage, on all threads. Made by `Explainer.timed`.
 
-    preprocess: from what the caller gave to the network's input; network: a program runs; method: what a CAM method
-    does around the network. synchronize: waits for the work that was queued.
+    preprocess: makes the network's input of the caller's images. network: a program runs. method: the CAM method's own
+    work around the network. synchronize: waits for the queued work of the GPU.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -34,9 +34,9 @@ class Stages:
             self._intervals[stage].append((started, time.perf_counter()))
 
     def seconds(self, total: float) -> dict[str, float]:
-        """Seconds of each stage in calls that took `total`, and `rest`: what is left.
+        """Seconds of each stage in calls that took `total` seconds, and `rest`: the time outside all stages.
 
-        A method's time leaves out what the network takes meanwhile, on whichever thread.
+        The method's time does not include time in which the network runs, on any thread.
         """
         network, method = self._intervals["network"], self._intervals["method"]
         found = {
@@ -48,7 +48,7 @@ class Stages:
 
 
 def covered(intervals: list[Interval]) -> float:
-    """The length of their union."""
+    """Total length of the union of the intervals, in seconds."""
     length, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         length += max(0.0, stop - max(start, end))
@@ -57,7 +57,7 @@ def covered(intervals: list[Interval]) -> float:
 
 
 class TimedExecutable:
-    """An executable whose runs are noted as the network's."""
+    """An executable whose runs are timed as the stage "network"."""
 
     def __init__(self, executable: Executable, stages: Stages) -> None:
         self._executable = executable

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT for RTX: programs become engines, which run on a GPU. One package: their Python APIs agree."""
+"""TensorRT and TensorRT for RTX: they build engines of programs and run them on a GPU. Their Python APIs are alike."""

@@ -44,10 +44,11 @@ class TensorRtBackend:
         return first_line_of(self.log.failed[-1]) if self.log.failed else "no reason given"
 
     def out_of_memory(self) -> bool:
-        """Whether that was why."""
+        """Whether the library's last error says that memory ran out."""
         return "out of memory" in self.problem().lower() or "outofmemory" in self.problem().lower()
 
     def failure(self, text: str) -> EngineError | OutOfMemory:
+        """The error to raise: `text`, then the library's last error."""
         return (OutOfMemory if self.out_of_memory() else EngineError)(f"{text}: {self.problem()}")
 
 

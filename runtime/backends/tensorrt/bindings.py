@@ -1,4 +1,4 @@
-"""The library: which of the two is installed, what it can build for, what it says."""
+"""The TensorRT library: which of the two is installed, the GPUs that it builds for, its log."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from .... import install
 from ...errors import BackendUnavailable, EngineError, first_line
 
-# a library's name -> modules to import, the last of which is the library; the ones before it load its libraries
+# library -> alternatives; each imports its modules in order: the last is the library, those before load its binaries
 _MODULES = {
     "tensorrt": [("tensorrt",)],
     "tensorrt_rtx": [("tensorrt_rtx",), ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings")],
 }
-_OLDEST = (10, 1)  # TensorRT whose Python API is as here
+_OLDEST = (10, 1)  # the oldest TensorRT with the Python API that is used here
 Capability = tuple[int, int]
 
 
@@ -31,18 +31,18 @@ class Library:
 
     @property
     def ahead_of_time(self) -> bool:
-        """Whether it builds engines for GPUs that are not here."""
+        """Whether it builds engines for GPUs that are not in this machine."""
         return self.name == "tensorrt_rtx"
 
     @property
     def capabilities(self) -> list[Capability]:
-        """Compute capabilities that it can be told to build for."""
+        """Compute capabilities that one can name to it for a build; none for `tensorrt`."""
         members = self.trt.ComputeCapability.__members__ if self.ahead_of_time else ()
         return [(int(m[2:-1]), int(m[-1])) for m in members if m.startswith("SM")]
 
 
 def find_library(name: str | None = None) -> Library:
-    """TensorRT where it is installed, else TensorRT for RTX; or the named one. BackendUnavailable."""
+    """TensorRT if it is installed, else TensorRT for RTX; with `name`, only that one. BackendUnavailable if missing."""
     problems = []
     for candidate in _MODULES if name is None else [name]:
         for modules in _MODULES[candidate]:

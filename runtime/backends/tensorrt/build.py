@@ -1,4 +1,4 @@
-"""A program becomes an engine."""
+"""Builds a TensorRT engine of a program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[str], None]
 
 @dataclass
 class BuiltEngine:
-    """An engine's bytes, and what the library warned of while it was built."""
+    """An engine's bytes, and the warnings that the library gave while it built it."""
 
     engine: bytes
     warnings: list[str] = field(default_factory=list)
@@ -32,9 +32,9 @@ def build_engine(
     shapes: Shapes,
     progress: Progress = lambda _: None,
 ) -> BuiltEngine:
-    """Builds a program's engine; TensorRT for RTX needs no GPU for it. progress is called with what is being done.
+    """Builds a program's engine; TensorRT for RTX needs no GPU for it. progress: called with the name of each step.
 
-    float32 stays float32: TF32 is off. EngineError names the layer that it fails at.
+    float32 stays float32: TF32 is off. EngineError, with the failing ONNX node if the file cannot be parsed.
     """
     trt = library.trt
     log = logger(trt)
@@ -44,11 +44,11 @@ def build_engine(
         raise EngineError(
             f"{library.name} {library.version} cannot build here: {log.problem() or first_line(error)}"
         ) from error
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # from TensorRT 11 on they all are
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 has no other kind
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     model = file.read_bytes()
-    if shapes.kind == "batch":  # then the builder knows that they are equal
+    if shapes.kind == "batch":  # one name: the builder then knows that both sizes are equal
         model = rename_symbol(model, "seeds", "batch")
     if not parser.parse(model, str(file)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -58,7 +58,7 @@ def build_engine(
         )
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # what allocates while it runs cannot be captured
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # an engine that allocates during a run cannot be captured
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if library.ahead_of_time:
         config.num_compute_capabilities = 1
@@ -82,7 +82,7 @@ def build_engine(
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    """Passes the builder's phases on; an interruption ends the build at its next step."""
+    """A progress monitor: reports the builder's phases; Ctrl-C ends the build at its next step."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -93,7 +93,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
         def _tell(self, text: str) -> None:
             try:
                 progress(text)
-            except KeyboardInterrupt:  # not through the library's own code
+            except KeyboardInterrupt:  # it must not pass through the library's C++ code
                 self.interrupted = True
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:

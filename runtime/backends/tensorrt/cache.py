@@ -1,4 +1,4 @@
-"""The cache of engines: files in the user's own folder, each named by what determines it, written whole or not at all.
+"""The cache of engines: files in the user's own folder, each named by the hash of its key, never half written.
 
 An engine is native code. One is loaded only from this folder, only if this user alone can write it, and only if its
 bytes are those that were written for exactly this program, GPU, library and profile.
@@ -30,7 +30,9 @@ _HEADER_LIMIT = 1 << 16
 
 
 def cache_folder() -> Path:
-    """$CAMRT_CACHE, or camrt in the user's cache folder; engines lie in its folder `engines`."""
+    """$CAMRT_CACHE, or camrt/ in the user's cache folder; the engines are in its subfolder `engines`. EngineError if
+    the user has no home.
+    """
     given = os.environ.get(FOLDER_VARIABLE)
     if given:
         return Path(given)
@@ -55,8 +57,8 @@ def _limit() -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the cache: what determines it (None where the file is damaged), its size in bytes, when it was last
-    used.
+    """A file of the cache. key: see `engine_key`, None if the file is damaged; size: bytes; used: Unix time of the last
+    use.
     """
 
     path: Path
@@ -66,7 +68,7 @@ class Entry:
 
 
 class EngineCache:
-    """Engines of at most `limit` bytes together; the ones that were used longest ago go first."""
+    """A folder of engines, `limit` bytes in all; if there are more, those that were used longest ago are removed."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self.folder = (cache_folder() if folder is None else folder) / "engines"
@@ -77,10 +79,10 @@ class EngineCache:
         return self.folder / f"{hashlib.sha256(text).hexdigest()}{_SUFFIX}"
 
     def fetch(self, key: dict[str, Any], build: Callable[[], bytes]) -> bytes:
-        """The engine of that key, built and kept if it is not there. Of several processes one builds and the others
-        wait.
+        """The engine of that key; calls `build` and keeps its result if there is none.
 
-        Where the cache cannot be written the engine is built, with a warning, and not kept. Errors of `build`.
+        If several processes ask at once, one builds and the others wait. If the cache cannot be written, the engine is
+        built but not kept, with a warning. Raises the errors of `build`.
         """
         found = self.get(key)
         if found is not None:
@@ -108,7 +110,7 @@ class EngineCache:
         )
 
     def get(self, key: dict[str, Any]) -> bytes | None:
-        """The engine of that key; None if there is none that can be trusted. A damaged or foreign file is removed."""
+        """The engine of that key, or None. A file that is damaged, or that others can write, is removed."""
         path = self.path(key)
         try:
             with path.open("rb") as file:
@@ -133,7 +135,7 @@ class EngineCache:
             self.path(key).unlink()
 
     def entries(self) -> list[Entry]:
-        """What is there, the last used first."""
+        """The engines of the cache, the last used first."""
         found = []
         for path in self.folder.glob(f"*{_SUFFIX}") if self.folder.is_dir() else ():
             with contextlib.suppress(FileNotFoundError):
@@ -147,7 +149,7 @@ class EngineCache:
         return sorted(found, key=lambda e: -e.used)
 
     def clear(self) -> int:
-        """Removes every engine; how many there were. OSError."""
+        """Removes every engine and returns their number. OSError if a file cannot be removed."""
         entries = self.entries()
         for entry in entries:
             entry.path.unlink(missing_ok=True)
@@ -177,7 +179,7 @@ class EngineCache:
         self._make_room(path)
 
     def _make_room(self, kept: Path) -> None:
-        """Removes what was used longest ago until the rest fits the limit; never the newest."""
+        """Removes the engines that were used longest ago until the rest fits the limit; never `kept`, the new one."""
         total = 0
         for entry in self.entries():
             total += entry.size
@@ -187,7 +189,7 @@ class EngineCache:
 
     @contextlib.contextmanager
     def _locked(self, key: dict[str, Any]) -> Iterator[None]:
-        """One process at a time. The lock dies with its process."""
+        """Only one process at a time gets past this. The system releases the lock when its process ends."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _own(self.folder.stat()):
             raise PermissionError(f"others than this user can write to {self.folder}")
@@ -199,14 +201,14 @@ class EngineCache:
                     ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
                 except FileNotFoundError:
                     ours = False
-                if not ours:  # whoever had it removed it, and others may lock a new one by now
+                if not ours:  # the last holder removed this file, and another process may hold a new one
                     continue
-                for part in self.folder.glob(f"{path.stem}.*{_PART}"):  # whoever wrote it was killed: the lock is ours
+                for part in self.folder.glob(f"{path.stem}.*{_PART}"):  # its writer was killed: we hold the lock
                     part.unlink(missing_ok=True)
                 try:
                     yield
                 finally:
-                    with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                    with contextlib.suppress(PermissionError):  # Windows removes no open file
                         path.unlink(missing_ok=True)
                 return
 
@@ -219,14 +221,14 @@ def _wait_for_lock(file: Any) -> None:
         import msvcrt
 
         while True:
-            with contextlib.suppress(OSError):  # after ten seconds of waiting
+            with contextlib.suppress(OSError):  # LK_LOCK gives up after ten seconds: try again
                 msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
                 return
     fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _header(file: Any) -> tuple[dict[str, Any], str]:
-    """What an engine's file says of itself: key, sha256. ValueError if it is not one."""
+    """Reads the header of an engine's file: (key, sha256 of the engine). ValueError if it has none."""
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("not an engine of this cache")
     header = json.loads(file.readline(_HEADER_LIMIT))
@@ -237,7 +239,7 @@ def _header(file: Any) -> tuple[dict[str, Any], str]:
 
 
 def _own(status: os.stat_result) -> bool:
-    """Whether this user, and nobody else, may write. Windows has no such bits: there a user's own folder is theirs."""
+    """Whether this user alone may write a file or folder. True on Windows, which has no such permission bits."""
     if not hasattr(os, "geteuid"):
         return True
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

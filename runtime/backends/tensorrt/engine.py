@@ -16,15 +16,15 @@ from .target import Shapes, engine_key
 if TYPE_CHECKING:
     from .backend import TensorRtBackend
 
-_ALIGNMENT = 512  # bytes, of what an engine is given: tensors want 256, scratch memory the GPU's alignment of textures
+_ALIGNMENT = 512  # bytes: tensors need 256, scratch memory needs the GPU's texture alignment
 
 
 @dataclass
 class _EngineState:
-    """An engine in the GPU's memory; it dies with its runtime.
+    """An engine in the GPU's memory. It is valid only while its runtime exists.
 
-    context: what runs it next; None before the first run, and when a captured graph has taken it. compiled: the
-    kernels that TensorRT for RTX compiled for any of its contexts.
+    context: the execution context of the next run; None before the first run, and after a captured graph has taken it.
+    compiled: the kernels that TensorRT for RTX compiled, shared by all contexts.
     """
 
     runtime: Any
@@ -45,7 +45,7 @@ class TensorRtEngine:
     def __del__(self) -> None:
         device = self._backend.gpu.stream.device
         if not device.closed:
-            with device.active():  # where the engines' memory is
+            with device.active():  # engines free their memory in the current context
                 self._loaded.clear()
 
     def enqueue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
@@ -70,16 +70,16 @@ class TensorRtEngine:
             size = context.update_device_memory_size_for_shapes()
             if size == 0 and loaded.engine.device_memory_size_v2 > 0:
                 raise EngineError(f"{file}: the engine does not say what memory it needs: {self._backend.problem()}")
-            scratch = stream.empty((size + _ALIGNMENT,), "uint8")  # given back once this work is queued
+            scratch = stream.empty((size + _ALIGNMENT,), "uint8")  # may be used again once this work is queued
             context.set_device_memory(-(-scratch.pointer // _ALIGNMENT) * _ALIGNMENT, size)
-            capturable = getattr(context, "is_stream_capturable", lambda _: True)  # which TensorRT for RTX can say
+            capturable = getattr(context, "is_stream_capturable", lambda _: True)  # only TensorRT for RTX has it
             if stream.capturing and not capturable(stream.handle):
                 raise EngineError(f"{file}: the engine cannot be captured for these shapes")
             if not context.execute_async_v3(stream.handle):
                 raise self._backend.failure(f"{file}: the engine could not be run")
 
     def _aligned(self, array: DeviceArray) -> DeviceArray:
-        """The array, or a copy: one image of a batch may lie anywhere."""
+        """The array, or an aligned copy: one image of a batch may start at any address."""
         if array.pointer % _ALIGNMENT == 0:
             return array
         stream = self._backend.gpu.stream
@@ -94,10 +94,10 @@ class TensorRtEngine:
         return self._loaded[shapes]
 
     def _context(self, loaded: _EngineState) -> Any:
-        """What runs the engine.
+        """The execution context for the next run.
 
-        A captured graph holds its context's state: nobody else may use that context from then on. The run before set
-        the same shapes, which a capture must not do.
+        A captured graph keeps its context: no later run may use it. A capture must not change a context's shapes, so
+        it needs a run with the same shapes before it.
         """
         stream = self._backend.gpu.stream
         if loaded.context is None:
@@ -128,7 +128,7 @@ class TensorRtEngine:
         if engine is None:
             if backend.out_of_memory():
                 raise backend.failure(f"{file}: the engine could not be loaded")
-            backend.cache.discard(key)  # from another build of the same version
+            backend.cache.discard(key)  # another build of the same library version wrote it
             engine = runtime.deserialize_cuda_engine(backend.cache.fetch(key, build))
         if engine is None:
             card = backend.gpu.stream.device
@@ -136,13 +136,13 @@ class TensorRtEngine:
         return _EngineState(runtime, engine)
 
     def _new_context(self, loaded: _EngineState) -> Any:
-        """Its scratch memory is ours, so that it is given back between runs."""
+        """A context without scratch memory: each run gets it from the stream's pool. OutOfMemory."""
         trt, engine = self._backend.tensorrt.trt, loaded.engine
         how: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._backend.tensorrt.ahead_of_time:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(how)
-            # a graph would replay for ever the slow kernels that stand in until those for its shapes are compiled
+            # EAGER: compile kernels for these shapes now; else a graph would keep the slow general kernels for ever
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if loaded.compiled is None:
                 loaded.compiled = config.create_runtime_cache()

@@ -1,4 +1,4 @@
-"""What an engine is built for: a GPU, the sizes of a run; and the key that tells engines apart."""
+"""What an engine is built for, a GPU and the sizes of a run, and the engine's key in the cache."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
 from .bindings import Capability, Library
 
-_RECIPE = 2  # of engines: to be raised with every change of build_engine that changes what it builds
+_RECIPE = 2  # version of build_engine: raise it with every change that gives other engines
 
 
 @dataclass(frozen=True)
 class Target:
-    """Whom engines are built for: a model of GPU, None for any of its compute capability."""
+    """The GPUs that an engine is built for: one model, or every GPU of the compute capability if `gpu` is None."""
 
     capability: Capability
     gpu: str | None
@@ -36,10 +36,9 @@ SHAPES = ("single", "batch", "targets")  # one image; as many images as seeds; o
 
 @dataclass(frozen=True)
 class Shapes:
-    """For which sizes an engine is: a kind of SHAPES, and where they vary the largest.
+    """The sizes that an engine accepts. kind: one of SHAPES; largest: the most images or seeds in one run.
 
-    An engine for each, because one that must allow image and seed to differ in size, or to be one, takes many times as
-    long to build and is slower.
+    Each kind has its own engine: one engine for all kinds takes many times as long to build, and is slower.
     """
 
     kind: str
@@ -47,14 +46,14 @@ class Shapes:
 
     @classmethod
     def of(cls, sizes: Mapping[str, int], max_batch: int) -> Shapes:
-        """What a run needs; sizes: of the program's symbols."""
+        """The shapes that a run needs. sizes: symbol ("batch", "seeds") -> its size in this run."""
         if all(size == 1 for size in sizes.values()):
             return cls("single")
         return cls.of_kind("targets" if "seeds" in sizes and sizes.get("batch", 1) == 1 else "batch", max_batch)
 
     @classmethod
     def of_kind(cls, kind: str, max_batch: int) -> Shapes:
-        """Largest sizes go in steps, so that an engine serves more than one setting."""
+        """`largest` is 1 for "single", else max_batch rounded up to 16, 32, ...: one engine serves several settings."""
         largest = 1 if kind == "single" else 16
         while largest < max_batch and kind != "single":
             largest *= 2
@@ -70,7 +69,7 @@ class Shapes:
 
 
 def engine_key(library: Library, bundle: Bundle, program: Program, target: Target, shapes: Shapes) -> dict[str, Any]:
-    """All that determines an engine."""
+    """Everything that the engine depends on; the cache names its file by the hash of this."""
     return {
         "recipe": _RECIPE,
         "program": program.sha256,

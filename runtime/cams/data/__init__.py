@@ -1,4 +1,4 @@
-"""What methods read, a class each, which reads itself from a session; importing this package imports them all."""
+"""The data that methods read: one class per kind; its `read` runs the programs of a session."""
 
 from .base import MethodData
 from .grid_maps import GridMaps

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class MethodData:
-    """What a method's function takes first, for S explanations that run together.
+    """The first argument of a method's function: data of S explanations that run together.
 
-    taps: of the layers that it is of; logits (S, classes). kinds: of the programs that give it. on_gpu: whether it can
-    lie on a GPU; captured: whether what computes it there can be replayed as a CUDA graph. by_image: whether one image
-    with all of its targets is a batch of its own.
+    taps: its layers. logits: (S, classes) float32. kinds: the programs that compute it. on_gpu: whether its arrays can
+    be on a GPU. captured: whether its computation there can be replayed as a CUDA graph. by_image: whether each image
+    runs in its own batch, with all of its targets.
     """
 
     kinds: ClassVar[tuple[Kind, ...]]
@@ -35,10 +35,14 @@ class MethodData:
     def read(
         cls, session: Session, batch: Batch, layers: Sequence[str], options: Mapping[str, Any], on_gpu: bool = False
     ) -> Self:
-        """Runs the programs. on_gpu: the arrays stay on the GPU. CamrtError for NaN or infinity."""
+        """Runs the programs and returns their outputs as this class. on_gpu: the arrays stay on the GPU.
+
+        layers: names of taps; options: the method's options. CamrtError if the bundle has no program for it. NaN and
+        infinity: `explain_batch` checks the logits, `Explainer.explain` the maps; a class may check more.
+        """
         raise NotImplementedError
 
     @classmethod
     def stays_on_gpu(cls, options: Mapping[str, Any]) -> bool:
-        """Whether it lies on a GPU, if there is one, with these options of the method."""
+        """Whether its arrays stay on the GPU, if the backend has one, with these options of the method."""
         return cls.on_gpu

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GridMaps(MethodData):
-    """What the full_grad program gives: per grid size, summed maps (S, h, w); else as LayerMaps."""
+    """The outputs of the full_grad program. maps: for each grid size, the sum (S, h, w) of its maps.
+
+    logits, seeds (S, classes) and size (H, W): as in LayerMaps. taps is empty.
+    """
 
     kinds = (Kind.FULL_GRAD,)
 

@@ -1,4 +1,4 @@
-"""The network behind its layers."""
+"""The part of the network after a layer, to run on changed activations."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Heads(MethodData):
-    """One image, its activations (K, h, w) per layer, and the rest of the network after each layer.
+    """One image: its activations (K, h, w) per layer, and the rest of the network after each layer.
 
-    heads: changed activations (N, K, h, w) -> logits (N, classes), for any N; batch: how many to make at a time.
-    in_lanes(work, parts): what work gives for each part, in their order, several at a time where the backend has
-    several lanes.
+    heads: per layer, changed activations (N, K, h, w) -> logits (N, classes), for any N. probabilities: logits
+    (N, classes) -> (N, classes). batch: the most activations in one run. in_lanes(work, parts): [work(part) for part in
+    parts], several at the same time if the backend has several lanes.
     """
 
     kinds = (Kind.TRUNK, Kind.HEAD)

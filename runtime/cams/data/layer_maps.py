@@ -32,11 +32,12 @@ GRADIENT_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class LayerMaps(MethodData):
-    """What the layer_maps program gives for L layers, side by side in the order of `taps`.
+    """The outputs of the layer_maps program for L layers, concatenated in the order of `taps`.
 
-    logits (S, classes); seeds (S, classes), the explained combination of logits; alphas (S, sum K): mean over the grid
-    of the gradient; maps (S, sum h w): sum_k alpha_k A_k, not rectified; size (H, W): the network's input. memory:
-    where logits, alphas and maps are; on a GPU a seed of zeros is left as it is.
+    logits (S, classes). seeds (S, classes): the cotangent of the logits. alphas (S, sum K): mean of the gradient over
+    the grid. maps (S, sum h w): sum_k alpha_k A_k, not rectified. size (H, W): of the network's input. memory: where
+    logits, alphas and maps are. On the host, a seed of zeros (the top class) is replaced by the one-hot seed; on a GPU
+    it is not.
     """
 
     kinds = (Kind.LAYER_MAPS,)
@@ -61,7 +62,7 @@ class LayerMaps(MethodData):
         return [p.reshape(-1, *grid) for p, grid in zip(parts, self.grids, strict=True)]
 
     def select(self, layers: Sequence[str]) -> LayerMaps:
-        """The same for some of the layers, in their order here."""
+        """The same data of the named layers only, in the order of `taps`."""
         if len(layers) == len(self.taps):
             return self
         kept = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
@@ -77,8 +78,10 @@ class LayerMaps(MethodData):
     def read(
         cls, session: Session, batch: Batch, layers: Sequence[str], options: Mapping[str, Any], on_gpu: bool = False
     ) -> LayerMaps:
-        """An aggregation of gradients other than the mean takes whole gradients out of the network. On a GPU all of
-        the program's layers are read.
+        """Runs the layer_maps program; for another gradient_aggregation than "mean", the gradients program.
+
+        On a GPU the result has all of the program's layers; on the host only `layers`. CamrtError for NaN or infinity
+        on the host.
         """
         aggregation = str(options.get("gradient_aggregation", "mean"))
         mean = aggregation == "mean"
@@ -101,7 +104,7 @@ class LayerMaps(MethodData):
 
 
 def _columns(widths: Sequence[int], kept: Sequence[int]) -> np.ndarray:
-    """Of arrays side by side, the columns of those that are kept."""
+    """Column numbers of the arrays `kept`, of arrays with these widths that are concatenated."""
     ends = np.cumsum([0, *widths])
     return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in kept])
 

@@ -1,4 +1,4 @@
-"""A network to run masked images through."""
+"""One image, its activations, and the network, to run masked images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lane:
-    """A share of the masks of one map, batch after batch.
+    """A part of a layer's masks, which runs batch after batch.
 
-    batches: which masks, at most N at a time; run: masked (n, C, H, W) -> logits (n, classes); masked (N, C, H, W) and,
-    on the host, gates (N, H, W): buffers that every batch uses again.
+    batches: slices of the masks, at most N each. run: masked images (n, C, H, W) -> logits (n, classes). masked
+    (N, C, H, W), and on the host gates (N, H, W): float32 buffers that every batch overwrites; gates is None on a GPU.
     """
 
     batches: tuple[slice, ...]
@@ -38,10 +38,10 @@ class Lane:
 
 @dataclass(frozen=True)
 class MaskedRuns(MethodData):
-    """One image (C, H, W), its activations (K, h, w) per layer, and the network to run masked images through.
+    """One image (C, H, W), its activations (K, h, w) per layer, and the network, to run masked images.
 
-    logits and seeds (S, classes) are on the host, the image and the activations in `memory`. probability: the kind of
-    kernels.class_scores that makes logits probabilities. run: masked images (n, C, H, W) -> logits (n, classes).
+    logits and seeds (S, classes) are on the host; the image and the activations are in `memory`. probability:
+    "softmax" or "sigmoid", the `kind` of kernels.class_scores. run: masked images (n, C, H, W) -> logits (n, classes).
     """
 
     kinds = (Kind.ACTIVATIONS, Kind.CLASSIFY)
@@ -64,7 +64,9 @@ class MaskedRuns(MethodData):
         return self.image.shape[1:]
 
     def share(self, count: int, work: Callable[[Lane], T]) -> list[T]:
-        """What `work` gives for each lane of 0..count masks, the lanes side by side where the backend has several."""
+        """Divides `count` masks among lanes and returns work(lane) of each; lanes run at the same time if there are
+        several.
+        """
         room, starts = min(self.max_batch, count), range(0, count, self.max_batch)
         number = min(self.lanes.count, len(starts))
 
@@ -80,7 +82,10 @@ class MaskedRuns(MethodData):
     def read(
         cls, session: Session, batch: Batch, layers: Sequence[str], options: Mapping[str, Any], on_gpu: bool = False
     ) -> MaskedRuns:
-        """On the GPU, where there is one; what decides which masks run, and the seeds, come to the host."""
+        """As MethodData.read; the image and activations stay on the GPU if there is one, logits and seeds do not.
+
+        CamrtError if the logits hold NaN or infinity.
+        """
         memory, manifest = session.memory, session.manifest
         out = session.open(session.program(Kind.ACTIVATIONS, layers)).run({"image": batch.images})
         taps = session.taps(layers)

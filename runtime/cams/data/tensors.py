@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations(MethodData):
-    """Activations of L layers: (S, K, h, w) each, in the order of `taps`; else as LayerMaps.
+    """Activations of L layers: (S, K, h, w) each, in the order of `taps`. Other fields as in LayerMaps.
 
-    Several seeds of one image see one activation, repeated without a copy.
+    If one image has several seeds, its activation is repeated S times, without a copy.
     """
 
     kinds = (Kind.ACTIVATIONS,)
