@@ -384,8 +384,8 @@ def test_a_model_that_ends_in_a_softmax_is_verified_by_its_own_weights(
 ) -> None:
     (folder / "mymodels.py").write_text(
         MODULE + "\ndef softmaxed(seed=0):\n    torch.manual_seed(seed)\n"
-        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),"
-        " nn.Softmax(1)).eval()\n\ndef other():\n    return softmaxed(1)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+        " nn.Linear(6, 4), nn.Softmax(1)).eval()\n\ndef other():\n    return softmaxed(1)\n"
     )
     assert main(["export", "mymodels:softmaxed", "s.camrt", "--input-shape", "3", "32", "32"]) == 0
     assert main(["verify", "s.camrt", "mymodels:softmaxed"]) == 0
