@@ -29,5 +29,5 @@ def _origin() -> dict:
     import json
 
     # in a clone, setuptools' metadata are beside the code and are found first; they have no direct_url.json
-    said = (d.read_text("direct_url.json") for d in importlib.metadata.distributions(name="camrt"))
-    return json.loads(next(filter(None, said), "{}"))
+    records = (d.read_text("direct_url.json") for d in importlib.metadata.distributions(name="camrt"))
+    return json.loads(next(filter(None, records), "{}"))

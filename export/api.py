@@ -147,11 +147,11 @@ class _Facts:
     overwrite: bool
 
 
-def _precisions(given: str | Sequence[str]) -> list[str]:
+def _precisions(precisions: str | Sequence[str]) -> list[str]:
     """The precisions as programs record them ("float32", "float16"), without repeats. InputError for an unknown one, or
     for none.
     """
-    names = [given] if isinstance(given, str) else list(given)
+    names = [precisions] if isinstance(precisions, str) else list(precisions)
     for name in names:
         if name not in PRECISIONS:
             raise InputError(f"precision {name!r}: use {', '.join(PRECISIONS)}")
@@ -192,8 +192,8 @@ def _export(
                 raise ExportError(str(problem)) from problem
             attempt, reason = replace(attempt, pinned=True), str(problem)
         except NotFinite as problem:
-            told = f"{problem} (a root, for example, has no gradient at 0): the bundle is written without it"
-            warnings.warn(told, stacklevel=3)
+            message = f"{problem} (a root, for example, has no gradient at 0): the bundle is written without it"
+            warnings.warn(message, stacklevel=3)
             attempt = replace(attempt, left_out=attempt.left_out | {problem.kind})
         except NothingRead as problem:
             if attempt.without_gradient is not None:

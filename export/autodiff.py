@@ -58,11 +58,11 @@ def on_path(graph: ir.Graph, sources: Sequence[ir.Value], target: ir.Value, past
         if (past_stops or node.op_type != "StopGradient") and any(x in reached for x in node.inputs):
             results = node.outputs[:1] if node.op_type == "DynamicQuantizeLinear" else node.outputs
             reached.update(y for y in results if y.dtype in _FLOATS or _is_quantised(node, y))
-    wanted = {target}
+    ancestors = {target}
     for node in reversed(graph):
-        if node.op_type != "StopGradient" and any(y in wanted for y in node.outputs):
-            wanted.update(x for x in node.inputs if x is not None)
-    return reached & wanted
+        if node.op_type != "StopGradient" and any(y in ancestors for y in node.outputs):
+            ancestors.update(x for x in node.inputs if x is not None)
+    return reached & ancestors
 
 
 def _is_quantised(node: ir.Node, y: ir.Value) -> bool:
@@ -96,8 +96,8 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
                 f"no gradient rule for {node.op_type} (node {node.name!r}, between {_nearest_source(node, sources)!r} "
                 "and the logits): tap a later layer, or add a rule in export/vjp/"
             )
-        given = [cotangents.get(y) for y in node.outputs]
-        contributions = rule(tape, node, given[0] if len(given) == 1 else tuple(given))  # type: ignore[arg-type]
+        grads = [cotangents.get(y) for y in node.outputs]
+        contributions = rule(tape, node, grads[0] if len(grads) == 1 else tuple(grads))  # type: ignore[arg-type]
         for x, contribution in zip(node.inputs, contributions, strict=False):
             if x is None or x not in path:
                 continue
@@ -134,19 +134,19 @@ def _decision(target: ir.Value) -> str:
 
 def _nearest_source(node: ir.Node, sources: Sequence[ir.Value]) -> str | None:
     """Name of a source that `node` depends on, the first one that the search finds; None if there is none."""
-    wanted, pending, found = set(sources), [x for x in node.inputs if x is not None], []
+    source_set, pending, reached = set(sources), [x for x in node.inputs if x is not None], []
     seen = set(pending)
     while pending:
         value = pending.pop()
-        if value in wanted:
-            found.append(value)
+        if value in source_set:
+            reached.append(value)
             continue
         producer = value.producer()
         for x in producer.inputs if producer else ():
             if x is not None and x not in seen:
                 seen.add(x)
                 pending.append(x)
-    return _label(found[0]) if found else None
+    return _label(reached[0]) if reached else None
 
 
 def _label(value: ir.Value) -> str | None:

@@ -31,8 +31,8 @@ class WeightsFile:
 
     def add(self, tensor: Any) -> tuple[int, int]:
         """(offset, length) of the tensor's bytes."""
-        known = self._known.get(id(tensor))
-        key = known[1] if known else None
+        entry = self._known.get(id(tensor))
+        key = entry[1] if entry else None
         if key is None:
             data = memoryview(tensor.numpy().reshape(-1).view("uint8"))
             key = hashlib.sha256(data).digest()

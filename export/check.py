@@ -88,14 +88,14 @@ class Checker:
         self._compare_rows(run, images, logits)
         self._compare_source(manifest, images, logits)
         self.cotangent, self.seed = seeds_through(logits, manifest.final_activation)
-        given = {"image": images, "seed": self.seed}
+        inputs = {"image": images, "seed": self.seed}
         for program in manifest.programs:
             if program is classify:
                 continue
-            feeds = {name: given[name] for name in program.inputs}
+            feeds = {name: inputs[name] for name in program.inputs}
             out = self._outputs(program, feeds, open_file(folder / program.file))
             if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
-                given |= {n: a for n, a in out.items() if n != "logits"}
+                inputs |= {n: a for n, a in out.items() if n != "logits"}
             if (
                 "logits" in out
                 and len(out["logits"]) == len(logits)
@@ -170,21 +170,21 @@ class Checker:
                         "the model gives different logits for the same image each time it runs: it draws random "
                         "numbers (dropout or noise that eval() does not turn off): remove them from the model"
                     )
-                said = (
+                difference = (
                     f"its logits for one image differ from the source's by {distance:.1e} (relative L2; allowed "
                     f"{limit:.0e})"
                 )
                 raise (
-                    ExportError(f"the bundle: {said}")
+                    ExportError(f"the bundle: {difference}")
                     if manifest.batch == 1
-                    else RowsMixed(f"with a free batch {said}")
+                    else RowsMixed(f"with a free batch {difference}")
                 )
 
     def _compare_rows(self, run: Run, images: np.ndarray, logits: np.ndarray) -> None:
         if len(images) < 2:
             return
-        alone = np.concatenate([run({"image": image[None]})["logits"] for image in images])
-        if relative_l2(logits, alone) > self._limits[1]:
+        single_logits = np.concatenate([run({"image": image[None]})["logits"] for image in images])
+        if relative_l2(logits, single_logits) > self._limits[1]:
             raise RowsMixed(first_mixing(self._graph, images))
 
 
@@ -227,13 +227,13 @@ def zero_gradients(graph: TappedGraph) -> frozenset[str]:
     """Names of the token maps with a prefix (class or register tokens) whose gradient on the grid is zero for a test
     image; empty if it is zero for all of them.
     """
-    known = layouts(graph.model.graph)
-    computed = [v for v in known if v.producer() is not None and v.dtype == ir.DataType.FLOAT]
-    found = {str(v.name): known[v] for v in computed if known[v].prefix}
+    layout_by_value = layouts(graph.model.graph)
+    computed = [v for v in layout_by_value if v.producer() is not None and v.dtype == ir.DataType.FLOAT]
+    token_layouts = {str(v.name): layout_by_value[v] for v in computed if layout_by_value[v].prefix}
     values = named_values(graph.model.graph)
     on_way = on_path(graph.model.graph, [graph.model.graph.inputs[0]], values[graph.logits])
-    names = [n for n in found if values[n] in on_way]
-    taps = tuple((tap_at(n, (), values[n], found[n], "none"), n) for n in names)
+    names = [n for n in token_layouts if values[n] in on_way]
+    taps = tuple((tap_at(n, (), values[n], token_layouts[n], "none"), n) for n in names)
     image = smooth_images(static_dims(graph.model.graph.inputs[0]))[:1]
     classes = static_dims(values[graph.logits])[0]
     seed = np.random.default_rng(0).standard_normal((1, classes)).astype(np.float32)
@@ -267,9 +267,9 @@ def first_mixing(graph: TappedGraph, images: np.ndarray) -> str:
         ir.save(model, path)
         run: Run = open_file(path)
         together = run({"image": images})
-        alone = [run({"image": image[None]}) for image in images]
+        singles = [run({"image": image[None]}) for image in images]
     for y, name in names.items():
-        got, parts = together[name], [a[name] for a in alone]
+        got, parts = together[name], [a[name] for a in singles]
         axis = next((i for i, (n, m) in enumerate(zip(got.shape, parts[0].shape, strict=True)) if n != m), None)
         want = parts[0] if axis is None else np.concatenate(parts, axis=axis)
         if got.shape != want.shape or relative_l2(got, want) > ROWS_LIMIT:
@@ -300,14 +300,15 @@ def looks_like_probabilities(
 
 def warn_of_probabilities(seem: str | None, made_of: str | None) -> None:
     """Warns that the scores are probabilities. seem: what they look like; made_of: the operator that computes them."""
-    told = (
+    observation = (
         f"the scores look like probabilities ({seem}), and no logits were found before them"
         if seem is not None
         else f"the scores are computed from a {made_of}, whose input was not recognised as the logits"
     )
     warnings.warn(
-        f"{told}: gradients are those of these scores, which are small where the network is confident, and Score-CAM's "
-        "weights are a softmax of them; export the model without its final activation, or name the output before it",
+        f"{observation}: gradients are those of these scores, which are small where the network is confident, and "
+        "Score-CAM's weights are a softmax of them; export the model without its final activation, or name the output "
+        "before it",
         stacklevel=4,
     )
 
@@ -333,15 +334,15 @@ def check_gradients(
         wrong = [n for n, distance in rough.items() if distance > WRONG_GRADIENT]
     if not wrong:
         return
-    said = f"the gradients of {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''} are not PyTorch's"
+    problem = f"the gradients of {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''} are not PyTorch's"
     if own:
         warnings.warn(
-            f"{said}, because of {', '.join(own)}, whose backward pass is not its forward pass's derivative",
+            f"{problem}, because of {', '.join(own)}, whose backward pass is not its forward pass's derivative",
             stacklevel=4,
         )
         return
     raise ExportError(
-        f"{said}: the model's backward pass differs from its forward pass's derivative (hooks on gradients, code that "
-        "torch.export does not see, or a sort or topk of equal numbers, whose order is undefined); tap layers after "
-        "that step"
+        f"{problem}: the model's backward pass differs from its forward pass's derivative (hooks on gradients, code "
+        "that torch.export does not see, or a sort or topk of equal numbers, whose order is undefined); tap layers "
+        "after that step"
     )

@@ -117,9 +117,9 @@ def fold_batch_norm(model: ir.Model) -> dict[str, tuple[str, np.ndarray, np.ndar
         affine = batch_norm_affine(norm)
         assert affine is not None
         scale, shift = affine
-        given = conv.inputs[2] if len(conv.inputs) > 2 else None
-        bias = constant_of(given)
-        if given is not None and bias is None:
+        bias_value = conv.inputs[2] if len(conv.inputs) > 2 else None
+        bias = constant_of(bias_value)
+        if bias_value is not None and bias is None:
             continue  # a computed bias stays where it is
         weight, y = conv.inputs[1], norm.outputs[0]
         assert weight is not None

@@ -47,10 +47,10 @@ def head(graph: TappedGraph) -> ir.Model | None:
     inputs = [
         _input(f"context:{i}", [n for a, n in enumerate(dims(x)) if a != b]) for i, (x, b) in enumerate(context.items())
     ]
-    given = [_moved(tape, x, 0, axis) for x, axis in zip(inputs, context.values(), strict=True)]
+    context_values = [_moved(tape, x, 0, axis) for x, axis in zip(inputs, context.values(), strict=True)]
     prefix = _input(f"context:{len(inputs)}", (tap.prefix, tap.channels)) if tap.prefix else None
     after = _downstream(model.graph, tapped)
-    replaced = dict(zip(context, given, strict=True)) | {tapped: from_maps(tape, activation, tap, prefix)}
+    replaced = dict(zip(context, context_values, strict=True)) | {tapped: from_maps(tape, activation, tap, prefix)}
     for node in after:
         for i, x in enumerate(node.inputs):
             if x in replaced:
@@ -133,14 +133,14 @@ def _context(graph: ir.Graph, tapped: ir.Value, logits: ir.Value) -> dict[ir.Val
                 needed.add(x)  # type: ignore[arg-type]
             elif x is not None and x in of_image and constant_of(x) is None:
                 context[x] = None
-    known = layouts(graph)
-    found = {}
+    layout_by_value = layouts(graph)
+    batch_axes = {}
     for x in context:
-        axis = _batch_axis(graph, x, known.get(x)) if x.dtype in _FLOATS else None
+        axis = _batch_axis(graph, x, layout_by_value.get(x)) if x.dtype in _FLOATS else None
         if axis is None:
             return None
-        found[x] = axis
-    return found
+        batch_axes[x] = axis
+    return batch_axes
 
 
 def _batch_axis(graph: ir.Graph, value: ir.Value, layout: Layout | None) -> int | None:

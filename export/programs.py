@@ -145,8 +145,8 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         pooled = [_pool_behind(v, values) for v in values]
         sources = [v if p is None else p for v, p in zip(values, pooled, strict=True)]
         alphas, maps, scales = [], [], []
-        given = cotangents(tape, sources, logits, seed)
-        for (tap, _), v, p, g, affine in zip(graph.taps, values, pooled, given, recovered, strict=True):
+        source_gradients = cotangents(tape, sources, logits, seed)
+        for (tap, _), v, p, g, affine in zip(graph.taps, values, pooled, source_gradients, recovered, strict=True):
             channels, (h, w) = tap.channels, tap.grid
             v, g = to_maps(tape, v, tap), to_maps(tape, g, tap)
             if p is not None:
@@ -179,10 +179,10 @@ def full_grad(graph: TappedGraph) -> ir.Model:
     def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
         image = tape.graph.inputs[0]
         path = on_path(tape.graph, [image], logits)
-        known = layouts(tape.graph)
+        layout_by_value = layouts(tape.graph)
         biased = [(y, b) for y, b in _biased(tape.graph) if y in path]
         for y, _ in biased:
-            if y not in known or known[y].kind != "NCHW":
+            if y not in layout_by_value or layout_by_value[y].kind != "NCHW":
                 raise UnsupportedOperator(f"FullGrad needs every bias on the image's grid, and {y.name!r} is not")
         points = [image, *(y for y, _ in biased)]
         weights = [image, *(tape.floats(b.reshape(1, -1, 1, 1)) for _, b in biased)]
@@ -202,18 +202,18 @@ def full_grad(graph: TappedGraph) -> ir.Model:
 
 def _biased(graph: ir.Graph) -> list[tuple[ir.Value, np.ndarray]]:
     """Outputs (B, K, h, w) of convolutions and batch norms that add a constant, and that constant (K,)."""
-    found = []
+    biases = []
     for node in graph:
         y = node.outputs[0]
         if y.shape is None or len(y.shape) != 4:
             continue
         if node.op_type == "Conv" and len(node.inputs) > 2 and constant_of(node.inputs[2]) is not None:
-            found.append((y, constant_of(node.inputs[2])))
+            biases.append((y, constant_of(node.inputs[2])))
         elif node.op_type == "BatchNormalization":
             affine = batch_norm_affine(node)
             if affine is not None:
-                found.append((y, affine[1]))
-    return found
+                biases.append((y, affine[1]))
+    return biases
 
 
 def _weighted_sum(tape: Tape, alpha: ir.Value, value: ir.Value, tap: Tap, shift: np.ndarray) -> ir.Value:
@@ -306,11 +306,11 @@ def _seed(tape: Tape, logits: ir.Value, precision: str) -> tuple[ir.Value, Calla
     """
     classes = dims(logits)[1]
     assert classes is not None
-    given = ir.Value(name="seed", shape=ir.Shape(["seeds", classes]), type=ir.TensorType(ir.DataType.FLOAT))
-    tape.graph.inputs.append(given)
-    said = tape.Greater(tape.ReduceMax(tape.Abs(given), [1], keepdims=1), tape.floats(0))
+    seed_input = ir.Value(name="seed", shape=ir.Shape(["seeds", classes]), type=ir.TensorType(ir.DataType.FLOAT))
+    tape.graph.inputs.append(seed_input)
+    nonzero = tape.Greater(tape.ReduceMax(tape.Abs(seed_input), [1], keepdims=1), tape.floats(0))
     top = tape.Equal(tape.value(list(range(classes))), tape.ArgMax(logits, axis=1, keepdims=1))
-    seed = tape.Where(said, given, tape.Cast(top, to=ir.DataType.FLOAT))
+    seed = tape.Where(nonzero, seed_input, tape.Cast(top, to=ir.DataType.FLOAT))
     if precision == "float32":
         return seed, lambda value, rank: value
     largest = tape.ReduceMax(tape.Abs(seed), [1], keepdims=1)

@@ -58,13 +58,13 @@ def build(
     nvcc = nvcc or find_nvcc()
     if nvcc is None:
         raise BuildError(f"no nvcc on the PATH or in CUDA_HOME: install the CUDA toolkit, {OLDEST_CUDA}.0 or later")
-    found = re.search(r"release ([\d.]+)", _run([nvcc, "--version"]))
-    version = found[1] if found else "0"
+    release = re.search(r"release ([\d.]+)", _run([nvcc, "--version"]))
+    version = release[1] if release else "0"
     if int(version.split(".")[0]) < OLDEST_CUDA:
         raise BuildError(f"{nvcc} is of CUDA {version}, needed {OLDEST_CUDA} or later")
-    known = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
+    supported = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
     if architectures is None:
-        architectures = [a for a in ARCHITECTURES if a.replace(".", "") in known]
+        architectures = [a for a in ARCHITECTURES if a.replace(".", "") in supported]
     targets = [(a.replace(".", ""), "sm") for a in architectures]
     targets.append((targets[-1][0], "compute"))  # PTX, which the driver compiles for newer GPUs
     codes = [f"-gencode=arch=compute_{a},code={kind}_{a}" for a, kind in targets]
@@ -83,10 +83,10 @@ def build(
         return binary
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(compile_one, sorted(SOURCES.glob("*.cu"))))
+        binaries = list(pool.map(compile_one, sorted(SOURCES.glob("*.cu"))))
     described = {"cuda": version, "architectures": list(architectures), "sources": sources_hash()}
     (out / "build.json").write_text(json.dumps(described) + "\n")
-    return made
+    return binaries
 
 
 def main() -> int:

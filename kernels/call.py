@@ -32,16 +32,16 @@ def prepared(kernel: str, stream: Stream, written: str = "", **values: Any) -> I
     if not isinstance(stream, int | Queue | None):
         raise ValueError(f"{kernel}: stream {stream!r}: use a camrt Stream, a handle (an int) or None")
     handle = stream.handle if isinstance(stream, Queue) else stream or 0
-    found = [
+    device_values = [
         None if v is None else device_array(v, f"{kernel}: {name}", handle, name == written)
         for name, v in values.items()
     ]
-    arrays = [a for a in found if a is not None]
+    arrays = [a for a in device_values if a is not None]
     with _queue(stream, arrays) as queue:
         others = {a.stream for a in arrays if a.stream is not None} - {handle, queue.handle}
         for other in others:
             queue.wait_for(other)
-        yield queue, found
+        yield queue, device_values
         for other in others:
             queue.hold_back(other)
 

@@ -56,5 +56,5 @@ def near(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return ": did you mean " + " or ".join(repr(c) for c in close) + "?"
-    some = ", ".join(repr(k) for k in list(known)[:5])
-    return f": it has {some}" + (", ..." if len(known) > 5 else "")
+    examples = ", ".join(repr(k) for k in list(known)[:5])
+    return f": it has {examples}" + (", ..." if len(known) > 5 else "")

@@ -119,15 +119,15 @@ def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
             )
     if options.programs is None:
         leading = [p for p in programs if KINDS[p.kind].engine]
-        alone = min((len(p.taps) for p in leading if p.kind == Kind.ACTIVATIONS), default=0)
-        return [p for p in leading if p.kind != Kind.ACTIVATIONS or len(p.taps) == alone]
+        fewest_taps = min((len(p.taps) for p in leading if p.kind == Kind.ACTIVATIONS), default=0)
+        return [p for p in leading if p.kind != Kind.ACTIVATIONS or len(p.taps) == fewest_taps]
     if options.programs == ["all"]:
         return list(programs)
-    known = {p.file: p for p in programs}
+    program_by_file = {p.file: p for p in programs}
     for name in options.programs:
-        if name not in known:
-            raise UnknownName(f"{bundle.path} has no program {name!r}{near(name, list(known))}")
-    return [known[name] for name in dict.fromkeys(options.programs)]
+        if name not in program_by_file:
+            raise UnknownName(f"{bundle.path} has no program {name!r}{near(name, list(program_by_file))}")
+    return [program_by_file[name] for name in dict.fromkeys(options.programs)]
 
 
 def targets(library: Library, wanted: list[str] | None) -> list[Target]:
@@ -151,16 +151,16 @@ def targets(library: Library, wanted: list[str] | None) -> list[Target]:
             )
             raise EngineError(f"{error}{hint}") from None
         return [Target.of(library, card)]
-    found: list[Target] = []
+    named_targets: list[Target] = []
     for text in dict.fromkeys(wanted):
         major, _, minor = text.partition(".")
         capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
         if capability not in library.capabilities:
-            known = ", ".join(map(_dotted, library.capabilities))
-            raise InputError(f"--compute-capability {text}: {library.name} {library.version} builds for {known}")
+            capabilities = ", ".join(map(_dotted, library.capabilities))
+            raise InputError(f"--compute-capability {text}: {library.name} {library.version} builds for {capabilities}")
         assert capability is not None
-        found.append(Target(capability, None))
-    return found
+        named_targets.append(Target(capability, None))
+    return named_targets
 
 
 def _dotted(capability: Capability) -> str:

@@ -32,5 +32,5 @@ def _described(key: dict | None) -> str:
     if key is None:
         return "damaged: it will be built again"
     whom = key.get("gpu") or "compute capability " + ".".join(map(str, key.get("compute_capability", [])))
-    said = (key.get(field, "?") for field in ("model", "file", "precision", "library"))
-    return f"{' '.join(map(str, said))}, {whom}, {key.get('shapes', '?')} up to {key.get('largest', '?')}"
+    values = (key.get(field, "?") for field in ("model", "file", "precision", "library"))
+    return f"{' '.join(map(str, values))}, {whom}, {key.get('shapes', '?')} up to {key.get('largest', '?')}"

@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
     explainer = load(options.bundle, options.backend)
     inside = [folder.resolve() for folder in (options.masks, options.out) if folder is not None]
-    found = find_images([str(options.folder)])
-    images = [p for p in found if not any(p.resolve().is_relative_to(folder) for folder in inside)]
+    paths = find_images([str(options.folder)])
+    images = [p for p in paths if not any(p.resolve().is_relative_to(folder) for folder in inside)]
     if not images:
         raise InputError(f"{options.folder}: no images there besides masks and results")
     methods = [parse_method(text) for text in dict.fromkeys(options.methods)]

@@ -60,8 +60,8 @@ def _backends() -> int:
     from ..runtime.backends import survey
 
     taken = False
-    for name, found in survey():
-        usable = not isinstance(found, BackendUnavailable)
-        print(f"{'auto ->' if usable and not taken else '':8}{name:18}{'' if usable else 'not here: '}{found}")
+    for name, backend in survey():
+        usable = not isinstance(backend, BackendUnavailable)
+        print(f"{'auto ->' if usable and not taken else '':8}{name:18}{'' if usable else 'not here: '}{backend}")
         taken = taken or usable
     return 0 if taken else 1

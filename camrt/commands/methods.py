@@ -26,9 +26,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"layers: {method.layers or 'the whole network'}; programs: {', '.join(method.needs.kinds)}")
         print(f"options: {', '.join(f'{k}={v}' for k, v in method.options.items()) or 'none'}")
         return 0
-    known = all_methods()
-    for name in [*LEADING, *(n for n in known if n not in LEADING)]:
-        method = known[name]
+    methods = all_methods()
+    for name in [*LEADING, *(n for n in methods if n not in LEADING)]:
+        method = methods[name]
         formula = (method.function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         print(f"{method.name:16} {' '.join(formula.split())}")
         print(

@@ -82,8 +82,8 @@ class MapComparison:
 def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, double: Record) -> Iterator[Row]:
     """One row: the reference's top logit minus its logit of the bundle's top class, as a fraction of its range."""
     want = double.logits.numpy()
-    found = explainer.classify(batch).argmax(axis=1)
-    short = want.max(axis=1) - want[np.arange(len(want)), found]
+    top_classes = explainer.classify(batch).argmax(axis=1)
+    short = want.max(axis=1) - want[np.arange(len(want)), top_classes]
     yield Row(what.label, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
 
 
@@ -153,8 +153,8 @@ def head_rows(
     """Runs a head as methods do: with three activations of one image, here unchanged, and its context repeated."""
     trunk = bundle.program(Kind.TRUNK, program.taps)
     out = engine.open(bundle, trunk).run({"image": batch[:1]})
-    given = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
-    got = engine.open(bundle, program).run(given)["logits"]
+    inputs = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
+    got = engine.open(bundle, program).run(inputs)["logits"]
     want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
     own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in (singles if steps else singles[:1])]
     yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
@@ -206,10 +206,10 @@ def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[
     source = source_logits(Path(spec), manifest.source["output"], graph)
     if graph.whole_numbers:
         batch = as_pixels(batch)
-    found = [source(image[None]) for image in batch]
-    if any(f is None for f in found):
+    source_scores = [source(image[None]) for image in batch]
+    if any(f is None for f in source_scores):
         return
-    want = np.concatenate([np.asarray(f).reshape(1, -1) for f in found]).astype(np.float64)
+    want = np.concatenate([np.asarray(f).reshape(1, -1) for f in source_scores]).astype(np.float64)
     logits = engine.open(bundle, bundle.program(Kind.CLASSIFY)).run({"image": batch})["logits"]
     got = np.stack([finished(row, manifest.final_activation) for row in logits]).astype(np.float32)
     limit = ROUNDED_LIMIT if graph.rounded else SOURCE_LIMIT

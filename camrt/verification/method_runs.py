@@ -101,27 +101,29 @@ def recipro_cam(
     for position in range(height * width):
         y, x = divmod(position, width)
 
-        def alone(output: torch.Tensor, y: int = y, x: int = x) -> torch.Tensor:
+        def single_position(output: torch.Tensor, y: int = y, x: int = x) -> torch.Tensor:
             output = _batch_first(output, tap)
             grid = output[:, tap.prefix :].reshape(1, height, width, -1) if tap.layout in TOKENS else output
             grid = grid.permute(0, 2, 3, 1) if tap.layout == "NCHW" else grid
-            kept = torch.zeros_like(grid)
+            masked_grid = torch.zeros_like(grid)
             for dy in (-1, 0, 1):
                 for dx in (-1, 0, 1):
                     share = line[dy + 1] * line[dx + 1] if gaussian else float(dy == dx == 0)
                     if 0 <= y + dy < height and 0 <= x + dx < width:
-                        kept[:, y + dy, x + dx] = share * grid[:, y, x]
+                        masked_grid[:, y + dy, x + dx] = share * grid[:, y, x]
             if tap.layout == "NCHW":
-                return kept.permute(0, 3, 1, 2).contiguous()
+                return masked_grid.permute(0, 3, 1, 2).contiguous()
             if tap.layout in TOKENS:
-                return _batch_first(torch.cat([output[:, : tap.prefix], kept.reshape(1, height * width, -1)], 1), tap)
-            return kept
+                return _batch_first(
+                    torch.cat([output[:, : tap.prefix], masked_grid.reshape(1, height * width, -1)], 1), tap
+                )
+            return masked_grid
 
-        with _replaced(model, tap.name, alone), torch.no_grad():
+        with _replaced(model, tap.name, single_position), torch.no_grad():
             scores.append(model(image)[:, target] if variant == "openvino_xai" else _probability(model, image, target))
-    found = torch.cat(scores)
-    found = found - found.min() if variant == "openvino_xai" else found
-    return combined([found.reshape(1, height, width)], image.shape[2:])[0]
+    position_scores = torch.cat(scores)
+    position_scores = position_scores - position_scores.min() if variant == "openvino_xai" else position_scores
+    return combined([position_scores.reshape(1, height, width)], image.shape[2:])[0]
 
 
 def _batch_first(output: torch.Tensor, tap: Tap) -> torch.Tensor:

@@ -142,9 +142,9 @@ def _compared(
         if program.precision != "float32":
             continue
         progress(f"checking {program.file}")
-        given = cut | {"image": batch, "seed": seed}
+        inputs = cut | {"image": batch, "seed": seed}
         executable = engine.open(bundle, program)
-        out = executable.run({name: given[name] for name in program.inputs})
+        out = executable.run({name: inputs[name] for name in program.inputs})
         if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
             cut = out  # inputs of the next program in the manifest: the head or score program
         rows += program_rows(program.file, out, program.taps, double, singles, steps)

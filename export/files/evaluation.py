@@ -70,16 +70,16 @@ class NodeInference:
             if array is not None and array.size <= _MOST_GIVEN:
                 data[f"x{k}"] = onnx.numpy_helper.from_array(array, f"x{k}")
         result = infer_node_outputs(self._schema, self._proto, types, data, {}, self._imports, self._ir_version)
-        found: dict[str, tuple[int, Shape | None]] = {}
+        outputs: dict[str, tuple[int, Shape | None]] = {}
         for name, kind in result.items():
             tensor = kind.tensor_type
             sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
-            known = tensor.HasField("shape") and None not in sizes
-            found[name] = (tensor.elem_type, tuple(sizes) if known else None)  # type: ignore[arg-type]
+            determined = tensor.HasField("shape") and None not in sizes
+            outputs[name] = (tensor.elem_type, tuple(sizes) if determined else None)  # type: ignore[arg-type]
         first = next((k for k, x in enumerate(self._node.inputs) if x is not None), None)
-        if self._node.op_type in _AS_INPUT and first is not None and found.get("y0", (0, None))[1] is None:
-            found["y0"] = (int(self._node.inputs[first].dtype), shapes[first])  # type: ignore[union-attr, arg-type]
-        return [found.get(f"y{k}") for k in range(len(self._node.outputs))]
+        if self._node.op_type in _AS_INPUT and first is not None and outputs.get("y0", (0, None))[1] is None:
+            outputs["y0"] = (int(self._node.inputs[first].dtype), shapes[first])  # type: ignore[union-attr, arg-type]
+        return [outputs.get(f"y{k}") for k in range(len(self._node.outputs))]
 
 
 def unknown_operator(node: ir.Node) -> str:

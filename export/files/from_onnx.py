@@ -54,8 +54,8 @@ def read_graph(
     model.graph.outputs.clear()
 
     maps = feature_maps(model.graph, logits, attempt.without_gradient or ())
-    known, last = maps.known, maps.last
-    spatial = {names.get(str(y.name), str(y.name)): y for y in maps.reachable if y in known}
+    layouts, last = maps.known, maps.last
+    spatial = {names.get(str(y.name), str(y.name)): y for y in maps.reachable if y in layouts}
     by_value = {y: n for n, y in spatial.items()}
     aliases = {str(y.name): n for n, y in spatial.items()}
     convolutions = [n for n, y in spatial.items() if made_by(y, "Conv")]
@@ -63,20 +63,22 @@ def read_graph(
     for name in [layers] if isinstance(layers, str) else layers:
         if name in others and name not in {*spatial, *aliases, *ROLES}:
             raise not_a_map(name, others[name])
-    wanted = layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
+    resolved_layers = (
+        layers if isinstance(layers, str) else [aliases.get(n, n) if n not in spatial else n for n in layers]
+    )
     last_name = None if last is None else by_value[last]
     deeper = by_value.get(maps.deeper) if maps.deeper is not None else None
     roles = choose(
-        wanted, convolutions, last_name, spatial, lambda n: is_finished(spatial[n]), maps.without_last, deeper
+        resolved_layers, convolutions, last_name, spatial, lambda n: is_finished(spatial[n]), maps.without_last, deeper
     )
     taps = []
     for name, roles_of_tap in roles.items():
         y = spatial[name]
         refuse_unread(name, y, maps.unread)
         norm = "after" if batch_norm_after(y) else "none"
-        taps.append((tap_at(name, roles_of_tap, y, known[y], norm), str(y.name)))
+        taps.append((tap_at(name, roles_of_tap, y, layouts[y], norm), str(y.name)))
     warn_of_no_last(layers, last_name, maps.without_last)
-    normalized = normalized_image(model.graph, known, logits)
+    normalized = normalized_image(model.graph, layouts, logits)
     return TappedGraph(
         model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch, whole_numbers, rounded
     )
@@ -88,17 +90,17 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
     """
     model = onnx.load(str(path), load_external_data=False).graph
     constants = {t.name for t in model.initializer}
-    given = [v for v in model.input if v.name not in constants]
+    inputs = [v for v in model.input if v.name not in constants]
     used = {name for node in model.node for name in node.input}
-    entry = next((v for v in given if v.name in used), given[0])
-    others = {v.name: _zeros(v) for v in given if v is not entry}  # which nothing reads, but ONNX Runtime asks for
+    entry = next((v for v in inputs if v.name in used), inputs[0])
+    others = {v.name: _zeros(v) for v in inputs if v is not entry}  # which nothing reads, but ONNX Runtime asks for
     shape = [d.dim_value if d.dim_value > 0 else None for d in entry.type.tensor_type.shape.dim]
     kind = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
     image_shape = dims(graph.model.graph.inputs[0])
     turned = [d for d in shape[1:] if d is not None] != [
         d for d, s in zip(image_shape[1:], shape[1:], strict=True) if s is not None
     ]
-    wanted = output or model.output[0].name
+    output_name = output or model.output[0].name
     opened: list[Run | None] = []
 
     def run(image: np.ndarray) -> np.ndarray | None:
@@ -110,7 +112,7 @@ def source_logits(path: Path, output: str | None, graph: TappedGraph) -> Logits:
                 opened.append(open_file(path))
             if opened[0] is None:
                 return None
-            scores = opened[0]({entry.name: fed, **others})[wanted]
+            scores = opened[0]({entry.name: fed, **others})[output_name]
             return scores.reshape(1, -1) if len(fed) == 1 else scores[:1]
         except BundleError as error:
             opened[:] = [None]
@@ -154,9 +156,9 @@ def _keep_output(model: ir.Model, output: str | None) -> None:
         raise ExportError(f"the model has {len(outputs)} outputs ({listed}): choose the logits with output=, --output")
     if output is not None and output not in names:
         raise ExportError(f"the model has no output {output!r}: it has {listed}")
-    kept = outputs[names.index(output)] if output is not None else outputs[0]
+    logits = outputs[names.index(output)] if output is not None else outputs[0]
     outputs.clear()
-    outputs.append(kept)
+    outputs.append(logits)
 
 
 def _layer_names(graph: ir.Graph) -> dict[str, str]:

@@ -242,9 +242,9 @@ def _converted(model: ir.Model, version: int) -> ir.Model:
     proto = ir.to_proto(model)
     for tensor in proto.graph.initializer:
         if tensor.external_data:  # a small one that lies beside the file
-            known = graph.initializers[tensor.name].const_value
-            assert known is not None
-            tensor.CopyFrom(onnx.numpy_helper.from_array(known.numpy(), tensor.name))
+            const_value = graph.initializers[tensor.name].const_value
+            assert const_value is not None
+            tensor.CopyFrom(onnx.numpy_helper.from_array(const_value.numpy(), tensor.name))
     try:
         model = ir.from_proto(onnx.version_converter.convert_version(proto, OPSET))
     except Exception as error:
@@ -275,33 +275,33 @@ def computes_in_half(model: ir.Model) -> bool:
 
 def as_float32(model: ir.Model) -> None:
     """Makes every float16, bfloat16 and float64 tensor float32, the image and the logits included; warns once."""
-    found = set()
+    wide_types = set()
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None and value.const_value.dtype in _WIDE:
-                found.add(value.const_value.dtype)
+                wide_types.add(value.const_value.dtype)
                 value.const_value = ir.tensor(to_float32(value.const_value.numpy()), name=value.name)
                 value.type = ir.TensorType(ir.DataType.FLOAT)
         for value in (*graph.inputs, *graph.outputs, *(y for node in graph for y in node.outputs)):
             if value.dtype in _WIDE:
-                found.add(value.dtype)
+                wide_types.add(value.dtype)
                 value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in model.graph.all_nodes():
-        _attributes_as_float32(node, found)
-    if found:
-        kinds = " and ".join(sorted(_WORDS[k] for k in found))
+        _attributes_as_float32(node, wide_types)
+    if wide_types:
+        kinds = " and ".join(sorted(_WORDS[k] for k in wide_types))
         warnings.warn(f"the model computes in {kinds}: it is read as float32", stacklevel=5)
 
 
-def _attributes_as_float32(node: ir.Node, found: set[ir.DataType]) -> None:
+def _attributes_as_float32(node: ir.Node, wide_types: set[ir.DataType]) -> None:
     if node.op_type in ("Cast", "RandomNormal", "RandomUniform", "EyeLike", "QuantizeLinear", "DequantizeLinear"):
         for name in ("to", "dtype", "output_dtype"):
             if attribute(node, name) in _WIDE:
-                found.add(ir.DataType(attribute(node, name)))
+                wide_types.add(ir.DataType(attribute(node, name)))
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
     tensor = attribute(node, "value") if node.op_type in ("ConstantOfShape", "Constant") else None
     if tensor is not None and tensor.dtype in _WIDE:
-        found.add(tensor.dtype)
+        wide_types.add(tensor.dtype)
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(to_float32(tensor.numpy())))
 
 

@@ -70,12 +70,12 @@ def _global_average(graph: ir.Graph, node: ir.Node) -> None:
         return
     if reduced_axes(node) != [2, 3]:
         return
-    made = [ir.node("GlobalAveragePool", [x])]
+    nodes = [ir.node("GlobalAveragePool", [x])]
     if not attribute(node, "keepdims", 1):
-        made[0].outputs[0].shape, made[0].outputs[0].type = ir.Shape([*y.shape, 1, 1]), y.type
+        nodes[0].outputs[0].shape, nodes[0].outputs[0].type = ir.Shape([*y.shape, 1, 1]), y.type
         sizes = initializer(graph, f"{y.name}_sizes", np.array([-1, *dims(y)[1:]], np.int64))
-        made.append(ir.node("Reshape", [made[0].outputs[0], sizes]))
-    put_in_place(graph, node, made[-1].outputs[0], made)
+        nodes.append(ir.node("Reshape", [nodes[0].outputs[0], sizes]))
+    put_in_place(graph, node, nodes[-1].outputs[0], nodes)
 
 
 def reduced_axes(node: ir.Node) -> list[int] | None:
@@ -125,8 +125,8 @@ def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
     )
     axes, rank = reduced_axes(mean), len(x.shape)
     last = axes is not None and axes == list(range(rank - len(axes), rank)) and reduced_axes(spread) == axes
-    kept = attribute(mean, "keepdims", 1) and attribute(spread, "keepdims", 1)
-    if not squared or mean.inputs[0] is not x or not last or not kept or not axes:
+    keeps_dims = attribute(mean, "keepdims", 1) and attribute(spread, "keepdims", 1)
+    if not squared or mean.inputs[0] is not x or not last or not keeps_dims or not axes:
         return
     sizes = [d for d in dims(x)[axes[0] :] if d is not None]
     if len(sizes) != len(axes) or axes[0] == 0:
@@ -134,13 +134,13 @@ def _layer_norm(graph: ir.Graph, division: ir.Node) -> None:
     end, scale = _affine(division, "Mul", sizes)
     end, shift = _affine(end, "Add", sizes)
     y = end.outputs[0]
-    given = [
+    scale_and_shift = [
         initializer(graph, f"{y.name}_{name}", array.astype(np.float32))
         for name, array in (("scale", np.ones(sizes) if scale is None else scale), ("shift", shift))
         if array is not None
     ]
     norm = ir.node(
-        "LayerNormalization", [x, *given], {"axis": axes[0] - rank, "epsilon": float(epsilon.reshape(-1)[0])}
+        "LayerNormalization", [x, *scale_and_shift], {"axis": axes[0] - rank, "epsilon": float(epsilon.reshape(-1)[0])}
     )
     put_in_place(graph, end, norm.outputs[0], [norm])
 
@@ -175,18 +175,18 @@ def _product_of_rows(graph: ir.Graph, gemm: ir.Node) -> None:
     y = after.outputs[0]
     if len(x.shape) < 3 or list(x.shape)[:-1] != list(y.shape)[:-1] or dims(x)[-1] != dims(a)[-1]:  # type: ignore[arg-type,index]
         return
-    made = []
+    nodes = []
     if attribute(gemm, "transB", 0):
-        made.append(ir.node("Transpose", [weight], {"perm": [1, 0]}))
-        made[-1].outputs[0].shape, made[-1].outputs[0].type = ir.Shape(list(weight.shape)[::-1]), weight.type  # type: ignore[arg-type]
-        weight = made[-1].outputs[0]
-    made.append(ir.node("MatMul", [x, weight]))
-    made[-1].outputs[0].shape, made[-1].outputs[0].type = y.shape, y.type
+        nodes.append(ir.node("Transpose", [weight], {"perm": [1, 0]}))
+        nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = ir.Shape(list(weight.shape)[::-1]), weight.type  # type: ignore[arg-type]
+        weight = nodes[-1].outputs[0]
+    nodes.append(ir.node("MatMul", [x, weight]))
+    nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = y.shape, y.type
     if bias and bias[0] is not None:
-        made.append(ir.node("Add", [made[-1].outputs[0], bias[0]]))
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias[0]]))
     name = gemm.name
-    put_in_place(graph, after, made[-1].outputs[0], made)
-    made[-1].name = name or made[-1].name
+    put_in_place(graph, after, nodes[-1].outputs[0], nodes)
+    nodes[-1].name = name or nodes[-1].name
 
 
 def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
@@ -197,11 +197,11 @@ def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
         return
     if len(a.shape) > 1 and len(b.shape) > 1:
         return
-    made: list[ir.Node] = []
+    nodes: list[ir.Node] = []
 
     def op(kind: str, *inputs: ir.Value, shape: Sequence[object]) -> ir.Value:
-        made.append(ir.node(kind, list(inputs)))
-        value = made[-1].outputs[0]
+        nodes.append(ir.node(kind, list(inputs)))
+        value = nodes[-1].outputs[0]
         value.shape, value.type = ir.Shape(shape), y.type  # type: ignore[arg-type]
         return value
 
@@ -221,7 +221,7 @@ def _product_with_vector(graph: ir.Graph, node: ir.Node) -> None:
     for n in sorted(vectors):
         shape = [s for i, s in enumerate(shape) if i != len(shape) + n]
         product = op("Squeeze", product, axis(n), shape=shape)
-    put_in_place(graph, node, product, made)
+    put_in_place(graph, node, product, nodes)
 
 
 def _affine(node: ir.Node, op_type: str, sizes: Sequence[int]) -> tuple[ir.Node, np.ndarray | None]:
@@ -255,10 +255,10 @@ def write_boxes(walk: ShapeWalk) -> None:
             continue
         data, indices, updates = node.inputs
         assert data is not None and indices is not None and updates is not None
-        known = walk.facts[indices].contents
-        if known is None or not any(walk.facts[v].of_image for v in (data, updates)):
+        contents = walk.facts[indices].contents
+        if contents is None or not any(walk.facts[v].of_image for v in (data, updates)):
             continue
-        boxes = [_box(index, shape) for index, shape in zip(known, walk.facts[data].shapes, strict=True)]
+        boxes = [_box(index, shape) for index, shape in zip(contents, walk.facts[data].shapes, strict=True)]
         if None in boxes:
             continue
         box = _same_box(boxes, walk, data)  # type: ignore[arg-type]
@@ -311,14 +311,14 @@ def _write_box(walk: ShapeWalk, node: ir.Node, box: Sequence[tuple[int, int] | N
     data, _, updates = node.inputs
     assert data is not None and updates is not None
     shapes = walk.facts[data].shapes
-    made: list[ir.Node] = []
+    nodes: list[ir.Node] = []
 
     def ints(*values: int) -> ir.Value:
         return initializer(graph, f"{y.name}_box", np.array(values, np.int64))
 
     def op(kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        made.append(ir.node(kind, list(inputs), attributes))
-        return made[-1].outputs[0]
+        nodes.append(ir.node(kind, list(inputs), attributes))
+        return nodes[-1].outputs[0]
 
     sizes = [-1 if len({s[a] for s in shapes}) > 1 else (b[1] - b[0] if b else shapes[0][a]) for a, b in enumerate(box)]
     filled = op("Reshape", updates, ints(*sizes))
@@ -346,6 +346,6 @@ def _write_box(walk: ShapeWalk, node: ir.Node, box: Sequence[tuple[int, int] | N
             inside[tuple(slice(*b) if b else slice(None) for b in box)] = True
             result = op("Where", initializer(graph, f"{y.name}_inside", inside), padded, data)
     facts = walk.facts[y]
-    put_in_place(graph, node, result, made)
-    walk.note(made)
+    put_in_place(graph, node, result, nodes)
+    walk.note(nodes)
     walk.facts[result] = facts

@@ -96,8 +96,8 @@ def take_numbers_as_float(model: ir.Model) -> bool:
                 nodes.append(ir.node("Sub", [x, nodes[-1].outputs[0]]))
                 x = nodes[-1].outputs[0]
             nodes.append(ir.node("Mul", [x, scale]))
-            for i, made in enumerate(nodes):
-                made.name = made.outputs[0].name = f"{node.outputs[0].name}_{i}"
+            for i, new_node in enumerate(nodes):
+                new_node.name = new_node.outputs[0].name = f"{node.outputs[0].name}_{i}"
             graph.insert_before(node, nodes)
             y, result = node.outputs[0], nodes[-1].outputs[0]
             y.replace_all_uses_with(result, replace_graph_outputs=True)
@@ -173,8 +173,8 @@ def check_sizes(graph: ir.Graph) -> None:
     for y in (*graph.inputs, *(y for node in graph for y in node.outputs)):
         if y.shape is None:
             continue
-        known = [d for d in dims(y) if d is not None]
-        if min(known, default=1) < 1 or math.prod(known) > MOST_ELEMENTS:
+        sizes = [d for d in dims(y) if d is not None]
+        if min(sizes, default=1) < 1 or math.prod(sizes) > MOST_ELEMENTS:
             node = y.producer()
             where = f"{y.name!r}" + ("" if node is None else f" ({node.op_type}, node {node.name!r})")
             raise ExportError(f"{where} has the sizes {y.shape}: this is no usable network")

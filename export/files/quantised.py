@@ -70,18 +70,18 @@ class _Rewriter:
         result.name, result.type = name, kind
 
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        made = ir.node(op_type, list(inputs), attributes)
-        made.outputs[0].name = made.name = f"{self._name}_{op_type}{len(self._nodes)}"
-        self._nodes.append(made)
-        return made.outputs[0]
+        node = ir.node(op_type, list(inputs), attributes)
+        node.outputs[0].name = node.name = f"{self._name}_{op_type}{len(self._nodes)}"
+        self._nodes.append(node)
+        return node.outputs[0]
 
     def constant(self, array: np.ndarray) -> ir.Value:
         return initializer(self.graph, f"{self._name}_constant", array)
 
     def dequantized(self, x: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None, axis: int = 1) -> ir.Value:
-        known = constant_of(scale)
-        along = {"axis": axis} if known is not None and known.ndim == 1 and known.size > 1 else {}
-        if known is not None and known.ndim == 1 and known.size == 1:
+        scale_array = constant_of(scale)
+        along = {"axis": axis} if scale_array is not None and scale_array.ndim == 1 and scale_array.size > 1 else {}
+        if scale_array is not None and scale_array.ndim == 1 and scale_array.size == 1:
             scale, zero = self._scalar(scale), self._scalar(zero)
         return self.op("DequantizeLinear", x, scale, zero, **along)
 
@@ -89,8 +89,8 @@ class _Rewriter:
         return self.op("QuantizeLinear", y, self._scalar(scale), self._scalar(zero))
 
     def _scalar(self, value: ir.Value | None) -> ir.Value | None:
-        known = constant_of(value)
-        return self.constant(known.reshape(())) if known is not None and known.ndim == 1 and known.size == 1 else value
+        array = constant_of(value)
+        return self.constant(array.reshape(())) if array is not None and array.ndim == 1 and array.size == 1 else value
 
 
 def _plain(node: ir.Node, *names: str) -> dict[str, Any]:
@@ -170,11 +170,11 @@ def _qlinear_concat(to: _Rewriter, node: ir.Node) -> ir.Value:
 
 def _centred(to: _Rewriter, x: ir.Value | None, zero: ir.Value | None, axis: int) -> ir.Value:
     """x - zero point, as float32."""
-    known = constant_of(zero)
-    size = known.size if known is not None else 1
+    zero_array = constant_of(zero)
+    size = zero_array.size if zero_array is not None else 1
     ones = np.ones(size, np.float32) if size > 1 else np.float32(1).reshape(())
     return to.dequantized(
-        x, to.constant(np.asarray(ones)), zero if size > 1 or known is None else to._scalar(zero), axis
+        x, to.constant(np.asarray(ones)), zero if size > 1 or zero_array is None else to._scalar(zero), axis
     )
 
 

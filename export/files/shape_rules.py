@@ -91,9 +91,9 @@ def squeeze(walk: ShapeWalk, node: ir.Node) -> bool:
     if shapes[0].count(1) > len(axes):
         walk.squeezed = node
     contents = walk.facts[x].contents
-    kept = tuple(tuple(n for a, n in enumerate(s) if a not in axes) for s in shapes)
-    new = None if contents is None else tuple(c.reshape(s) for c, s in zip(contents, kept, strict=True))
-    walk.facts[y], y.type = Facts(kept, new), x.type
+    squeezed_shapes = tuple(tuple(n for a, n in enumerate(s) if a not in axes) for s in shapes)
+    new = None if contents is None else tuple(c.reshape(s) for c, s in zip(contents, squeezed_shapes, strict=True))
+    walk.facts[y], y.type = Facts(squeezed_shapes, new), x.type
 
     def write() -> None:
         if not axes:
@@ -138,23 +138,23 @@ def gather(walk: ShapeWalk, node: ir.Node) -> bool:
 def reshape(walk: ShapeWalk, node: ir.Node) -> bool:
     x, target, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert x is not None and target is not None
-    facts, wanted = walk.facts[x], walk.facts[target]
-    if wanted.contents is None:
+    facts, target_facts = walk.facts[x], walk.facts[target]
+    if target_facts.contents is None:
         raise ExportError(
             f"the sizes that {label(node)} gives depend on the image's pixel values: camrt needs sizes that depend "
             "only on the input's size"
         )
-    if facts.contents is not None and not facts.varies and wanted.constant is not None:
+    if facts.contents is not None and not facts.varies and target_facts.constant is not None:
         return False  # a constant
     keeps_zero = bool(attribute(node, "allowzero", 0))
-    resolved = [_resolve(s, t.tolist(), keeps_zero) for s, t in zip(facts.shapes, wanted.contents, strict=True)]
+    resolved = [_resolve(s, t.tolist(), keeps_zero) for s, t in zip(facts.shapes, target_facts.contents, strict=True)]
     if resolved[0] is None:
-        sizes = wanted.contents[0].tolist()
+        sizes = target_facts.contents[0].tolist()
         times, rest = divmod(math.prod(sizes), math.prod(facts.shapes[0]))
         held = f": the file is for a batch of {times}; export it with a batch of 1" if times > 1 and not rest else ""
         raise ExportError(f"{label(node)} cannot turn {list(facts.shapes[0])} into {sizes}{held}")
     y.type = x.type
-    if not facts.varies or wanted.constant is None:
+    if not facts.varies or target_facts.constant is None:
         if None in resolved:
             raise BatchPinned(node, f"is written for batch {walk.batches[0]}")
         walk.facts[y] = Facts(tuple(r for r in resolved if r is not None))
@@ -162,8 +162,8 @@ def reshape(walk: ShapeWalk, node: ir.Node) -> bool:
         return True
     places = _batch_places(walk, x, resolved[0])
     if None not in resolved:
-        given = changing(resolved)  # type: ignore[arg-type]
-        if given is not None and (walk.literal or given in places[:1] or resolved[0][given] == walk.batches[0]):
+        axis = changing(resolved)  # type: ignore[arg-type]
+        if axis is not None and (walk.literal or axis in places[:1] or resolved[0][axis] == walk.batches[0]):
             walk.facts[y] = Facts(tuple(r for r in resolved if r is not None))
             _note_inner(walk, x, y)
             return True
@@ -279,28 +279,28 @@ def _repeat(
     graph = walk.graph
     for i in fixed:
         x = inputs[i]
-        given = x.name
+        name = x.name
         sizes = list(walk.facts[x].shapes[0])
         nodes = [ir.node("Shape", [like], {"start": place, "end": place + 1})]
         if sizes[place] != 1:
             bounds = [
-                initializer(graph, f"{given}_row{k}", np.array([n], np.int64)) for k, n in enumerate((0, 1, place))
+                initializer(graph, f"{name}_row{k}", np.array([n], np.int64)) for k, n in enumerate((0, 1, place))
             ]
             nodes.append(ir.node("Slice", [x, *bounds]))
             x = nodes[-1].outputs[0]
         ones = [np.ones(place, np.int64), np.ones(len(sizes) - 1 - place, np.int64)]
-        left, right = ([initializer(graph, f"{given}_ones{k}", a)] if a.size else [] for k, a in enumerate(ones))
+        left, right = ([initializer(graph, f"{name}_ones{k}", a)] if a.size else [] for k, a in enumerate(ones))
         parts = [*left, nodes[0].outputs[0], *right]
         nodes.append(ir.node("Concat", parts, {"axis": 0}))
         nodes.append(ir.node("Expand", [x, nodes[-1].outputs[0]]))
-        for k, made in enumerate(nodes):
-            made.outputs[0].name = f"{node.outputs[0].name}_{given}_{k}"
-            made.name = made.outputs[0].name
+        for k, new_node in enumerate(nodes):
+            new_node.outputs[0].name = f"{node.outputs[0].name}_{name}_{k}"
+            new_node.name = new_node.outputs[0].name
         graph.insert_before(node, nodes)
         node.replace_input_with(i, nodes[-1].outputs[0])
         _settle(walk, nodes[0], tuple(np.array([b], np.int64) for b in walk.batches))
-        for made in nodes[1:]:
-            walk.walk(made)
+        for new_node in nodes[1:]:
+            walk.walk(new_node)
 
 
 @rule("Resize")
@@ -310,10 +310,10 @@ def resize(walk: ShapeWalk, node: ir.Node) -> bool:
     sizes = node.inputs[3] if len(node.inputs) > 3 else None
     if x is None or sizes is None or attribute(node, "axes") is not None:
         return False
-    known = walk.facts[sizes].contents
-    if known is None:
+    contents = walk.facts[sizes].contents
+    if contents is None:
         return False
-    shapes, first = walk.facts[x].shapes, known[0].tolist()
+    shapes, first = walk.facts[x].shapes, contents[0].tolist()
     axis = changing(shapes)
     if axis is not None and first[axis] != shapes[0][axis]:
         return False
@@ -341,9 +341,9 @@ def _rows_alike(array: np.ndarray | None, axis: int) -> bool:
 def _resolve(shape: Shape, target: Sequence[int], keeps_zero: bool) -> Shape | None:
     """The sizes that a Reshape gives; None where they do not fit."""
     sizes = [shape[i] if n == 0 and not keeps_zero and i < len(shape) else n for i, n in enumerate(target)]
-    count, known = math.prod(shape), math.prod(n for n in sizes if n != -1)
+    count, product = math.prod(shape), math.prod(n for n in sizes if n != -1)
     if -1 in sizes:
-        if known == 0 or count % known:
+        if product == 0 or count % product:
             return None
-        sizes[sizes.index(-1)] = count // known
+        sizes[sizes.index(-1)] = count // product
     return tuple(sizes) if math.prod(sizes) == count else None

@@ -129,8 +129,8 @@ class ShapeWalk:
             if varies and not facts.varies and is_float(y):
                 self._mixing.append(node)
         if any(x in self.inner for x in node.inputs if x is not None) and node.op_type not in ("Reshape", "Flatten"):
-            kept = {self._varying_size(x) for x in node.inputs if x in self.inner}
-            self.inner.update(y for y in node.outputs if y in self.facts and self._varying_size(y) in kept)
+            inner_sizes = {self._varying_size(x) for x in node.inputs if x in self.inner}
+            self.inner.update(y for y in node.outputs if y in self.facts and self._varying_size(y) in inner_sizes)
 
     def _varying_size(self, value: ir.Value) -> int | None:
         shapes = self.facts[value].shapes
@@ -150,10 +150,10 @@ class ShapeWalk:
         if array is None:
             raise ExportError(f"the model reads {value.name!r}, which nothing computes")
         shape = tuple(int(n) for n in array.shape.numpy())
-        known = None
+        contents = None
         if math.prod(shape) <= MOST_CONSTANT:
-            known = (array.numpy(),) * len(self.batches)
-        self.facts[value] = Facts((shape,) * len(self.batches), known)
+            contents = (array.numpy(),) * len(self.batches)
+        self.facts[value] = Facts((shape,) * len(self.batches), contents)
 
     def _contents_known(self, node: ir.Node) -> bool:
         left = node.op_type in _LEFT | RANDOM
@@ -180,8 +180,8 @@ class ShapeWalk:
             contents = tuple(run[k] for run in runs)
             same = all(c is contents[0] for c in contents)
             limit = MOST_CONSTANT if same else MOST_NUMBERS
-            kept = contents if contents[0].size <= limit else None
-            self.facts[y] = Facts(tuple(tuple(c.shape) for c in contents), kept)
+            small_contents = contents if contents[0].size <= limit else None
+            self.facts[y] = Facts(tuple(tuple(c.shape) for c in contents), small_contents)
             if y.type is None:
                 y.type = ir.TensorType(ir.DataType.from_numpy(contents[0].dtype))
 
@@ -196,23 +196,23 @@ class ShapeWalk:
         """Shapes and types by ONNX's shape inference, which is given the contents that are known."""
         infer = NodeInference(node, self.opset, self.ir_version)
         facts = [None if x is None else self.facts[x] for x in node.inputs]
-        found: list[list[tuple[int, Shape | None] | None]] = []
+        outputs_by_batch: list[list[tuple[int, Shape | None] | None]] = []
         for i, batch in enumerate(self.batches):
             try:
                 contents = [None if f is None or f.contents is None else f.contents[i] for f in facts]
-                found.append(infer([None if f is None else f.shapes[i] for f in facts], contents))
+                outputs_by_batch.append(infer([None if f is None else f.shapes[i] for f in facts], contents))
             except Exception as error:
-                said = first_line(error).removeprefix("[ShapeInferenceError] ")[:160]
+                message = first_line(error).removeprefix("[ShapeInferenceError] ")[:160]
                 if i == 0 and self.squeezed is not None:
                     reason = "removes the batch axis of a single image, which later nodes need"
                     raise BatchPinned(self.squeezed, reason) from None
                 if (i == 0 and len(set(self.batches)) > 1) or len(self.batches) == 1:
-                    raise ExportError(f"the input sizes of {label(node)} do not fit together ({said})") from None
-                raise BatchPinned(node, f"is written for batch {self.batches[0]}, not {batch} ({said})") from None
+                    raise ExportError(f"the input sizes of {label(node)} do not fit together ({message})") from None
+                raise BatchPinned(node, f"is written for batch {self.batches[0]}, not {batch} ({message})") from None
         for k, y in enumerate(node.outputs):
             if not y.name:
                 continue
-            results = [outputs[k] for outputs in found]
+            results = [outputs[k] for outputs in outputs_by_batch]
             shapes = [None if r is None else r[1] for r in results]
             if any(s is None for s in shapes):
                 raise ExportError(
@@ -231,14 +231,14 @@ class ShapeWalk:
         assert condition is not None
         if condition not in self.facts:
             self._note_constant(condition)
-        known = self.facts[condition].contents
-        if known is not None and len({bool(c.reshape(-1)[0]) for c in known}) > 1:
+        contents = self.facts[condition].contents
+        if contents is not None and len({bool(c.reshape(-1)[0]) for c in contents}) > 1:
             raise BatchPinned(node, "chooses its branch by the number of images")
-        if known is None:
+        if contents is None:
             raise ExportError(
                 f"control flow: {label(node)} chooses its branch by the image's pixel values: camrt needs a fixed graph"
             )
-        return inline_branch(self.graph, node, bool(known[0].reshape(-1)[0]))
+        return inline_branch(self.graph, node, bool(contents[0].reshape(-1)[0]))
 
     # ---- what was found, written into the graph
 
@@ -261,12 +261,12 @@ class ShapeWalk:
         return ir.Shape([f if isinstance(f, int) else str(f) for f in forms])
 
     def _fold(self, node: ir.Node) -> None:
-        known = [self.facts[y].constant if y in self.facts else None for y in node.outputs]
-        if any(array is None for array, y in zip(known, node.outputs, strict=True) if y.uses() or y.is_graph_output()):
+        arrays = [self.facts[y].constant if y in self.facts else None for y in node.outputs]
+        if any(array is None for array, y in zip(arrays, node.outputs, strict=True) if y.uses() or y.is_graph_output()):
             return
         if any(y.is_graph_output() for y in node.outputs):
             return
-        for y, array in zip(node.outputs, known, strict=True):
+        for y, array in zip(node.outputs, arrays, strict=True):
             if array is not None and y.uses():
                 value = initializer(self.graph, f"{y.name}_value", array)
                 self.facts[value] = Facts((tuple(array.shape),) * len(self.batches), (array,) * len(self.batches))

@@ -59,7 +59,7 @@ class Interpreter:
 
     def biased(self) -> dict[str, torch.Tensor]:
         """{name of a value (B, K, h, w): the constant (K,) that its convolution or batch norm adds}."""
-        found = {}
+        biases = {}
         for node in self.model.graph:
             constants = [None if x is None else self._constants.get(str(x.name)) for x in node.inputs]
             y = node.outputs[0]
@@ -74,8 +74,8 @@ class Interpreter:
                     epsilon = node.attributes["epsilon"].value if "epsilon" in node.attributes else 1e-5
                     bias = beta - gamma * mean / (variance + epsilon).sqrt()
             if bias is not None:
-                found[str(y.name)] = bias
-        return found
+                biases[str(y.name)] = bias
+        return biases
 
     def _constant(self, op_type: str, attributes: dict[str, Any], inputs: list[Any]) -> torch.Tensor:
         value = attributes.get("value")

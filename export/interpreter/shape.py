@@ -152,8 +152,10 @@ def resize(attributes, x, roi=None, scales=None, sizes=None):
         if size == x.shape[axis] and scale in (None, 1.0):
             continue
         region = None if roi is None or not roi.numel() else (float(roi[i]), float(roi[i + len(axes)]))
-        kept = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attributes.items()) if k != "axes")
-        matrix = torch.from_numpy(_resize_matrix(x.shape[axis], size, scale, region, kept)).to(x.dtype)
+        settings = tuple(
+            (k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attributes.items()) if k != "axes"
+        )
+        matrix = torch.from_numpy(_resize_matrix(x.shape[axis], size, scale, region, settings)).to(x.dtype)
         x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
     return x
 
@@ -161,16 +163,16 @@ def resize(attributes, x, roi=None, scales=None, sizes=None):
 @functools.cache
 def _resize_matrix(size, out, scale, region, attributes) -> np.ndarray:
     """(size, out)."""
-    given = ["x", "", "scales" if scale is not None else "", "sizes" if scale is None else ""]
+    input_names = ["x", "", "scales" if scale is not None else "", "sizes" if scale is None else ""]
     feeds: dict[str, Any] = {"x": np.eye(size)}
     feeds |= {"scales": np.array([1, scale], np.float32)} if scale is not None else {"sizes": np.array([size, out])}
     if region is not None:
-        given[1], feeds["roi"] = "roi", np.array([0, region[0], 1, region[1]], np.float32)
-    while not given[-1]:
-        given.pop()
+        input_names[1], feeds["roi"] = "roi", np.array([0, region[0], 1, region[1]], np.float32)
+    while not input_names[-1]:
+        input_names.pop()
     make = onnx.helper.make_tensor_value_info
     kinds = {"x": 11, "scales": 1, "sizes": 7, "roi": 1}
-    node = onnx.helper.make_node("Resize", given, ["y"], **dict(attributes))
+    node = onnx.helper.make_node("Resize", input_names, ["y"], **dict(attributes))
     graph = onnx.helper.make_graph([node], "resize", [make(n, kinds[n], None) for n in feeds], [make("y", 11, None)])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     return np.asarray(onnx.reference.ReferenceEvaluator(model).run(None, feeds)[0])  # type: ignore[arg-type]
@@ -178,8 +180,8 @@ def _resize_matrix(size, out, scale, region, attributes) -> np.ndarray:
 
 @operator("GridSample")
 def grid_sample(attributes, x, grid):
-    given = str(attributes.get("mode", "linear"))
-    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(given, given)
+    onnx_mode = str(attributes.get("mode", "linear"))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(onnx_mode, onnx_mode)
     return F.grid_sample(
         x, grid, mode, attributes.get("padding_mode", "zeros"), bool(attributes.get("align_corners", 0))
     )

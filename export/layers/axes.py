@@ -203,19 +203,19 @@ def after_squeeze(before: Axes, node: ir.Node, squeeze: bool) -> Axes | None:
     axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes")
     if axes is None:
         return None
-    kept = list(before.axes)
+    new_axes = list(before.axes)
     token = before.token_axis
-    rank = len(kept) + (0 if squeeze else len(axes))
+    rank = len(new_axes) + (0 if squeeze else len(axes))
     for a in sorted((int(a) % rank for a in axes), reverse=squeeze):
         if squeeze:
-            if kept[a]:
+            if new_axes[a]:
                 return None
-            del kept[a]
+            del new_axes[a]
         else:
-            kept.insert(a, ())
+            new_axes.insert(a, ())
         if before.prefix and a <= token:
             token += -1 if squeeze else 1
-    return replace(before, axes=tuple(kept), token_axis=token)
+    return replace(before, axes=tuple(new_axes), token_axis=token)
 
 
 def _whole(axis: Axis, of: str, size: int) -> bool:
@@ -267,9 +267,9 @@ def after_slice(node: ir.Node, before: Axes, sizes: Sequence[int | None]) -> Axe
             continue
         which = _of_grid(result, axis)
         if all(p.of == "channel" for p in result.axes[axis]):
-            kept = list(result.axes)
-            kept[axis] = channels_of(len(taken))
-            result = replace(result, axes=tuple(kept))
+            new_axes = list(result.axes)
+            new_axes[axis] = channels_of(len(taken))
+            result = replace(result, axes=tuple(new_axes))
         elif result.prefix and axis == result.token_axis:
             if step != 1 or taken.stop != size or not 0 < taken.start <= result.prefix:
                 return None
@@ -291,8 +291,8 @@ def after_pad(node: ir.Node, before: Axes) -> Axes | None:
     pads = constant_of(node.inputs[1])
     if pads is None:
         return None
-    given = constant_of(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    axes = [int(a) % len(before.axes) for a in given] if given is not None else list(range(len(before.axes)))
+    pad_axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    axes = [int(a) % len(before.axes) for a in pad_axes] if pad_axes is not None else list(range(len(before.axes)))
     sizes, result = dims(node.outputs[0]), before
     for i, axis in enumerate(axes):
         if not pads[i] and not pads[i + len(axes)]:
@@ -302,9 +302,9 @@ def after_pad(node: ir.Node, before: Axes) -> Axes | None:
         if size is None:
             return None
         if all(p.of == "channel" for p in result.axes[axis]):
-            kept = list(result.axes)
-            kept[axis] = channels_of(size)
-            result = replace(result, axes=tuple(kept))
+            new_axes = list(result.axes)
+            new_axes[axis] = channels_of(size)
+            result = replace(result, axes=tuple(new_axes))
         elif which is not None:
             border = wider(result, which, pads[i], pads[i + len(axes)])
             result = _with_grid(result, axis, which, size, border)
@@ -318,10 +318,10 @@ def after_split(node: ir.Node, before: Axes) -> Sequence[Axes | None]:
     sizes = [dims(y)[axis] for y in node.outputs]
     results: list[Axes | None] = []
     for i, size in enumerate(sizes):
-        kept = list(before.axes)
+        new_axes = list(before.axes)
         if all(p.of == "channel" for p in before.axes[axis]):
-            kept[axis] = channels_of(size)
-            results.append(replace(before, axes=tuple(kept)))
+            new_axes[axis] = channels_of(size)
+            results.append(replace(before, axes=tuple(new_axes)))
         elif before.prefix and axis == before.token_axis and i == len(sizes) - 1 and None not in sizes:
             dropped = sum(n for n in sizes[:-1] if n)
             fits = dropped <= before.prefix
@@ -341,10 +341,10 @@ def after_gather(node: ir.Node, before: Axes) -> Axes | None:
     rank = len(indices.shape)
     if rank > 1 or (before.prefix and axis == before.token_axis):
         return None
-    kept = list(before.axes)
-    kept[axis : axis + 1] = [channels_of(dims(node.outputs[0])[axis])] if rank else []
+    new_axes = list(before.axes)
+    new_axes[axis : axis + 1] = [channels_of(dims(node.outputs[0])[axis])] if rank else []
     token = before.token_axis - (1 if before.prefix and not rank and axis < before.token_axis else 0)
-    return replace(before, axes=tuple(kept), token_axis=token)
+    return replace(before, axes=tuple(new_axes), token_axis=token)
 
 
 def after_expand(before: Axes, y: ir.Value) -> Axes | None:
@@ -362,9 +362,9 @@ def after_reduce(node: ir.Node, before: Axes) -> Axes | None:
     axes = reduced_axes(node)
     if axes is None or any(BATCH in before.axes[a] for a in axes):
         return None
-    kept = bool(attribute(node, "keepdims", 1))
-    new = [(() if i in axes else a) for i, a in enumerate(before.axes) if kept or i not in axes]
+    keepdims = bool(attribute(node, "keepdims", 1))
+    new = [(() if i in axes else a) for i, a in enumerate(before.axes) if keepdims or i not in axes]
     if before.prefix and before.token_axis in axes:
         return replace(before, axes=tuple(new), prefix=0, token_axis=-1)
-    token = before.token_axis - (0 if kept or not before.prefix else sum(a < before.token_axis for a in axes))
+    token = before.token_axis - (0 if keepdims or not before.prefix else sum(a < before.token_axis for a in axes))
     return replace(before, axes=tuple(new), token_axis=token)

@@ -96,14 +96,16 @@ class _Follower:
         contradict each other.
         """
         rank = len(y.shape or ())
-        known = [self.found[v] for v in node.inputs if v is not None and v in self.found]
-        if not known:
+        operand_axes = [self.found[v] for v in node.inputs if v is not None and v in self.found]
+        if not operand_axes:
             return None
-        first = max(known, key=lambda k: (sum(p.of in ("row", "column") for a in k.axes for p in a), len(k.axes)))
+        first = max(
+            operand_axes, key=lambda k: (sum(p.of in ("row", "column") for a in k.axes for p in a), len(k.axes))
+        )
         axes = list(((),) * (rank - len(first.axes)) + first.axes)
         if len(axes) != rank:
             return None
-        for other in known:
+        for other in operand_axes:
             for i, axis in enumerate(((),) * (rank - len(other.axes)) + other.axes):
                 if not axes[i]:
                     axes[i] = axis
@@ -114,7 +116,7 @@ class _Follower:
         if any(not axis and n != 1 for axis, n in zip(axes, dims(y), strict=True)):
             return None
         token = first.token_axis + rank - len(first.axes) if first.prefix else -1
-        return replace(first, axes=tuple(axes), token_axis=token, border=joint_border(known))
+        return replace(first, axes=tuple(axes), token_axis=token, border=joint_border(operand_axes))
 
     def _product(self, node: ir.Node) -> Axes | None:
         """The rows of the left operand, the columns of the right one; the leading axes from either operand."""
@@ -180,15 +182,15 @@ class _Follower:
     def _concat(self, node: ir.Node) -> Axes | None:
         """Channels of maps with equal other axes, joined; or prefix tokens put in front of a grid's tokens."""
         inputs = [x for x in node.inputs if x is not None]
-        known = [self.found.get(x) for x in inputs]
+        input_axes = [self.found.get(x) for x in inputs]
         y = node.outputs[0]
         axis = attribute(node, "axis", 0) % len(y.shape or (1,))
-        last = next((k for k in reversed(known) if k is not None), None)
+        last = next((k for k in reversed(input_axes) if k is not None), None)
         if last is None or len(last.axes) != len(y.shape or ()):
             return None
         if any(p.of != "channel" for p in last.axes[axis]):
-            return self._with_prefix(inputs, known, axis)
-        for x, k in zip(inputs, known, strict=True):
+            return self._with_prefix(inputs, input_axes, axis)
+        for x, k in zip(inputs, input_axes, strict=True):
             if k is None and constant_of(x) is None:
                 return None
             if k is not None and [a for i, a in enumerate(k.axes) if i != axis] != [
@@ -197,17 +199,17 @@ class _Follower:
                 return None
         axes = list(last.axes)
         axes[axis] = channels_of(dims(y)[axis])
-        return replace(last, axes=tuple(axes), border=joint_border([k for k in known if k is not None]))
+        return replace(last, axes=tuple(axes), border=joint_border([k for k in input_axes if k is not None]))
 
-    def _with_prefix(self, inputs: Sequence[ir.Value], known: Sequence[Axes | None], axis: int) -> Axes | None:
-        last = known[-1]
+    def _with_prefix(self, inputs: Sequence[ir.Value], input_axes: Sequence[Axes | None], axis: int) -> Axes | None:
+        last = input_axes[-1]
         if last is None or any(p.of == "batch" for p in last.axes[axis]):
             return None
         if last.prefix and last.token_axis != axis:
             return None
         counts = [dims(x)[axis] for x in inputs[:-1]]
         if None in counts or any(
-            k is not None and any(p.of in ("row", "column") for p in k.axes[axis]) for k in known[:-1]
+            k is not None and any(p.of in ("row", "column") for p in k.axes[axis]) for k in input_axes[:-1]
         ):
             return None
         pieces = [p.of for p in last.axes[axis]]

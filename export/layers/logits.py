@@ -37,8 +37,8 @@ def find_logits(graph: ir.Graph) -> tuple[ir.Value, str | None]:
     output = graph.outputs[0]
     if output.producer() is None:
         raise ExportError(f"output {output.name!r} is computed by nothing: it is the model's input, or a constant")
-    found = _activation(output)
-    value, name = found if found is not None else (_same_numbers(output), None)
+    activation = _activation(output)
+    value, name = activation if activation is not None else (_same_numbers(output), None)
     classes = class_count(value, output)
     if not _is_rows(value):
         node = ir.node("Reshape", [value, initializer(graph, f"{value.name}_rows", np.array([-1, classes], np.int64))])
@@ -58,22 +58,22 @@ def class_count(logits: ir.Value, output: ir.Value | None = None) -> int:
     """Number of classes. ExportError unless the value holds one number for each image and class, on one axis."""
     output = output or logits
     sizes = dims(logits)
-    given = [*dims(output)]
+    output_sizes = [*dims(output)]
     free = not sizes or sizes[0] is None or sizes[0] == 1
     inner = list(sizes[1:] if free else sizes)
     if len(sizes) == 1 and sizes[0] is not None:  # no batch axis: one image's numbers
         inner = list(sizes)
     if None in inner or sum(d != 1 for d in inner) > 1:
         text = str(output.shape)
-        if given.count(None) == 1 and given[0] is not None:
+        if output_sizes.count(None) == 1 and output_sizes[0] is not None:
             raise BatchElsewhere(f"output {output.name!r}, {text}, has its batch on another axis than the first")
         held = (
             "; where its first axis is the batch that the file was traced with, write the file with a batch of 1"
-            if len(given) == 2 and None not in given
+            if len(output_sizes) == 2 and None not in output_sizes
             else ""
         )
         raise ExportError(
-            f"output {output.name!r} has {len(given)} axes, {text}: camrt explains classifiers, whose output is "
+            f"output {output.name!r} has {len(output_sizes)} axes, {text}: camrt explains classifiers, whose output is "
             f"(batch, classes){held}"
         )
     first = logits.shape[0] if logits.shape is not None and len(logits.shape) else None
@@ -140,10 +140,10 @@ def _activation(output: ir.Value) -> tuple[ir.Value, str] | None:
         node = value.producer()
         if node is None:
             return None
-        found = _match(node)
-        if found is not None:
-            logits, _ = found
-            return found if _along_classes(node, logits) else None
+        activation = _match(node)
+        if activation is not None:
+            logits, _ = activation
+            return activation if _along_classes(node, logits) else None
         if node.op_type not in _PASSED or not _keeps_order(node):
             return None
         value = node.inputs[0]
@@ -231,8 +231,8 @@ def _both_of_two(node: ir.Node) -> tuple[ir.Value, str] | None:
 
 def _behind_sigmoid(value: ir.Value | None) -> ir.Value | None:
     node = value.producer() if value is not None else None
-    found = _match(node) if node is not None else None
-    return found[0] if found is not None and found[1] == "Sigmoid" else None
+    activation = _match(node) if node is not None else None
+    return activation[0] if activation is not None and activation[1] == "Sigmoid" else None
 
 
 def _after(last: ir.Value, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:

@@ -50,9 +50,9 @@ def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: 
     value = next(iter(left)) if len(left) == 1 else None
     layout, size = known.get(value) if value is not None else None, known[image].grid if image in known else None
     usable = layout is not None and layout.kind == "NCHW" and layout.grid == size and value is not image
-    found = str(value.name) if shifted and usable and value is not None else None
+    name = str(value.name) if shifted and usable and value is not None else None
     beyond = [n for n in shifted_later if n not in shifted]
-    unfollowed = beyond or (shifted if found is None else [])
+    unfollowed = beyond or (shifted if name is None else [])
     if unfollowed:
         warnings.warn(
             f"{unfollowed[0].op_type} (node {unfollowed[0].name!r}) changes the picture within the network, where "
@@ -60,7 +60,7 @@ def normalized_image(graph: ir.Graph, known: Mapping[ir.Value, Layout], logits: 
             "mean black and not zero input: prepare the picture outside the model",
             stacklevel=5,
         )
-    return found
+    return name
 
 
 def _prepared(graph: ir.Graph, logits: ir.Value, operators: Container[str]) -> tuple[set[ir.Value], list[ir.Node]]:

@@ -37,7 +37,7 @@ def carries_all(
 
 def _reads(
     graph: ir.Graph,
-    found: Mapping[ir.Value, Layout],
+    layouts: Mapping[ir.Value, Layout],
     target: ir.Value,
     barrier: ir.Value | None = None,
     unread: Container[ir.Value] = (),
@@ -57,16 +57,16 @@ def _reads(
                 continue
             if not any(reads) and not any(y in unread for y in outputs):
                 continue  # the class token of an earlier layer
-        behind = set() if any(reads) else _behind_prefix(node, found)
+        behind = set() if any(reads) else _behind_prefix(node, layouts)
         for place, x in enumerate(node.inputs):
             if x is None or place in behind:
                 continue
-            layout = found.get(x)
+            layout = layouts.get(x)
             grid = any(reads)
             if layout is not None and layout.prefix and _takes_prefix(node, layout):
                 grid = False
             elif not grid:
-                grid = not _keeps_tokens_apart(node, layout, found.get(node.outputs[0]))
+                grid = not _keeps_tokens_apart(node, layout, layouts.get(node.outputs[0]))
             whole[x] = whole.get(x, False) or (grid and x not in unread)
     return whole
 
@@ -80,9 +80,9 @@ def refuse_unread(name: str, value: ir.Value, unread: set[ir.Value]) -> None:
         )
 
 
-def _behind_prefix(node: ir.Node, found: Mapping[ir.Value, Layout]) -> set[int]:
+def _behind_prefix(node: ir.Node, layouts: Mapping[ir.Value, Layout]) -> set[int]:
     """Positions of the inputs of a token Concat that come after the prefix tokens."""
-    layout = found.get(node.outputs[0])
+    layout = layouts.get(node.outputs[0])
     if node.op_type != "Concat" or layout is None or layout.token_axis is None:
         return set()
     if attribute(node, "axis", 0) % layout.rank != layout.token_axis:

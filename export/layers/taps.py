@@ -63,14 +63,14 @@ def feature_maps(graph: ir.Graph, logits: ir.Value, without_gradient: Container[
     be zero.
     """
     followed = follow(graph)
-    known = named_layouts(followed)
-    seen = {v for v in known if str(v.name) in without_gradient}
-    unread = read_by_prefix_only(graph, known, logits, seen) | seen
+    layouts = named_layouts(followed)
+    seen = {v for v in layouts if str(v.name) in without_gradient}
+    unread = read_by_prefix_only(graph, layouts, logits, seen) | seen
     path = on_path(graph, list(graph.inputs), logits, past_stops=True)
     reachable = dict.fromkeys(y for node in graph for y in node.outputs if y in path)
     read = [y for y in reachable if y not in unread]
     try:
-        last, why = last_on_grid(read, known, followed, lambda y: carries_all(graph, known, unread, logits, y)), ""
+        last, why = last_on_grid(read, layouts, followed, lambda y: carries_all(graph, layouts, unread, logits, y)), ""
     except NoLastLayer as reason:
         last, why = None, str(reason)
     behind = on_path(graph, [last], logits) if last is not None else set()
@@ -79,11 +79,11 @@ def feature_maps(graph: ir.Graph, logits: ir.Value, without_gradient: Container[
         for v in read
         if last is not None
         and v in behind
-        and v in known
-        and 1 not in known[v].grid
-        and 1 < math.prod(known[v].grid) < math.prod(known[last].grid)
+        and v in layouts
+        and 1 not in layouts[v].grid
+        and 1 < math.prod(layouts[v].grid) < math.prod(layouts[last].grid)
     ]
-    return FeatureMaps(known, unread, reachable, last, why, coarser[-1] if coarser else None)
+    return FeatureMaps(layouts, unread, reachable, last, why, coarser[-1] if coarser else None)
 
 
 class NoLastLayer(ExportError):
@@ -144,13 +144,13 @@ def last_on_grid(
     return last
 
 
-def _pooled_to_strip(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
+def _pooled_to_strip(value: ir.Value, layouts: Mapping[ir.Value, Layout]) -> bool:
     """Whether a pooling over all rows or all columns made the tensor; not one of a window as wide as high."""
     node = made_by(value, *_POOLINGS, "MaxPool", "ReduceMax")
-    before = known.get(node.inputs[0]) if node is not None and node.inputs[0] is not None else None
-    if before is None or 1 not in known[value].grid or 1 in before.grid:
+    before = layouts.get(node.inputs[0]) if node is not None and node.inputs[0] is not None else None
+    if before is None or 1 not in layouts[value].grid or 1 in before.grid:
         return False
-    rows, columns = (n // m for n, m in zip(before.grid, known[value].grid, strict=True))
+    rows, columns = (n // m for n, m in zip(before.grid, layouts[value].grid, strict=True))
     return rows != columns
 
 
@@ -177,21 +177,21 @@ def _moved_off_image(order: Iterable[ir.Value], followed: Mapping[ir.Value, Axes
     return node
 
 
-def _unusable(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Mapping[ir.Value, Axes]) -> bool:
+def _unusable(value: ir.Value, layouts: Mapping[ir.Value, Layout], followed: Mapping[ir.Value, Axes]) -> bool:
     """Whether a layer computed the tensor, with positions that no tap can show."""
-    if value in known:
+    if value in layouts:
         return False
     axes = followed.get(value)
     on_grid = axes is None or any(piece.of in ("row", "column") for axis in axes.axes for piece in axis)
-    return on_grid and (_has_positions(value) or _sums_on_grid(value, known))
+    return on_grid and (_has_positions(value) or _sums_on_grid(value, layouts))
 
 
-def _sums_on_grid(value: ir.Value, known: Mapping[ir.Value, Layout]) -> bool:
+def _sums_on_grid(value: ir.Value, layouts: Mapping[ir.Value, Layout]) -> bool:
     """Whether a sum or mean computed the tensor, and its last two sizes are the grid of a known map, as with kernels
     that vary by position.
     """
     return made_by(value, "ReduceSum", "ReduceMean") is not None and tuple(dims(value)[-2:]) in {
-        layout.grid for layout in known.values() if 1 not in layout.grid
+        layout.grid for layout in layouts.values() if 1 not in layout.grid
     }
 
 
@@ -215,19 +215,19 @@ def _is_activated_product(value: ir.Value) -> bool:
     return False
 
 
-def _behind_projection(value: ir.Value, known: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
+def _behind_projection(value: ir.Value, layouts: Mapping[ir.Value, Layout], followed: Container[ir.Value]) -> ir.Value:
     """The norm's output of which a token tensor is a linear projection; for attention's keys and values without a norm,
     the tensor from which they are projected; else the tensor itself.
     """
     inner = value
     while (node := inner.producer()) is not None:
         if node.op_type in _NORMS:
-            return inner if inner in known else value
+            return inner if inner in layouts else value
         computed = [x for x in node.inputs if x is not None and x in followed]
         if node.op_type not in _PROJECTION or len(computed) != 1:
             break
         inner = computed[0]
-    return inner if inner in known and _is_attended(value) else value
+    return inner if inner in layouts and _is_attended(value) else value
 
 
 def _is_attended(value: ir.Value) -> bool:
@@ -281,22 +281,22 @@ def choose(
     known = list(known)
     check_names(layers, known)
     if isinstance(layers, str):
-        wanted = {
+        requested_names = {
             "conv": list(convolutions),
             "last": [last] if last else [],
             "default": [*convolutions, *([last] if last else [])],
         }.get(layers, [layers])
     else:
-        wanted = list(layers)
-    if not wanted and isinstance(layers, str):
+        requested_names = list(layers)
+    if not requested_names and isinstance(layers, str):
         raise nothing_to_tap(layers, without_last)
-    if deeper is not None and last in wanted:
+    if deeper is not None and last in requested_names:
         warnings.warn(
             f"the logits read {last!r} directly and also through the deeper {deeper!r}: the former is the last layer, "
             "since all that they read of the image passes through it; name the latter to explain its part alone",
             stacklevel=6,
         )
-    chosen = [n for n in known if n in set(wanted)]
+    chosen = [n for n in known if n in set(requested_names)]
     named = layers not in ROLES
     stand_in = None
     if named and last not in chosen:

@@ -79,7 +79,7 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
             return grad_outputs[0]
 
     def keep(name: str, output: torch.Tensor) -> torch.Tensor:
-        if name not in wanted:
+        if name not in layer_names:
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
@@ -87,7 +87,7 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
         activations[name] = output
         return Keep.apply(output)  # type: ignore[return-value]
 
-    wanted = set(layers)
+    layer_names = set(layers)
     with torch.enable_grad(), without_autocast(), checkpoints_as_calls():
         with recording(model, keep), _NormsInOrder():
             logits = model(image)
@@ -162,10 +162,10 @@ def agreement(model: nn.Module, checker: Checker, graph: TappedGraph) -> None:
         with without_autocast():
             image = torch.from_numpy(checker.images[:1]).to(device)
             recorded = as_maps(record(model, image, cotangent.to(device), names), taps)
-            found = {n: g.cpu().numpy() for n, g in recorded.gradients.items()}
+            pytorch_gradients = {n: g.cpu().numpy() for n, g in recorded.gradients.items()}
             check_gradients(
                 checker.gradients,
-                found,
+                pytorch_gradients,
                 own_gradients(model, image),
                 lambda: _exact(model, image, cotangent.to(device), seed, graph),
             )
@@ -198,8 +198,8 @@ def _exact(
     program = gradients(replace(graph, precision="float32"))
     names = [f"gradient:{t.name}" for t in taps]
     with torch.no_grad():
-        found = Interpreter(program).run({"image": image.double().cpu(), "seed": seed.double()}, names)
+        program_gradients = Interpreter(program).run({"image": image.double().cpu(), "seed": seed.double()}, names)
     return {
-        t.name: relative_l2(found[n].numpy(), want.gradients[t.name].cpu().numpy())
+        t.name: relative_l2(program_gradients[n].numpy(), want.gradients[t.name].cpu().numpy())
         for t, n in zip(taps, names, strict=True)
     }

@@ -53,10 +53,10 @@ class _Recorder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         seen: dict[str, torch.Tensor] = {}
-        wanted = set(self.names)
+        names = set(self.names)
 
         def visit(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            if name in wanted:
+            if name in names:
                 seen[name] = tensor.clone()
             return tensor
 
@@ -87,21 +87,21 @@ class Forward:
 
 def run_forward(model: nn.Module, image: torch.Tensor) -> Forward:
     """Runs the model once; it returns a single tensor."""
-    found, modules = Forward(), dict(unwrapped(model).named_modules())
+    forward, modules = Forward(), dict(unwrapped(model).named_modules())
     functions = {}
 
     def visit(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() in (3, 4):
-            found.shapes[name] = tuple(tensor.shape)
+            forward.shapes[name] = tuple(tensor.shape)
             functions[name] = tensor.grad_fn
             module = module_of(name, modules)
             if module is not None:
-                found.modules.add(name)
+                forward.modules.add(name)
                 if any(True for _ in module.children()):
-                    found.blocks.add(name)
+                    forward.blocks.add(name)
             is_call = module is None and name.split(".")[-1].startswith(("conv2d", "convolution"))
             if is_call or (module is not None and is_a(module, _CONVOLUTIONS)):
-                found.convolutions.append(name)
+                forward.convolutions.append(name)
         return tensor
 
     image = image.detach().clone().requires_grad_()
@@ -109,11 +109,11 @@ def run_forward(model: nn.Module, image: torch.Tensor) -> Forward:
     with torch.enable_grad(), recording(model, visit), noted:
         output = model(image)
     assert isinstance(output, torch.Tensor)
-    found.readings = noted.readings
-    found.own_gradients = backward_functions(output)
+    forward.readings = noted.readings
+    forward.own_gradients = backward_functions(output)
     reached = backward_nodes(output)
-    found.read = {name for name, function in functions.items() if function in reached}
-    return found
+    forward.read = {name for name, function in functions.items() if function in reached}
+    return forward
 
 
 def is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -167,8 +167,8 @@ def trace_module(
 def _to_trace(forward: Forward, layers: str | Sequence[str], near_the_end: int) -> list[str]:
     """Tensors that are named, convolutions, and those near the end, in the order in which they are computed."""
     grids = [n for n, shape in forward.shapes.items() if len(shape) == 3 or shape[2] * shape[3] > 1]
-    wanted = {*check_names(layers, forward.shapes), *forward.convolutions, *grids[-near_the_end:]}
-    return [n for n in forward.shapes if n in wanted]
+    traced_names = {*check_names(layers, forward.shapes), *forward.convolutions, *grids[-near_the_end:]}
+    return [n for n in forward.shapes if n in traced_names]
 
 
 def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model:
@@ -195,11 +195,11 @@ def _to_onnx(recorder: _Recorder, image: torch.Tensor, pinned: bool) -> ir.Model
             raise
         except Exception as error:  # the exporter raises errors of many kinds
             cause = error.__cause__ or error
-            said, way = first_line(cause), "export it to ONNX by other means and pass the .onnx file"
-            if "data-dependent" in said:
-                said = f"an if, a loop or a size depends on computed numbers: {said}"
+            message, way = first_line(cause), "export it to ONNX by other means and pass the .onnx file"
+            if "data-dependent" in message:
+                message = f"an if, a loop or a size depends on computed numbers: {message}"
                 way = "write that part with torch.where, or take it out of the model"
-            raise NotTraced(f"PyTorch could not export the model ({said}): {way}") from error
+            raise NotTraced(f"PyTorch could not export the model ({message}): {way}") from error
 
 
 def _simplified(model: ir.Model) -> ir.Model:
@@ -267,7 +267,7 @@ def tap_outputs(
     logits, final_activation = find_logits(model.graph)
     model.graph.outputs.clear()
     maps = feature_maps(model.graph, logits, attempt.without_gradient or ())
-    known, last = maps.known, maps.last
+    layouts, last = maps.known, maps.last
     tensors = dict(zip(traced, values, strict=True))
     named = check_names(layers, forward.shapes)
     last_name = _name_of(last, tensors, forward) if last is not None else None
@@ -292,7 +292,7 @@ def tap_outputs(
     )
     for name, of_tap in roles.items():
         value = tensors[name]
-        if value not in known:
+        if value not in layouts:
             if name not in named:
                 left_out.append(name)
                 continue
@@ -307,7 +307,7 @@ def tap_outputs(
             continue
         refuse_unread(name, value, maps.unread)
         norm = "after" if batch_norm_after(value) else "none"
-        taps.append((tap_at(name, of_tap, value, known[value], norm), str(value.name)))
+        taps.append((tap_at(name, of_tap, value, layouts[value], norm), str(value.name)))
     if left_out:
         warnings.warn(f"skipped, because they are not known to be feature maps: {', '.join(left_out)}", stacklevel=4)
     if without_gradient:
@@ -319,7 +319,7 @@ def tap_outputs(
     if not taps:
         raise nothing_to_tap(layers, without_last)
     warn_of_no_last(layers, last_name, without_last)
-    normalized = normalized_image(model.graph, known, logits)
+    normalized = normalized_image(model.graph, layouts, logits)
     return TappedGraph(model, str(logits.name), tuple(taps), final_activation, last_name, normalized, batch)
 
 
@@ -337,9 +337,9 @@ def _name_of(value: ir.Value, tensors: Mapping[str, ir.Value], forward: Forward)
     """What PyTorch calls a tensor: the first block that returns it, else the first module, else the first function."""
     names = [n for n, v in tensors.items() if v is value and n in forward.read]
     for preferred in (forward.blocks, forward.modules, forward.shapes):
-        found = next((n for n in names if n in preferred), None)
-        if found is not None:
-            return found
+        name = next((n for n in names if n in preferred), None)
+        if name is not None:
+            return name
     return None
 
 

@@ -39,19 +39,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, OutputSelector) else model
 
 
-def _part(given: Any, output: str | int) -> Any:
-    if isinstance(given, Mapping) and output in given:
-        return given[output]
+def _part(model_output: Any, output: str | int) -> Any:
+    if isinstance(model_output, Mapping) and output in model_output:
+        return model_output[output]
     if isinstance(output, str) and not output.isdecimal():
-        if not isinstance(given, torch.Tensor) and hasattr(given, output):
-            return getattr(given, output)
-    elif isinstance(given, Sequence) and int(output) < len(given):
-        return given[int(output)]
-    if isinstance(given, torch.Tensor):
+        if not isinstance(model_output, torch.Tensor) and hasattr(model_output, output):
+            return getattr(model_output, output)
+    elif isinstance(model_output, Sequence) and int(output) < len(model_output):
+        return model_output[int(output)]
+    if isinstance(model_output, torch.Tensor):
         raise ExportError(
-            f"the model returns one tensor {tuple(given.shape)}, without a part {output!r}: leave output=, --output out"
+            f"the model returns one tensor {tuple(model_output.shape)}, without a part {output!r}: leave output=, "
+            "--output out"
         )
-    raise ExportError(f"the model returns a {type(given).__name__} of {_listed(given)}, without a part {output!r}")
+    raise ExportError(
+        f"the model returns a {type(model_output).__name__} of {_listed(model_output)}, without a part {output!r}"
+    )
 
 
 def prepare_module(model: Any, output: str | None = None) -> nn.Module:
@@ -113,7 +116,7 @@ def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            given = model(torch.zeros(2, *input_shape, device=device))
+            model_output = model(torch.zeros(2, *input_shape, device=device))
     except ExportError:
         raise
     except Exception as error:  # models check their input in many ways
@@ -124,27 +127,27 @@ def check_output(model: nn.Module, input_shape: Sequence[int]) -> None:
     finally:
         for module in training:
             module.training = True
-    if isinstance(given, torch.Tensor):
+    if isinstance(model_output, torch.Tensor):
         return
     raise ExportError(
-        f"the model returns a {type(given).__name__} of {_listed(given)}: name the one that holds the logits with "
-        "output=, --output"
+        f"the model returns a {type(model_output).__name__} of {_listed(model_output)}: name the one that holds the "
+        "logits with output=, --output"
     )
 
 
-def _listed(given: Any) -> str:
-    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in _tensors(given)) or "no tensors"
+def _listed(model_output: Any) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in _tensors(model_output)) or "no tensors"
 
 
-def _tensors(given: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(given, Mapping):
-        items: Any = given.items()
-    elif dataclasses.is_dataclass(given) and not isinstance(given, type):
-        items = [(f.name, getattr(given, f.name)) for f in dataclasses.fields(given)]
-    elif isinstance(given, tuple) and hasattr(given, "_fields"):
-        items = zip(getattr(given, "_fields"), given, strict=True)  # noqa: B009
-    elif isinstance(given, Sequence):
-        items = enumerate(given)
+def _tensors(model_output: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(model_output, Mapping):
+        items: Any = model_output.items()
+    elif dataclasses.is_dataclass(model_output) and not isinstance(model_output, type):
+        items = [(f.name, getattr(model_output, f.name)) for f in dataclasses.fields(model_output)]
+    elif isinstance(model_output, tuple) and hasattr(model_output, "_fields"):
+        items = zip(getattr(model_output, "_fields"), model_output, strict=True)  # noqa: B009
+    elif isinstance(model_output, Sequence):
+        items = enumerate(model_output)
     else:
         items = []
     for name, value in items:
@@ -189,10 +192,10 @@ def backward_functions(output: torch.Tensor) -> list[str]:
 
 def backward_nodes(output: torch.Tensor) -> set[Any]:
     """Everything that autograd's backward pass from the output goes through."""
-    pending, known = [output.grad_fn], set()
+    pending, nodes = [output.grad_fn], set()
     while pending:
         node = pending.pop()
-        if node is not None and node not in known:
-            known.add(node)
+        if node is not None and node not in nodes:
+            nodes.add(node)
             pending += [n for n, _ in node.next_functions]
-    return known
+    return nodes

@@ -104,21 +104,21 @@ def _attention(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target != aten.scaled_dot_product_attention.default or node.meta["val"].dim() == 4:
             continue
-        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-        given |= node.kwargs
-        if given.get("is_causal") or given.get("enable_gqa"):
+        arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+        arguments |= node.kwargs
+        if arguments.get("is_causal") or arguments.get("enable_gqa"):
             continue  # the exporter's error says which operator it is
-        query, mask = given["query"], given.get("attn_mask")
-        scale = given.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
+        query, mask = arguments["query"], arguments.get("attn_mask")
+        scale = arguments.get("scale") or 1 / math.sqrt(query.meta["val"].shape[-1])
         call = _caller(graph, node)
         scores = call(
-            aten.matmul.default, call(aten.mul.Tensor, query, scale), call(aten.transpose.int, given["key"], -2, -1)
+            aten.matmul.default, call(aten.mul.Tensor, query, scale), call(aten.transpose.int, arguments["key"], -2, -1)
         )
         if mask is not None and mask.meta["val"].dtype == torch.bool:
             scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), -math.inf)
         elif mask is not None:
             scores = call(aten.add.Tensor, scores, mask)
-        mixed = call(aten.matmul.default, call(aten.softmax.int, scores, -1), given["value"])
+        mixed = call(aten.matmul.default, call(aten.softmax.int, scores, -1), arguments["value"])
         node.replace_all_uses_with(mixed)
         graph.erase_node(node)
 

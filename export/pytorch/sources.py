@@ -87,8 +87,8 @@ def _torchvision(spec: str, name: str, weights: str) -> Source:
     try:
         chosen = models.get_model_weights(name)[weights]
     except KeyError:
-        known = ", ".join(w.name for w in models.get_model_weights(name))
-        raise ExportError(f"torchvision has no weights {weights!r} for {name}: it has {known}, DEFAULT") from None
+        choices = ", ".join(w.name for w in models.get_model_weights(name))
+        raise ExportError(f"torchvision has no weights {weights!r} for {name}: it has {choices}, DEFAULT") from None
     try:
         model = models.get_model(name, weights=chosen)
     except Exception as error:
@@ -148,19 +148,19 @@ def processed(processor: dict[str, Any], config: Any) -> tuple[tuple[int, int, i
     size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     size, crop = ({"height": s, "width": s} if isinstance(s, int) else dict(s) for s in (size, crop))
     resize: tuple[int, int] | int | None = None
-    given = None
+    square = None
     if processor.get("do_resize", True) and size:
         if "shortest_edge" in size:
             resize = int(size["shortest_edge"])
             if processor.get("crop_pct"):  # ConvNeXt: the shorter side, then a centre crop, under 384
-                given = (resize, resize)
+                square = (resize, resize)
                 resize = int(resize / processor["crop_pct"]) if resize < 384 else resize
-                if given[0] >= 384:
-                    resize = given
+                if square[0] >= 384:
+                    resize = square
         elif "height" in size:
             resize = int(size["height"]), int(size["width"])
     cropped = (int(crop["height"]), int(crop["width"])) if processor.get("do_center_crop") and crop else None
-    cropped = cropped or (given if isinstance(resize, int) else None)
+    cropped = cropped or (square if isinstance(resize, int) else None)
     if cropped is not None and any(
         c > r for c, r in zip(cropped, (resize,) * 2 if isinstance(resize, int) else resize or (0, 0), strict=True)
     ):
@@ -198,17 +198,17 @@ def _callable(spec: str, module_name: str, attribute: str) -> Source:
     finally:
         sys.path.remove(os.getcwd())
     try:
-        made = getattr(module, attribute)
+        model = getattr(module, attribute)
     except AttributeError:
         raise ExportError(f"module {module_name!r} has no {attribute!r}") from None
-    if not isinstance(made, torch.nn.Module):
+    if not isinstance(model, torch.nn.Module):
         try:
-            made = made()
+            model = model()
         except Exception as error:
             raise ExportError(f"{spec} raised {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(made, torch.nn.Module):
-        raise ExportError(f"{spec} gave a {type(made).__name__}, not a torch.nn.Module")
-    return Source(spec, attribute, made)
+    if not isinstance(model, torch.nn.Module):
+        raise ExportError(f"{spec} gave a {type(model).__name__}, not a torch.nn.Module")
+    return Source(spec, attribute, model)
 
 
 def _module(name: str, package: str) -> Any:

@@ -50,15 +50,15 @@ def einsum(op, node, g):
     results = []
     for i, (x, term) in enumerate(zip(node.inputs, terms, strict=True)):
         others = [t for j, t in enumerate(terms) if j != i]
-        known = set(out).union(*map(set, others))
+        other_subscripts = set(out).union(*map(set, others))
         if not op.wants(x) or len(set(term)) != len(term) or len(set(out)) != len(out):
             results.append(None)
             continue
-        kept = "".join(c for c in term if c in known)
-        given = [g, *(y for j, y in enumerate(node.inputs) if j != i)]
-        d = op.Einsum(*given, equation=f"{','.join([out, *others])}->{kept}")
-        if kept != term:  # subscripts that were summed over alone
-            single = [n if c in known else 1 for c, n in zip(term, open_dims(x, -1), strict=True)]
+        shared_subscripts = "".join(c for c in term if c in other_subscripts)
+        operands = [g, *(y for j, y in enumerate(node.inputs) if j != i)]
+        d = op.Einsum(*operands, equation=f"{','.join([out, *others])}->{shared_subscripts}")
+        if shared_subscripts != term:  # subscripts that were summed over alone
+            single = [n if c in other_subscripts else 1 for c, n in zip(term, open_dims(x, -1), strict=True)]
             d = op.expand_like(op.Reshape(d, single), x)
         results.append(d)
     return tuple(results)

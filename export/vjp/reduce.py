@@ -99,10 +99,10 @@ def reduce_prod(op, node, g):
         before.append(part if before[-1] is None else op.Mul(before[-1], part))
     for part in parts[:0:-1]:
         after.append(part if after[-1] is None else op.Mul(after[-1], part))
-    kept = keep_dims(op, node, g)
+    cotangent = keep_dims(op, node, g)
     others = [[p for p in pair if p is not None] for pair in zip(before, after[::-1], strict=True)]
     products = [None if not o else o[0] if len(o) == 1 else op.Mul(*o) for o in others]
-    return (op.Concat(*(kept if p is None else op.Mul(kept, p) for p in products), axis=axis), None)
+    return (op.Concat(*(cotangent if p is None else op.Mul(cotangent, p) for p in products), axis=axis), None)
 
 
 @vjp("CumSum")

@@ -42,22 +42,24 @@ def _positions(size, out, scale, mode, start, end, one):
     """Where each output element lies on the input's axis, computed in the precision `one`."""
     i, scale, half = np.arange(out, dtype=one), one(scale), one(0.5)
     if mode == "align_corners":
-        found = i * one(size - 1) / one(out - 1) if out > 1 else np.zeros(1, one)
+        positions = i * one(size - 1) / one(out - 1) if out > 1 else np.zeros(1, one)
     elif mode == "asymmetric":
-        found = i / scale
+        positions = i / scale
     elif mode == "tf_half_pixel_for_nn":
-        found = (i + half) / scale
+        positions = (i + half) / scale
     elif mode == "pytorch_half_pixel" and out == 1:
-        found = np.array([-0.5], one)
+        positions = np.array([-0.5], one)
     elif mode == "half_pixel_symmetric":
         adjustment = one(out) / (scale * one(size))
-        found = one(size / 2) * (1 - adjustment) + (i + half) / scale - half
+        positions = one(size / 2) * (1 - adjustment) + (i + half) / scale - half
     elif mode == "tf_crop_and_resize":
         step = one(end - start) * one(size - 1) / one(max(out - 1, 1))
-        found = one(start) * one(size - 1) + i * step if out > 1 else np.array([0.5 * (start + end) * (size - 1)], one)
+        positions = (
+            one(start) * one(size - 1) + i * step if out > 1 else np.array([0.5 * (start + end) * (size - 1)], one)
+        )
     else:
-        found = (i + half) / scale - half
-    return found.astype(np.float64)
+        positions = (i + half) / scale - half
+    return positions.astype(np.float64)
 
 
 def _rounded(x, mode):
@@ -90,8 +92,8 @@ def resize(op, node, g):
     x, y = node.inputs[0], node.outputs[0]
     rank = len(dims(x))
     axes = [a % rank for a in attribute(node, "axes", list(range(rank)))]
-    given = [constant_of(v) if v is not None else None for v in [*node.inputs[1:], None, None, None][:3]]
-    roi, scales, sizes = given
+    constants = [constant_of(v) if v is not None else None for v in [*node.inputs[1:], None, None, None][:3]]
+    roi, scales, sizes = constants
     for k, axis in enumerate(axes):
         size, out = dims(x)[axis], dims(y)[axis]
         by_scale = scales is not None and scales.size > 0 and (sizes is None or sizes.size == 0)

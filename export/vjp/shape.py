@@ -42,8 +42,8 @@ def split(op, node, g):
     axis = attribute(node, "axis", 0) % len(dims(node.inputs[0]))
     if dims(node.inputs[0])[axis] is None:
         return (None, None)
-    known = next(p for p in parts if p is not None)
-    filled = [_zeros(op, known, y, axis) if p is None else p for p, y in zip(parts, node.outputs, strict=True)]
+    first_part = next(p for p in parts if p is not None)
+    filled = [_zeros(op, first_part, y, axis) if p is None else p for p, y in zip(parts, node.outputs, strict=True)]
     return (op.Concat(*filled, axis=axis), None)
 
 
@@ -151,10 +151,10 @@ def scatter_elements(op, node, g):
     reduction, axis = attribute(node, "reduction", "none"), attribute(node, "axis", 0)
     if reduction not in ("none", "add"):
         return (None, None, None)
-    kept = g
+    d_data = g
     if reduction == "none":
-        kept = op.ScatterElements(g, indices, zeros_like(op, updates), axis=axis)
-    return (kept, None, op.GatherElements(g, indices, axis=axis) if op.wants(updates) else None)
+        d_data = op.ScatterElements(g, indices, zeros_like(op, updates), axis=axis)
+    return (d_data, None, op.GatherElements(g, indices, axis=axis) if op.wants(updates) else None)
 
 
 @vjp("GatherND", shares_image=False)
@@ -175,8 +175,8 @@ def scatter_nd(op, node, g):
     reduction = attribute(node, "reduction", "none")
     if reduction not in ("none", "add"):
         return (None, None, None)
-    kept = g if reduction == "add" else op.ScatterND(g, indices, zeros_like(op, updates))
-    return (kept, None, op.GatherND(g, indices) if op.wants(updates) else None)
+    d_data = g if reduction == "add" else op.ScatterND(g, indices, zeros_like(op, updates))
+    return (d_data, None, op.GatherND(g, indices) if op.wants(updates) else None)
 
 
 @vjp("Pad")

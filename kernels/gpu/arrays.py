@@ -52,9 +52,9 @@ class DeviceArray:
 
     def reshape(self, *shape: int) -> DeviceArray:
         """The same memory in another shape; one length may be -1. ValueError if the sizes differ."""
-        known = math.prod(n for n in shape if n >= 0)
+        product = math.prod(n for n in shape if n >= 0)
         size = math.prod(self.shape)
-        full = tuple(size // known if n < 0 and known else n for n in shape)
+        full = tuple(size // product if n < 0 and product else n for n in shape)
         if math.prod(full) != size:
             raise ValueError(f"an array of shape {self.shape} does not take the shape {shape}")
         return replace(self, shape=full)

@@ -81,10 +81,10 @@ def create(name: str = "auto", settings: Settings | None = None) -> Backend:
 
 def survey(settings: Settings | None = None) -> list[tuple[str, Backend | BackendUnavailable]]:
     """Every backend, the best first, or why it cannot be used here."""
-    found: list[tuple[str, Backend | BackendUnavailable]] = []
+    backends: list[tuple[str, Backend | BackendUnavailable]] = []
     for name in BACKENDS:
         try:
-            found.append((name, create(name, settings)))
+            backends.append((name, create(name, settings)))
         except BackendUnavailable as error:
-            found.append((name, error))
-    return found
+            backends.append((name, error))
+    return backends

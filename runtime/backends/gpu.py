@@ -84,8 +84,8 @@ def open_gpu(ordinal: int, captures: bool) -> Gpu:
     try:
         from ...kernels.gpu.device import device
 
-        found = device(ordinal)
-        found.check()
-        return Gpu(found.stream(), captures)
+        card = device(ordinal)
+        card.check()
+        return Gpu(card.stream(), captures)
     except DeviceError as error:
         raise BackendUnavailable(str(error)) from error

@@ -133,11 +133,11 @@ class OrtCudaEngine:
         try:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:
-            said = first_line(error)
-            if _out_of_memory(said):
-                raise OutOfMemory(f"{self._file}: {said}") from error
+            message = first_line(error)
+            if _out_of_memory(message):
+                raise OutOfMemory(f"{self._file}: {message}") from error
             shapes = ", ".join(f"{k} {v.shape}" for k, v in inputs.items())
-            raise EngineError(f"{self._file}: ONNX Runtime refused {shapes}: {said}") from error
+            raise EngineError(f"{self._file}: ONNX Runtime refused {shapes}: {message}") from error
 
 
 class OrtCudaBackend:
@@ -173,25 +173,29 @@ class OrtCudaBackend:
             "use_tf32": "0",
             "arena_extend_strategy": "kSameAsRequested",
         }
-        given = str(model) if isinstance(model, Path) else model
+        path_or_bytes = str(model) if isinstance(model, Path) else model
         with self.gpu.lock, self.gpu.stream.device.active(what):
             try:
                 # no fallback: it would run on the CPU, without an error, what failed on the GPU
                 session = self._runtime.InferenceSession(
-                    given, options, providers=[(_CUDA, settings)], enable_fallback=False, disabled_optimizers=_DISABLED
+                    path_or_bytes,
+                    options,
+                    providers=[(_CUDA, settings)],
+                    enable_fallback=False,
+                    disabled_optimizers=_DISABLED,
                 )
             except Exception as error:
-                said = first_line(error)
-                if _out_of_memory(said):
-                    raise OutOfMemory(f"{what}: {said}") from error
-                raise BundleError(f"{what}: ONNX Runtime cannot load it: {said}") from error
+                message = first_line(error)
+                if _out_of_memory(message):
+                    raise OutOfMemory(f"{what}: {message}") from error
+                raise BundleError(f"{what}: ONNX Runtime cannot load it: {message}") from error
         if session.get_providers()[0] != _CUDA:  # ONNX Runtime drops it silently if its libraries are missing
             raise BackendUnavailable(f"ONNX Runtime did not take {_CUDA}: its CUDA or cuDNN libraries are missing")
         return session
 
 
-def _out_of_memory(said: str) -> bool:
-    return any(words in said.lower() for words in ("allocate memory", "out of memory", "status_alloc_failed"))
+def _out_of_memory(message: str) -> bool:
+    return any(words in message.lower() for words in ("allocate memory", "out of memory", "status_alloc_failed"))
 
 
 def _onnxruntime(extra: str) -> Any:

@@ -71,8 +71,10 @@ class Program:
         for name, declared in self.outputs.items():
             array, shape = out.get(name), tuple(sizes.get(d, d) for d in declared)
             if array is None or str(array.dtype) != "float32" or array.shape != shape:
-                found = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                raise BundleError(f"{self.file}: {name!r} is {found}, not float32 {shape}: export the bundle again")
+                description = "nothing" if array is None else f"{array.dtype} {array.shape}"
+                raise BundleError(
+                    f"{self.file}: {name!r} is {description}, not float32 {shape}: export the bundle again"
+                )
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,8 @@ def parse(text: str, where: str) -> Manifest:
         )
         _check(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
-        said = first_line(error)[:200]
-        raise BundleError(f"{where}: a field is missing or wrong ({said}): export the bundle again") from None
+        message = first_line(error)[:200]
+        raise BundleError(f"{where}: a field is missing or wrong ({message}): export the bundle again") from None
     return manifest
 
 
@@ -259,8 +261,8 @@ def _program(program: Program, m: Manifest) -> None:
     for tensors in (program.inputs, program.outputs):
         for name, shape in _mapping("programs", tensors).items():
             _texts("programs", name)
-            known = isinstance(shape, list) and all(d in ("batch", "seeds") or _is_size(d) for d in shape)
-            if not known or not shape or (name.startswith("grid:") and len(shape) != 3):
+            well_formed = isinstance(shape, list) and all(d in ("batch", "seeds") or _is_size(d) for d in shape)
+            if not well_formed or not shape or (name.startswith("grid:") and len(shape) != 3):
                 raise ValueError(f"the shape of {name!r:.100}")
     for tensors, wanted in zip((program.inputs, program.outputs), KINDS[program.kind].interface(m, taps), strict=True):
         found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
@@ -285,9 +287,9 @@ def _recipe(recipe: Preprocess, channels: int) -> None:
 
 def _odd_choice(recipe: Preprocess) -> str | None:
     """What is wrong with a recipe's interpolation, fit, channels or fill; None if nothing."""
-    for part, known in (("interpolation", INTERPOLATIONS), ("fit", FITS), ("channels", CHANNEL_ORDERS)):
-        if getattr(recipe, part) not in known:
-            return f"preprocess {part} {getattr(recipe, part)!r:.100}: use {', '.join(known)}"
+    for part, choices in (("interpolation", INTERPOLATIONS), ("fit", FITS), ("channels", CHANNEL_ORDERS)):
+        if getattr(recipe, part) not in choices:
+            return f"preprocess {part} {getattr(recipe, part)!r:.100}: use {', '.join(choices)}"
     if not isinstance(recipe.fill, int) or not 0 <= recipe.fill <= 255:
         return f"preprocess fill {recipe.fill!r:.100}: use a grey value, 0 to 255"
     if recipe.fit == "letterbox" and (isinstance(recipe.resize, int) or recipe.crop is not None):
@@ -320,9 +322,9 @@ def check_recipe(preprocess: Preprocess | None, shape: Sequence[int]) -> None:
     problem = _odd_choice(preprocess)
     if problem is not None:
         raise InputError(problem)
-    given = preprocess.crop if preprocess.crop is not None else preprocess.resize
-    if isinstance(given, int) or tuple(given) != tuple(shape[1:]):
-        raise InputError(f"preprocess gives {given}, the network takes {shape[1:]}: set crop, or resize without a crop")
+    size = preprocess.crop if preprocess.crop is not None else preprocess.resize
+    if isinstance(size, int) or tuple(size) != tuple(shape[1:]):
+        raise InputError(f"preprocess gives {size}, the network takes {shape[1:]}: set crop, or resize without a crop")
 
 
 def _texts(where: str, *values: Any) -> None:

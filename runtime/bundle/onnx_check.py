@@ -135,13 +135,13 @@ class _Check:
         elif math.prod(dims) > end - start:  # the numbers are in other fields, at least one byte each
             raise BundleError("a tensor is not as large as it says: export the bundle again")
 
-    def _outside(self, said: dict[bytes, bytes], size: int) -> None:
+    def _outside(self, entries: dict[bytes, bytes], size: int) -> None:
         """Checks a tensor that is stored in another file: it must lie fully inside the bundle's weights."""
-        if set(said) - {b"location", b"offset", b"length"} or said.get(b"location") != self._weights.encode():
-            place = said.get(b"location", b"").decode(errors="replace")
+        if set(entries) - {b"location", b"offset", b"length"} or entries.get(b"location") != self._weights.encode():
+            place = entries.get(b"location", b"").decode(errors="replace")
             raise BundleError(f"reads the file {place[:100]!r}, which is not the bundle's: export the bundle again")
         try:
-            offset, length = int(said.get(b"offset", b"0")), int(said.get(b"length", b"-1"))
+            offset, length = int(entries.get(b"offset", b"0")), int(entries.get(b"length", b"-1"))
         except ValueError:
             offset = length = -1
         if offset < 0 or length != size or offset + length > self._weights_size:
@@ -157,8 +157,8 @@ class _Check:
                         dims += [value for n, value, _, _ in fields(self._data, *dim) if n == 1]
         self._limited(dims)
 
-    def _inside(self, start: int, end: int, wanted: int) -> list[tuple[int, int]]:
-        return [(first, last) for n, _, first, last in fields(self._data, start, end) if n == wanted and last]
+    def _inside(self, start: int, end: int, field: int) -> list[tuple[int, int]]:
+        return [(first, last) for n, _, first, last in fields(self._data, start, end) if n == field and last]
 
     def _packed(self, start: int, end: int) -> list[int]:
         values = []
@@ -167,8 +167,8 @@ class _Check:
             values.append(value)
         return values
 
-    def _string(self, start: int, end: int, wanted: int) -> bytes:
-        return b"".join(bytes(self._data[first:last]) for first, last in self._inside(start, end, wanted))
+    def _string(self, start: int, end: int, field: int) -> bytes:
+        return b"".join(bytes(self._data[first:last]) for first, last in self._inside(start, end, field))
 
     def _limited(self, dims: list[int]) -> int:
         """The number of elements. BundleError if it is too large; a negative size reads as a huge number here."""

@@ -46,8 +46,8 @@ class Bundle:
         no such program.
         """
         fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
-        wanted = [p for p in fitting if p.precision == PRECISIONS[precision]]
-        fitting = wanted or [p for p in fitting if p.precision == "float32"]
+        in_precision = [p for p in fitting if p.precision == PRECISIONS[precision]]
+        fitting = in_precision or [p for p in fitting if p.precision == "float32"]
         if not fitting:
             of = f" for {', '.join(layers)}" if layers else ""
             raise CamrtError(f"{self.path}: has no program {str(kind)!r}{of}: {KINDS[kind].missing}")

@@ -126,10 +126,10 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
         slope[others] += pull
         slope -= p * pull.sum()
         result[row] = slope / total
-    found = result.astype(np.float32)
-    if not found.any(axis=1).all():  # a seed of zeros would mean the top class
+    new_seeds = result.astype(np.float32)
+    if not new_seeds.any(axis=1).all():  # a seed of zeros would mean the top class
         raise InputError("finer_cam: the other classes' probabilities are 0, so there is no difference: use grad_cam")
-    return found
+    return new_seeds
 
 
 @cam(

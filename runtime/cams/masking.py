@@ -89,8 +89,8 @@ def _score(
 def _score_of_zeros(runs: MaskedRuns, probability: str | None = None) -> Any:
     """seed . probabilities (S,) of the all-zero input, in the runs' memory."""
     nothing, as_it_is = runs.memory.zeros((1, 1, 1)), runs.memory.zeros((len(runs.seeds),))
-    found = _score(runs, nothing, np.array([0]), "identity", probability=probability, offset=as_it_is)
-    return found.parts[0].reshape(len(runs.seeds))
+    result = _score(runs, nothing, np.array([0]), "identity", probability=probability, offset=as_it_is)
+    return result.parts[0].reshape(len(runs.seeds))
 
 
 def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:

@@ -73,22 +73,22 @@ def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original")
     for index, activation in enumerate(heads.activations):
         height, width = activation.shape[1:]
 
-        def alone(part: slice, activation: np.ndarray = activation) -> np.ndarray:
+        def single_positions(part: slice, activation: np.ndarray = activation) -> np.ndarray:
             height, width = activation.shape[1:]
             positions = range(part.start, part.stop)
             changed = np.zeros((len(positions), *activation.shape), np.float32)
             for n, position in enumerate(positions):
                 y, x = divmod(position, width)
-                kept = activation[:, y, x, None, None]
+                vector = activation[:, y, x, None, None]
                 if not gaussian:
-                    changed[n, :, y : y + 1, x : x + 1] = kept
+                    changed[n, :, y : y + 1, x : x + 1] = vector
                     continue
                 top, left = max(y - 1, 0), max(x - 1, 0)
                 window = _WINDOW[top - y + 1 : height - y + 1, left - x + 1 : width - x + 1]
-                changed[n, :, top : top + window.shape[0], left : left + window.shape[1]] = kept * window
+                changed[n, :, top : top + window.shape[0], left : left + window.shape[1]] = vector * window
             return changed
 
-        scores = _scores(heads, index, alone, height * width, logits=variant == "openvino_xai")
+        scores = _scores(heads, index, single_positions, height * width, logits=variant == "openvino_xai")
         if variant == "openvino_xai":
             scores = scores - scores.min(axis=1, keepdims=True)
         per_layer.append(scores.reshape(-1, height, width).astype(np.float32))

@@ -35,12 +35,12 @@ def batches(images: Any, seeds: np.ndarray, by_image: bool, largest: int) -> Ite
         for index, rows in enumerate(seeds):
             yield Batch(index, images[index : index + 1], rows)
     elif seeds.shape[1] == 1:
-        for start, some in chunks(images, largest):
-            yield Batch(start, some, seeds[start : start + len(some), 0])
+        for start, batch_images in chunks(images, largest):
+            yield Batch(start, batch_images, seeds[start : start + len(batch_images), 0])
     else:
         for index, rows in enumerate(seeds):
-            for _, some in chunks(rows, largest):
-                yield Batch(index, images[index : index + 1], some)
+            for _, batch_seeds in chunks(rows, largest):
+                yield Batch(index, images[index : index + 1], batch_seeds)
 
 
 def chunks(array: Any, size: int) -> Iterator[tuple[int, Any]]:

@@ -40,37 +40,37 @@ class CudaGraphs:
 
         The inputs are first copied to GPU memory that is fixed for the key. Raises the errors of `work`.
         """
-        kept = self._kept.pop(key, None)
-        first = kept is None
-        if kept is None:
-            kept = _Captured([self._stream.empty(a.shape) for a in inputs])
-        for given, place in zip(inputs, kept.inputs, strict=True):
-            if isinstance(given, np.ndarray):
-                self._stream.upload(given, out=place)
+        capture = self._kept.pop(key, None)
+        first = capture is None
+        if capture is None:
+            capture = _Captured([self._stream.empty(a.shape) for a in inputs])
+        for array, place in zip(inputs, capture.inputs, strict=True):
+            if isinstance(array, np.ndarray):
+                self._stream.upload(array, out=place)
             else:
-                self._stream.copy(given, place)
-        if kept.graph is not None:
-            kept.graph.launch()
-            result = kept.result
+                self._stream.copy(array, place)
+        if capture.graph is not None:
+            capture.graph.launch()
+            result = capture.result
         else:  # this loads kernels and engines, uploads constants and sets shapes, which a capture cannot do
-            result = work(*kept.inputs)
-            if not first and not kept.eager:
-                self._capture(kept, work)
-        self._kept[key] = kept
+            result = work(*capture.inputs)
+            if not first and not capture.eager:
+                self._capture(capture, work)
+        self._kept[key] = capture
         while len(self._kept) > MOST:
             self._kept.popitem(last=False)
         return result
 
-    def _capture(self, kept: _Captured, work: Callable[..., Any]) -> None:
+    def _capture(self, capture: _Captured, work: Callable[..., Any]) -> None:
         """Captures the work, right after the same work ran. If that fails, warns, and later runs are not captured."""
         try:
             with self._stream.capture() as graph:
-                kept.result = work(*kept.inputs)
-            kept.graph = graph
+                capture.result = work(*capture.inputs)
+            capture.graph = graph
         except OutOfMemory:
             raise
         except (DeviceError, EngineError) as error:
-            kept.eager, kept.result = True, None
+            capture.eager, capture.result = True, None
             warnings.warn(f"this call cannot be replayed as a CUDA graph, so it is slower: {error}", stacklevel=2)
 
     def clear(self) -> bool:

@@ -68,12 +68,12 @@ def _explain_captured(
         key = (method.name, *layers, repr(sorted(options.items())), batch.images.shape, batch.seeds.shape)
         data, result = session.cuda_graphs.run(key, (batch.images, batch.seeds), work)
     # a later replay overwrites these arrays: so download the result now, and copy the data that retune needs
-    kept = replace(data, alphas=memory.copied(data.alphas), maps=memory.copied(data.maps))
+    data_copy = replace(data, alphas=memory.copied(data.alphas), maps=memory.copied(data.maps))
     fetched, (logits,) = _fetched(session, result, data.logits)
 
     def retune(**changes: Any) -> Result:
         with session.exclusive():
-            again = method.function(kept, **options).retune
+            again = method.function(data_copy, **options).retune
             assert again is not None
             return _fetched(session, again(**changes))[0]
 

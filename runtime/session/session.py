@@ -100,16 +100,16 @@ class Session:
         """Logits (B, classes) on the host, of images (B, C, H, W)."""
         program = self.open(self.program(Kind.CLASSIFY))
 
-        def work(some: Any) -> Any:
-            return program.run({"image": some})["logits"]
+        def work(batch: Any) -> Any:
+            return program.run({"image": batch})["logits"]
 
-        found = []
-        for _, some in chunks(images, self.max_batch):
+        batch_logits = []
+        for _, batch in chunks(images, self.max_batch):
             if self.cuda_graphs is None:
-                found.append(work(some))
+                batch_logits.append(work(batch))
             else:
-                found.append(self.memory.copied(self.cuda_graphs.run(("classify", some.shape), (some,), work)))
-        return np.concatenate(self.memory.get(*found))
+                batch_logits.append(self.memory.copied(self.cuda_graphs.run(("classify", batch.shape), (batch,), work)))
+        return np.concatenate(self.memory.get(*batch_logits))
 
     def normalized(self, images: Any) -> Any:
         """The tensor that masks multiply, on the host or GPU as the images are: the images (B, C, H, W); or, if the
@@ -122,11 +122,11 @@ class Session:
     def scored(self, normalized: np.ndarray) -> np.ndarray:
         """Logits (B, classes) on the host, of tensors (B, C', H, W) as `normalized` returns them."""
         program = self.open(self.program(Kind.SCORE))
-        found = [
-            program.run({"normalized": self.memory.put(some)})["logits"]
-            for _, some in chunks(normalized, self.max_batch)
+        batch_logits = [
+            program.run({"normalized": self.memory.put(batch)})["logits"]
+            for _, batch in chunks(normalized, self.max_batch)
         ]
-        return np.concatenate(self.memory.get(*found))
+        return np.concatenate(self.memory.get(*batch_logits))
 
     # ---- a GPU
 

@@ -39,12 +39,12 @@ class Stages:
         The method's time does not include time in which the network runs, on any thread.
         """
         network, method = self._intervals["network"], self._intervals["method"]
-        found = {
+        seconds_by_stage = {
             "preprocess": covered(self._intervals["preprocess"]),
             "network": covered(network),
             "method": covered([*method, *network]) - covered(network),
         }
-        return found | {"rest": max(0.0, total - sum(found.values()))}
+        return seconds_by_stage | {"rest": max(0.0, total - sum(seconds_by_stage.values()))}
 
 
 def covered(intervals: list[Interval]) -> float:

@@ -65,10 +65,10 @@ def _advice() -> str:
 
 def compute_capability_member(library: Library, capability: Capability) -> Any:
     if capability not in library.capabilities:
-        known = ", ".join(f"{a}.{b}" for a, b in library.capabilities)
+        capabilities = ", ".join(f"{a}.{b}" for a, b in library.capabilities)
         raise EngineError(
             f"{library.name} {library.version} has no compute capability {capability[0]}.{capability[1]}, only "
-            f"{known}: on such a GPU use NVIDIA's tensorrt, or backend='onnxruntime-cuda'"
+            f"{capabilities}: on such a GPU use NVIDIA's tensorrt, or backend='onnxruntime-cuda'"
         )
     return getattr(library.trt.ComputeCapability, "SM{}{}".format(*capability))
 

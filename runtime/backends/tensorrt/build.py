@@ -52,9 +52,9 @@ def build_engine(
         model = rename_symbol(model, "seeds", "batch")
     if not parser.parse(model, str(file)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = [f"{e.node_operator() or 'node'} {e.node_name()!r}: {first_line_of(e.desc())}" for e in errors]
+        messages = [f"{e.node_operator() or 'node'} {e.node_name()!r}: {first_line_of(e.desc())}" for e in errors]
         raise EngineError(
-            f"{file}: {library.name} {library.version} does not take it: {'; '.join(said) or log.problem()}"
+            f"{file}: {library.name} {library.version} does not take it: {'; '.join(messages) or log.problem()}"
         )
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)

@@ -33,9 +33,9 @@ def cache_folder() -> Path:
     """$CAMRT_CACHE, or camrt/ in the user's cache folder; the engines are in its subfolder `engines`. EngineError if
     the user has no home.
     """
-    given = os.environ.get(FOLDER_VARIABLE)
-    if given:
-        return Path(given)
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        return Path(folder)
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # a user without a home, as in containers
@@ -84,9 +84,9 @@ class EngineCache:
         If several processes ask at once, one builds and the others wait. If the cache cannot be written, the engine is
         built but not kept, with a warning. Raises the errors of `build`.
         """
-        found = self.get(key)
-        if found is not None:
-            return found
+        stored_engine = self.get(key)
+        if stored_engine is not None:
+            return stored_engine
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._locked(key))
@@ -136,7 +136,7 @@ class EngineCache:
 
     def entries(self) -> list[Entry]:
         """The engines of the cache, the last used first."""
-        found = []
+        entries = []
         for path in self.folder.glob(f"*{_SUFFIX}") if self.folder.is_dir() else ():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
@@ -145,8 +145,8 @@ class EngineCache:
                         key = _header(file)[0]
                 except (OSError, ValueError):
                     key = None
-                found.append(Entry(path, key, status.st_size, status.st_mtime))
-        return sorted(found, key=lambda e: -e.used)
+                entries.append(Entry(path, key, status.st_size, status.st_mtime))
+        return sorted(entries, key=lambda e: -e.used)
 
     def clear(self) -> int:
         """Removes every engine and returns their number. OSError if a file cannot be removed."""
@@ -178,12 +178,12 @@ class EngineCache:
             raise
         self._make_room(path)
 
-    def _make_room(self, kept: Path) -> None:
-        """Removes the engines that were used longest ago until the rest fits the limit; never `kept`, the new one."""
+    def _make_room(self, new_file: Path) -> None:
+        """Removes the engines that were used longest ago until the rest fits the limit; never `new_file`."""
         total = 0
         for entry in self.entries():
             total += entry.size
-            if total > self.limit and entry.path != kept:
+            if total > self.limit and entry.path != new_file:
                 with contextlib.suppress(OSError):
                     entry.path.unlink()
 

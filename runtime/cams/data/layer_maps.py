@@ -65,13 +65,13 @@ class LayerMaps(MethodData):
         """The same data of the named layers only, in the order of `taps`."""
         if len(layers) == len(self.taps):
             return self
-        kept = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
+        indices = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
         channels, pixels = [t.channels for t in self.taps], [h * w for h, w in self.grids]
         return replace(
             self,
-            taps=tuple(self.taps[i] for i in kept),
-            alphas=self.memory.columns(self.alphas, _columns(channels, kept)),
-            maps=self.memory.columns(self.maps, _columns(pixels, kept)),
+            taps=tuple(self.taps[i] for i in indices),
+            alphas=self.memory.columns(self.alphas, _columns(channels, indices)),
+            maps=self.memory.columns(self.maps, _columns(pixels, indices)),
         )
 
     @classmethod
@@ -103,10 +103,10 @@ class LayerMaps(MethodData):
         return options.get("gradient_aggregation", "mean") == "mean"
 
 
-def _columns(widths: Sequence[int], kept: Sequence[int]) -> np.ndarray:
-    """Column numbers of the arrays `kept`, of arrays with these widths that are concatenated."""
+def _columns(widths: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+    """Column numbers of the arrays at `indices`, of arrays with these widths that are concatenated."""
     ends = np.cumsum([0, *widths])
-    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in kept])
+    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in indices])
 
 
 def _weigh(out: Mapping[str, np.ndarray], name: str, aggregation: str) -> tuple[np.ndarray, np.ndarray]:
