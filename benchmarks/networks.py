@@ -64,9 +64,7 @@ def measure(folder: Path, runs: int, peer: Path | None = None) -> list[dict[str,
     found = []
     for path in sorted(folder.glob("*.camrt")):
         name, expected = path.stem, np.load(path.with_suffix(".npz"))
-        for backend in BACKENDS:
-            if backend == "onnxruntime":
-                continue
+        for backend in (n for n, row in BACKENDS.items() if row.on_gpu):
             for precision in LIMITS:
                 row: dict[str, Any] = {"model": name, "backend": backend, "precision": precision}
                 try:

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from . import __version__
 from .runtime.errors import CamrtError
 
-COMMANDS = ("export", "recipe", "info", "build", "cache", "methods", "explain", "evaluate", "verify", "bench", "demo")
+COMMANDS = (
+    *("export", "recipe", "info", "build", "cache"),
+    *("methods", "explain", "evaluate", "verify", "bench", "demo"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: success; 1: a check failed; 2: an error, one line on stderr; 130: interrupted.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"camrt: {message}", file=sys.stderr)
     try:
         return options.run(options)
@@ -36,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="camrt", description="Explanations of vision models at production speed.")
-    parser.add_argument("--version", action="version", version=f"camrt {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    top = argparse.ArgumentParser(prog="camrt", description="Explanations of vision models at production speed.")
+    top.add_argument("--version", action="version", version=f"camrt {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f".commands.{name}", __package__)
         command = commands.add_parser(name, help=module.HELP)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser
+    return top

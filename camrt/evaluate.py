@@ -246,7 +246,8 @@ def _measure(
             "energy": lambda: metrics.energy(*region),
             "pointing": lambda: metrics.pointing(*region),
         }
-    values = {name: round(float(computations[name]()), 6) for name in names if name in computations}
+    computed = [n for n in names if n != "win" and (mask is not None or n not in LOCALISATION)]
+    values = {name: round(float(computations[name]()), 6) for name in computed}
     return {"target": target, "probability": round(float(before), 6), **values}
 
 

@@ -189,7 +189,7 @@ def test_a_gpu_that_is_not_there_is_named(stream: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "onnxruntime"])
+@pytest.mark.parametrize("name", [n for n, row in BACKENDS.items() if row.on_gpu])
 def test_every_backend_gives_the_maps_of_the_cpu(
     stream: Any, name: str, precision: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

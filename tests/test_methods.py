@@ -4,6 +4,7 @@ float64.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -23,7 +24,7 @@ from torch import nn
 import camrt
 from camrt.export.probes import smooth_images
 from camrt.export.pytorch.autograd import record
-from camrt.runtime.cams import METHODS, Lane, MaskedRuns
+from camrt.runtime.cams import METHODS, Lane, MaskedRuns, Result
 from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
 from camrt.runtime.session.batches import batches
 from camrt.runtime.session.explaining import read
@@ -146,7 +147,11 @@ def test_method_agrees_with_the_reference(case: Case, explainer: camrt.Explainer
 
 
 def test_every_method_has_a_row() -> None:
-    assert set(METHODS) == {case.method for case in CASES}
+    ours = {name for name, method in METHODS.items() if method.function.__module__.startswith("camrt.runtime.")}
+    missing = ours - {case.method for case in CASES}
+    assert not missing, (
+        f"{missing}: add a row to LAYER_METHODS in camrt/verification/methods.py, or a Case in tests/test_methods.py"
+    )
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
@@ -469,6 +474,30 @@ def test_a_seed_array_is_a_contrast_of_probabilities(explainer: camrt.Explainer)
 
 
 # ---- methods of other packages
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "gave NoneType, it must give a Result"),
+        (Result(np.zeros((3, 32, 32)), np.ones((3, 1), np.float32)), r"gave maps float64\[3, 32, 32\], it must give"),
+        (Result(np.zeros((3, 32, 32), np.float32), np.ones((3, 7), np.float32)), r"layer_weights float32\[3, 7\], it"),
+        (Result(np.zeros((3, 32, 32), np.float32), None), r"layer_weights NoneType, it must give float32\[3, 1\]"),
+        (
+            Result(np.full((3, 32, 32), np.nan, np.float32), np.ones((3, 1), np.float32)),
+            "the map of wrong holds NaN or infinity, though the network's logits are finite",
+        ),
+    ],
+    ids=["nothing", "dtype", "weights", "no weights", "NaN"],
+)
+def test_what_a_method_gives_is_checked(
+    result: Any, said: str, explainer: camrt.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = dataclasses.replace(METHODS["grad_cam"], name="wrong", function=lambda data: result)
+    monkeypatch.setitem(METHODS, "wrong", wrong)
+    with pytest.raises(camrt.CamrtError, match=said):
+        explainer.explain(IMAGES, "wrong")
+
 
 PLUGIN = """
 import numpy as np

@@ -7,7 +7,7 @@ PyTorch's autograd.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from camrt.export import vjp  # noqa: F401
-from camrt.export.autodiff import RULES, gradients
+from camrt.export.autodiff import NOT_SHARED, RULES, gradients
 from camrt.export.interpreter import Interpreter
+from camrt.export.layers.follow import FOLLOWED
 from camrt.export.tape import Tape
 from camrt.runtime.errors import UnsupportedOperator
 
@@ -568,7 +569,54 @@ def _differentiated(nodes, constants, x: np.ndarray, g: np.ndarray) -> tuple[np.
 
 
 def test_every_rule_has_a_row() -> None:
-    assert set(RULES) == {case.op_type for case in CASES} | set(QUANTISED)
+    missing = set(RULES) - {case.op_type for case in CASES} - set(QUANTISED)
+    assert not missing, f"{missing}: add a Case to CASES in tests/test_vjp.py"
+
+
+UNBATCHED = {"Mean", "Min", "Sum", "Concat", "GroupNormalization"}  # rows with two variables, or of fixed sizes
+
+
+def _shared(case: Case) -> bool:
+    return case.batch == 0 and not case.both and case.op_type not in {*NOT_SHARED, *UNBATCHED}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if _shared(c)], ids=str)
+def test_rule_serves_several_seeds_of_one_image(case: Case) -> None:
+    """x has a batch of 1, the cotangent one of 2: each row is what its cotangent gives alone."""
+    one = replace(case, shape=(1, *case.shape[1:]))
+    model, feeds = build(one, np.random.default_rng(0))
+    names = [str(y.name) for y in model.graph.outputs]
+    result = defined_outputs(one, model, names, feeds)[case.differentiated]
+    target = model.graph.outputs[case.differentiated]
+    seed = ir.Value(name="seed", shape=target.shape, type=target.type)
+    model.graph.inputs.append(seed)
+    tape = Tape(model.graph, np.float64)
+    (cotangent,) = gradients(tape, [model.graph.inputs[0]], target, seed)
+    output = tape.Identity(cotangent)
+    output.name, output.type = "dx", target.type
+    model.graph.outputs.append(output)
+
+    def run(seeds: np.ndarray) -> np.ndarray:
+        given = {n: torch.from_numpy(a) for n, a in (feeds | {"seed": seeds}).items()}
+        return Interpreter(model).run(given, ["dx"])["dx"].numpy()
+
+    seeds = np.random.default_rng(1).standard_normal((2, *result.shape[1:]))
+    hint = f"does {case.op_type}'s rule need shares_image=False?"
+    close(run(seeds), np.concatenate([run(s[None]) for s in seeds]), hint)
+
+
+NO_GRID_BEHIND = {
+    *("Einsum", "GatherElements", "GatherND", "GridSample", "Hardmax", "ScatterElements", "ScatterND", "TopK")
+}
+
+
+def test_every_rule_is_followed_to_the_maps_grid() -> None:
+    """Behind an operator whose effect on a picture's rows and columns is not known, no layer can be tapped."""
+    unknown = set(RULES) - FOLLOWED - NO_GRID_BEHIND
+    assert not unknown, (
+        f"{unknown}: add it to ELEMENTWISE in export/layers/axes.py, to _MAPS_TO_MAPS or _AFTER in export/layers/"
+        "follow.py, or to NO_GRID_BEHIND in tests/test_vjp.py"
+    )
 
 
 def test_a_second_rule_for_an_operator_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -34,6 +34,33 @@ _MAPS_TO_MAPS = {
 }
 # fmt: on
 _WINDOWED = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
+
+
+def _transposed(node: ir.Node, before: Axes) -> Sequence[Axes]:
+    perm = list(attribute(node, "perm", range(len(before.axes))[::-1]))
+    token = perm.index(before.token_axis) if before.prefix else -1
+    return [replace(before, axes=tuple(before.axes[i] for i in perm), token_axis=token)]
+
+
+# operator -> the axes of its outputs, from its node and the axes of its first input
+_AFTER: dict[str, Callable[[ir.Node, Axes], Sequence[Axes | None]]] = {
+    "Expand": lambda node, before: [after_expand(before, node.outputs[0])],
+    "Flatten": lambda node, before: [after_reshape(before, node.outputs[0])],
+    "Gather": lambda node, before: [after_gather(node, before)],
+    "Pad": lambda node, before: [after_pad(node, before)],
+    "Reshape": lambda node, before: [after_reshape(before, node.outputs[0])],
+    "Slice": lambda node, before: [after_slice(node, before, dims(node.inputs[0]))],  # type: ignore[arg-type]
+    "Split": lambda node, before: after_split(node, before),
+    "Squeeze": lambda node, before: [after_squeeze(before, node, True)],
+    "Tile": lambda node, before: [after_expand(before, node.outputs[0])],
+    "Transpose": _transposed,
+    "Unsqueeze": lambda node, before: [after_squeeze(before, node, False)],
+    **{
+        f"Reduce{name}": lambda node, before: [after_reduce(node, before)]
+        for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+    },
+}
+FOLLOWED = {*ELEMENTWISE, *_MAPS_TO_MAPS, *_AFTER, "Concat", "Gemm", "MatMul"}
 
 
 def follow(graph: ir.Graph) -> dict[ir.Value, Axes]:
@@ -69,27 +96,7 @@ class _Follower:
             return ()
         if kind in _MAPS_TO_MAPS:
             return [self._map(node, before)]
-        if kind in ("Reshape", "Flatten"):
-            return [after_reshape(before, y)]
-        if kind in ("Squeeze", "Unsqueeze"):
-            return [after_squeeze(before, node, kind == "Squeeze")]
-        if kind == "Transpose":
-            perm = list(attribute(node, "perm", range(len(before.axes))[::-1]))
-            token = perm.index(before.token_axis) if before.prefix else -1
-            return [replace(before, axes=tuple(before.axes[i] for i in perm), token_axis=token)]
-        if kind == "Slice":
-            return [after_slice(node, before, dims(x))]
-        if kind == "Pad":
-            return [after_pad(node, before)]
-        if kind == "Split":
-            return after_split(node, before)
-        if kind == "Gather":
-            return [after_gather(node, before)]
-        if kind in ("Expand", "Tile"):
-            return [after_expand(before, y)]
-        if kind.startswith("Reduce"):
-            return [after_reduce(node, before)]
-        return ()
+        return _AFTER[kind](node, before) if kind in _AFTER else ()
 
     def _elementwise(self, node: ir.Node, y: ir.Value) -> Axes | None:
         """Per axis, what the operands know of it; rows and columns take precedence over channels. None if the operands

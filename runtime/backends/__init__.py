@@ -5,17 +5,27 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..bundle.manifest import Program
 from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, UnknownName
 from .gpu import Gpu
 
-BACKENDS = {  # the best first: module, function
-    "tensorrt": ("tensorrt.backend", "create"),
-    "onnxruntime-cuda": ("ort", "create_cuda"),
-    "onnxruntime": ("ort", "create"),
+
+class BackendRow(NamedTuple):
+    """Where a backend is: function `create` of `module`. on_gpu: it needs a GPU; automatic: "auto" may choose it."""
+
+    module: str
+    create: str
+    on_gpu: bool
+    automatic: bool = True
+
+
+BACKENDS = {  # the best first
+    "tensorrt": BackendRow("tensorrt.backend", "create", True),
+    "onnxruntime-cuda": BackendRow("ort", "create_cuda", True),
+    "onnxruntime": BackendRow("ort", "create", False),
 }
 
 
@@ -67,7 +77,7 @@ def create(name: str = "auto", settings: Settings | None = None) -> Backend:
     settings = settings or Settings()
     if name == "auto":
         problems = []
-        for candidate in BACKENDS:
+        for candidate in (name for name, row in BACKENDS.items() if row.automatic):
             try:
                 return create(candidate, settings)
             except BackendUnavailable as error:
@@ -75,8 +85,8 @@ def create(name: str = "auto", settings: Settings | None = None) -> Backend:
         raise BackendUnavailable("no backend can be used here; " + "; ".join(problems))
     if name not in BACKENDS:
         raise UnknownName(f"no backend {name!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
-    module, function = BACKENDS[name]
-    return getattr(importlib.import_module(f".{module}", __name__), function)(settings)
+    row = BACKENDS[name]
+    return getattr(importlib.import_module(f".{row.module}", __name__), row.create)(settings)
 
 
 def survey(settings: Settings | None = None) -> list[tuple[str, Backend | BackendUnavailable]]:

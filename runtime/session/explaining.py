@@ -29,16 +29,21 @@ def explain_batch(
     with session.stage("method"):
         result = method.function(data, **options)
         result = _fetched(session, result)[0] if on_gpu else result
-    _check_result(method, result, (len(batch.seeds), *session.size))
+    rows = len(batch.seeds)
+    _check_result(method, result, (rows, *session.size), (rows, len(data.taps) if layers else 0))
     return result, data.logits
 
 
-def _check_result(method: Method, result: Result, shape: tuple[int, ...]) -> None:
-    """CamrtError if the maps are not float32 of the network's size, one for each seed."""
-    maps = result.maps
-    if not isinstance(maps, np.ndarray) or maps.shape != shape or maps.dtype != np.float32:
-        got = f"{maps.dtype}{list(maps.shape)}" if isinstance(maps, np.ndarray) else type(maps).__name__
-        raise CamrtError(f"the method {method.name} gave maps {got}, it must give float32{list(shape)}")
+def _check_result(method: Method, result: Any, maps: tuple[int, ...], weights: tuple[int, ...]) -> None:
+    """CamrtError if the method gave something else than float32 maps and layer weights of these shapes, finite."""
+    if not isinstance(result, Result):
+        raise CamrtError(f"the method {method.name} gave {type(result).__name__}, it must give a Result")
+    for name, array, shape in (("maps", result.maps, maps), ("layer_weights", result.layer_weights, weights)):
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != np.float32:
+            got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise CamrtError(f"the method {method.name} gave {name} {got}, it must give float32{list(shape)}")
+    if not np.isfinite(result.maps).all():
+        raise CamrtError(f"the map of {method.name} holds NaN or infinity, though the network's logits are finite")
 
 
 def read(session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]) -> Any:
