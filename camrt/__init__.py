@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .explaining import explain_files
     from .export.api import export_model, export_onnx
     from .runtime.bundle.manifest import Preprocess
     from .runtime.cams import Smooth
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from .runtime.explanation import Explanation
 
 __version__ = "0.1.0"
-__all__ = ["CamrtError", "Explainer", "Explanation", "Preprocess", "Smooth", "export_model", "export_onnx", "load"]
+__all__ = [
+    "CamrtError",
+    "Explainer",
+    "Explanation",
+    "Preprocess",
+    "Smooth",
+    "explain_files",
+    "export_model",
+    "export_onnx",
+    "load",
+]
 
 _HOME = {
     "CamrtError": "runtime.errors",
@@ -26,6 +37,7 @@ _HOME = {
     "Explanation": "runtime.explanation",
     "Preprocess": "runtime.bundle.manifest",
     "Smooth": "runtime.cams",
+    "explain_files": "explaining",
     "export_model": "export.api",
     "export_onnx": "export.api",
     "load": "runtime.explainer",

@@ -18,7 +18,7 @@ from .method_choice import MethodChoice
 from .runtime.errors import BackendUnavailable, CamrtError
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import Explanation
-from .runtime.images.preprocess import as_batch
+from .runtime.images.image_batch import as_batch
 from .verification.distances import cosine_distance, largest_difference
 
 FORWARD = "forward pass"

@@ -20,7 +20,9 @@ from .method_choice import MethodChoice
 from .runtime import metrics
 from .runtime.errors import InputError, UnknownName
 from .runtime.explainer import Explainer
-from .runtime.images.preprocess import as_batch, fit, open_image
+from .runtime.images.image_batch import as_batch
+from .runtime.images.opening import open_image
+from .runtime.images.preprocess import fit
 
 FAITHFULNESS = {
     "average_drop": ("Average Drop %", -1),

@@ -1,31 +1,104 @@
-"""The image files that a command line names."""
+"""The image files that a user names: files, folders, patterns, lists."""
 
 from __future__ import annotations
 
+import functools
 import glob
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .runtime.errors import InputError
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+CONFIGURATION = "explanations.json"  # in every folder that camrt explain wrote
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Image files, each once. patterns: files, folders (with all subfolders) or glob patterns.
+@dataclass
+class ImageFiles:
+    """Files to explain, each once, in the order they were named, a folder's sorted by path.
 
-    InputError if a pattern gives no file.
+    names: file -> its path below what named it, which its results keep. skipped: reason -> how many files in folders
+    were left out.
     """
-    images: dict[Path, None] = {}
+
+    names: dict[Path, Path] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def shard(self, number: int, count: int) -> ImageFiles:
+        """Every count-th file, from the number-th (from 1) on."""
+        files = list(self.names.items())[number - 1 :: count]
+        return ImageFiles(dict(files), self.skipped if number == 1 else Counter())
+
+
+def find_images(patterns: Iterable[str], skip: Sequence[Path] = ()) -> list[Path]:
+    """As `collect`, only the files."""
+    return list(collect(patterns, skip).names)
+
+
+def collect(patterns: Iterable[str], skip: Sequence[Path] = ()) -> ImageFiles:
+    """The image files that files, folders (with their subfolders) and glob patterns name.
+
+    In a folder, files count whose suffix is one that Pillow opens; results of camrt, hidden files, and what lies in the
+    folders `skip` are left out. InputError if a pattern names no file, or a folder of `skip` itself.
+    """
+    images, avoid = ImageFiles(), {p.resolve() for p in skip}
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if path.resolve() in avoid:
+                raise InputError(f"{pattern}: its results would lie among the images: choose another --out")
+            files = [(f, f.relative_to(path)) for f in _inside(path, avoid, set(), images.skipped)]
         elif path.exists():
-            files = [path]
+            files = [(path, Path(path.name))]
         else:
-            files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+            matches = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+            files = [(p, Path(p.name)) for p in matches]
         if not files:
             raise InputError(f"{pattern}: no images there" if path.is_dir() else f"{pattern}: no such file")
-        images.update(dict.fromkeys(files))
-    return list(images)
+        for file, name in files:
+            images.names.setdefault(file, name)
+    return images
+
+
+def read_list(path: Path) -> list[str]:
+    """The paths in a text file, one a line; relative ones start where the list is. InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no list of images ({error})") from None
+    paths = [str(path.parent / line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    if not paths:
+        raise InputError(f"{path}: names no image")
+    return paths
+
+
+def _inside(folder: Path, avoid: set[Path], visited: set[Path], skipped: Counter[str]) -> Iterator[Path]:
+    """A folder's image files, sorted, depth first; each folder once, whatever links there are."""
+    entries = sorted(folder.iterdir())
+    place = folder.resolve()
+    if place in avoid or place in visited:
+        return
+    visited.add(place)
+    if any(e.name == CONFIGURATION for e in entries):
+        skipped["in a folder of earlier explanations"] += sum(1 for e in entries if e.suffix.lower() in _suffixes())
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            skipped["hidden"] += 1
+        elif entry.is_dir():
+            yield from _inside(entry, avoid, visited, skipped)
+        elif entry.suffix.lower() in _suffixes():
+            yield entry
+        else:
+            skipped[f"{entry.suffix or 'without a suffix'}, no image format"] += 1
+
+
+@functools.cache
+def _suffixes() -> set[str]:
+    """Of the formats that this Pillow opens, but for those that it opens with outside help, and videos."""
+    from PIL import Image
+
+    Image.init()
+    openable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return openable - {".pdf", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib", ".iim"}

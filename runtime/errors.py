@@ -30,6 +30,10 @@ class InputError(CamrtError):
     """Images, targets or parameters do not fit."""
 
 
+class NotFinite(CamrtError):
+    """The network or a method gives NaN or infinity for an image."""
+
+
 class UnknownName(CamrtError):
     """A name that does not exist: of a backend, a program, a metric."""
 

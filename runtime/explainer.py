@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
 from .bundle.manifest import Manifest
@@ -17,21 +19,13 @@ from .bundle.reading import Bundle, read_bundle
 from .cams import GRADIENT_AGGREGATIONS, Method, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
-from .images.preprocess import ImageBatch
+from .images.image_batch import ImageBatch
 from .scores import probabilities
 from .session.batches import batches, check_finite, top_class_where_zero
 from .session.explaining import explain_batch
 from .session.session import Session
 from .session.timing import Stages
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What to explain. seeds (B, K, classes) float32: cotangents of the logits; a row of zeros means the top class."""
-
-    seeds: np.ndarray
-    classes: np.ndarray | None  # (B, K) int64; None for seed arrays; -1 where the top class was asked for
-    several: bool  # maps are (B, K, H, W) rather than (B, H, W)
+from .targets import Targets, read_targets
 
 
 class Explainer:
@@ -64,7 +58,7 @@ class Explainer:
     def classify(self, images: Any) -> np.ndarray:
         """Logits (B, classes) float32. images: as for `explain`. InputError, CamrtError."""
         pictures = ImageBatch(images, self.manifest)
-        return self._within_memory(lambda: self.session.logits(self._placed(pictures)[0]))
+        return self._within_memory(lambda: self.session.logits(self._placed(pictures)))
 
     def explain(
         self,
@@ -76,31 +70,48 @@ class Explainer:
     ) -> Explanation:
         """Maps that show which parts of an image raise the score of its target.
 
-        images: float32 NCHW arrays, taken as they are; or uint8 HWC arrays, paths or Pillow images, which are
-        preprocessed by the bundle's recipe. target: None (each image's top class), an int, one int per image, K ints
-        per image (B, K), or a float seed array (classes,), (B, classes) or (B, K, classes): the cotangent of the
-        logits. target="not", only for a network with a single score: explains what lowers it. layers: names, or a
-        role ("conv", "last"); by default the method's own. options: the method's, e.g. percentile=90.
+        images: float32 NCHW arrays or tensors, taken as they are; or paths, bytes of image files, file objects, Pillow
+        images, uint8 or uint16 HWC arrays, which are preprocessed by the bundle's recipe. target: None (each image's
+        top class), a class (its number or name), one per image, K per image (B, K), or a float seed array (classes,),
+        (B, classes) or (B, K, classes): the cotangent of the logits. target="not", only for a network with a single
+        score: explains what lowers it. layers: names, or a role ("conv", "last"); by default the method's own. options:
+        the method's, e.g. percentile=90.
 
         InputError, UnknownMethod, UnknownLayer for arguments that do not fit; CamrtError if the network gives NaN or
         infinity or the GPU fails. An error in one image means no result for any image.
         """
-        chosen = method_named(method)
-        chosen.check_options(options)
-        names = self._layers(chosen, layers)
+        chosen, names = self._checked(method, layers, options)
         with self.session.stage("preprocess"):
             pictures = ImageBatch(images, self.manifest)
-        targets = self.targets(target, len(pictures))
+        targets = read_targets(target, len(pictures), self.manifest)
+        return self._within_memory(lambda: self._explained(pictures, chosen, targets, names, options))
+
+    def check_arguments(
+        self, method: str, target: Any, layers: Sequence[str] | str | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """All options of the method for an `explain` of one image with these arguments. Errors as there, without an
+        image.
+        """
+        chosen, _ = self._checked(method, layers, options)
+        read_targets(target, 1, self.manifest)
+        return chosen.options | options
+
+    def _checked(
+        self, method: str, layers: Sequence[str] | str | None, options: dict[str, Any]
+    ) -> tuple[Method, tuple[str, ...]]:
+        """The method and the names of its layers."""
+        chosen = method_named(method)
+        chosen.check_options(options)
         aggregation = str(options.get("gradient_aggregation", "mean"))
         if aggregation not in GRADIENT_AGGREGATIONS:
             raise UnknownMethod(f"gradient_aggregation {aggregation!r}: use {', '.join(GRADIENT_AGGREGATIONS)}")
-        return self._within_memory(lambda: self._explained(pictures, chosen, targets, names, options))
+        return chosen, self._layers(chosen, layers)
 
     def _explained(
         self, pictures: ImageBatch, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
     ) -> Explanation:
         with self.session.stage("preprocess"):
-            images, draw = self._placed(pictures)
+            images = self._placed(pictures)
         seeds = targets.seeds
         if method.seeds is not None:
             seeds = self._seeds_of(method, images, seeds, options)
@@ -129,13 +140,32 @@ class Explainer:
             layers=tuple(t.name for t in self.manifest.taps if t.name in names),
             layer_weights=result.layer_weights.reshape(*leading, -1) if names else np.zeros((*leading, 0), np.float32),
             options=method.options | options,
-            _draw=draw,
+            images=pictures,
+            manifest=self.manifest,
+            provenance=self.provenance,
             details={name: values.reshape(leading) for name, values in result.details.items()},
             _retune=result.retune,
         )
 
-    def _placed(self, images: ImageBatch) -> tuple[Any, Callable[[], list[np.ndarray]]]:
-        """(the network's input, on the host or the GPU; a function that draws the pictures under the maps)."""
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What every explanation says of what made it. bundle_sha256: of its manifest, which holds all other hashes."""
+        manifest = (self.bundle.path / "manifest.json").read_bytes()
+        return {
+            "camrt": __version__,
+            "bundle": self.manifest.name,
+            "bundle_sha256": hashlib.sha256(manifest).hexdigest(),
+            "engine": str(self.backend),
+            "precision": self.precision,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is a bundle's path and settings: the bundle is opened again where it is loaded."""
+        path = str(self.bundle.path.resolve())
+        return _opened_again, (path, self.backend.name, self.session.max_batch, self.precision)
+
+    def _placed(self, images: ImageBatch) -> Any:
+        """The network's input, on the host or the GPU."""
         stream = self.session.memory.stream
         return images.on_host() if stream is None else images.on_gpu(stream)
 
@@ -175,9 +205,7 @@ class Explainer:
         its input itself, the tensor that its first layer reads. images: as for `explain`.
         """
         pictures = ImageBatch(images, self.manifest)
-        return self._within_memory(
-            lambda: self.session.memory.get(self.session.normalized(self._placed(pictures)[0]))[0]
-        )
+        return self._within_memory(lambda: self.session.memory.get(self.session.normalized(self._placed(pictures)))[0])
 
     def normalized_probabilities(self, normalized: np.ndarray) -> np.ndarray:
         """Probabilities (B, classes) of tensors (B, C', H, W) as `normalized` returns them, masked or not."""
@@ -191,58 +219,6 @@ class Explainer:
         logits = np.repeat(self.session.logits(images), seeds.shape[1], axis=0)
         given = top_class_where_zero(seeds.reshape(logits.shape), logits)
         return method.seeds(logits, given, **options).reshape(seeds.shape)
-
-    def targets(self, target: Any, images: int) -> Targets:
-        """Converts the `target` of `explain` to Targets for that many images.
-
-        InputError for a class out of range or a shape that does not fit.
-        """
-        classes = self.manifest.num_classes
-        if isinstance(target, str):
-            if target != "not":
-                raise InputError(
-                    f"target {target!r}: pass class numbers, or 'not' for what speaks against a single class"
-                )
-            if classes != 1:
-                raise InputError(
-                    f"target 'not' is for networks with a single score, this one has {classes} classes: name one"
-                )
-            return Targets(np.full((images, 1, 1), -1, np.float32), None, False)
-        if target is None:
-            return Targets(np.zeros((images, 1, classes), np.float32), np.full((images, 1), -1), False)
-        try:
-            given = np.asarray(target)
-        except ValueError:
-            raise InputError(
-                "target: every image needs the same number of classes: pass one, one per image, or (images, targets)"
-            ) from None
-        if given.dtype.kind == "f":
-            if given.ndim == 1:
-                given = np.repeat(given[None], images, axis=0)
-            seeds = given[:, None] if given.ndim == 2 else given
-            seeds = seeds.astype(np.float32)  # before the check: a seed that underflows to 0 would mean the top class
-            if seeds.ndim != 3 or len(seeds) != images or seeds.shape[2] != classes or not seeds.size:
-                raise InputError(
-                    f"seed array of shape {given.shape}: pass ({images}, {classes}) or ({images}, targets, {classes})"
-                )
-            if not np.isfinite(seeds).all() or not np.abs(seeds).max(axis=2, initial=0).all():
-                raise InputError("seed array: every row needs finite entries, not all of them zero")
-            return Targets(seeds, None, given.ndim == 3)
-        if given.dtype.kind not in "iu":
-            raise InputError(f"target {target!r}: pass None, class numbers, or a float seed array")
-        if given.ndim == 0:
-            given = np.full(images, int(given))
-        if given.ndim not in (1, 2) or len(given) != images or given.size == 0:
-            raise InputError(
-                f"target of shape {given.shape}: pass one class, one per image ({images}), or ({images}, targets)"
-            )
-        wrong = given[(given < 0) | (given >= classes)]
-        if wrong.size:
-            raise InputError(f"class {wrong.flat[0]} is out of range: the network has classes 0..{classes - 1}")
-        grid = given.reshape(images, -1).astype(np.int64)
-        seeds = np.zeros((*grid.shape, classes), np.float32)
-        np.put_along_axis(seeds, grid[..., None], 1, axis=2)
-        return Targets(seeds, grid, given.ndim == 2)
 
     def _layers(self, method: Method, layers: Sequence[str] | str | None) -> tuple[str, ...]:
         if method.layers is None:
@@ -279,6 +255,10 @@ class Explainer:
                     f"layer {name!r} has no grid, it is 1 x 1, so its map would be constant: name another layer"
                 )
         return names
+
+
+def _opened_again(path: str, backend: str, max_batch: int, precision: str) -> Explainer:
+    return load(path, backend, max_batch, precision)
 
 
 def load(

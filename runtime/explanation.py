@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import io
+import json
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..kernels import minmax
+from .bundle.manifest import Manifest
 from .cams import Result
 from .errors import InputError
+from .images.image_batch import ImageBatch
+from .images.legend import with_legend
 from .images.overlay import overlay
+from .scores import probabilities
+
+Index = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Maps of a batch of B images, or of K targets for each.
+    """Maps of a batch of B images, or of K targets for each image.
 
-    maps (B, H, W) or (B, K, H, W) float32, scaled as the method defines it; target (B,) or (B, K) int64, None for a
-    seed array; logits (B, classes) float32; layers: names; layer_weights (B, L) or (B, K, L) float32; options: the
-    method's; details: what the method reports beside its maps, name -> (B,) or (B, K).
+    maps (B, H, W) or (B, K, H, W) float32, on the network's grid of pixels, scaled as the method defines it. target
+    (B,) or (B, K) int64, or None for a seed array. logits (B, classes) float32. layers: names. layer_weights (B, L) or
+    (B, K, L) float32. options: the method's. details: name -> (B,) or (B, K), what the method reports beside its maps.
+    images: what was explained. provenance: what made it (bundle and its hash, engine, precision, version of camrt).
+
+    It pickles; made on a GPU, it then leaves what `retune` needs behind.
     """
 
     method: str
@@ -31,20 +45,63 @@ class Explanation:
     layers: tuple[str, ...]
     layer_weights: np.ndarray
     options: dict[str, Any]
-    _draw: Callable[[], list[np.ndarray]] = field(repr=False)
+    images: ImageBatch
+    manifest: Manifest
+    provenance: Mapping[str, Any]
     details: dict[str, np.ndarray] = field(default_factory=dict)
-    _retune: Callable[..., Result] | None = field(default=None, repr=False)
+    _retune: Callable[..., Result] | None = None
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __repr__(self) -> str:
+        said = f"{self.method}, {len(self)} image{'s' * (len(self) != 1)}, maps {list(self.maps.shape)}"
+        targets = "" if self.target is None else f", target {self.target.ravel()[:4].tolist()}"
+        more = ", ..." if self.target is not None and self.target.size > 4 else ""
+        return f"<Explanation: {said}{targets}{more}, {self.provenance.get('engine', '')}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("pictures", "photos")}
+        if isinstance(self._retune, types.FunctionType):  # of arrays on a GPU
+            state["_retune"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    # ---- numbers
 
     @functools.cached_property
-    def pictures(self) -> list[np.ndarray]:
-        """The picture under each image's map, uint8 (H, W, 3): resized and cropped, not normalised."""
-        return self._draw()
+    def probabilities(self) -> np.ndarray:
+        """(B, classes) float32: the softmax or sigmoid of the logits, as the bundle says."""
+        return probabilities(self.logits, self.manifest)
+
+    def top(self, count: int = 5) -> list[list[tuple[int, str, float]]]:
+        """Per image the classes with the largest logits, as (number, name or "", probability), the largest first."""
+        names = self.manifest.classes
+        order = (-self.logits).argsort(axis=1, kind="stable")[:, :count]
+        return [
+            [(int(c), names[c] if names else "", float(self.probabilities[i, c])) for c in row]
+            for i, row in enumerate(order)
+        ]
+
+    def normalized(self) -> np.ndarray:
+        """The maps scaled to [0, 1] by min-max, each by itself; a constant map becomes 0. Same shape as `maps`."""
+        return minmax(self.maps)
+
+    def photo_map(self, index: Index) -> np.ndarray:
+        """The map of image `index` (or of image and target) on the photo's own pixels, (H, W) float32.
+
+        The map goes back through crop, letterbox and resize, bilinearly. NaN where the network did not see the photo.
+        """
+        chosen, image = self._chosen(self.maps, index)
+        return self.images.placement(image).to_photo(chosen)
 
     def retune(self, **options: Any) -> Explanation:
         """The same explanation with other options of its method, without running the network.
 
         Options that are not named keep their values. InputError if the method cannot be retuned or an option cannot be
-        changed; InputError or UnknownMethod for a value that does not fit.
+        changed in this way.
         """
         if self._retune is None:
             raise InputError(f"{self.method} has nothing to retune: call explain again")
@@ -59,20 +116,130 @@ class Explanation:
             _retune=result.retune,
         )
 
-    def normalized(self) -> np.ndarray:
-        """Each map min-max scaled to [0, 1], in the shape of `maps`; a constant map becomes zeros."""
-        return minmax(self.maps)
+    def _chosen(self, maps: np.ndarray, index: Index) -> tuple[np.ndarray, int]:
+        """(the map (H, W), the image's number). InputError for an index that does not name one map."""
+        places = index if isinstance(index, tuple) else (index,)
+        leading = maps.shape[:-2]
+        if len(places) > len(leading) or any(not -n <= i < n for i, n in zip(places, leading, strict=False)):
+            raise InputError(f"no map {index}: there are {list(leading)}")
+        if len(places) < len(leading):
+            raise InputError(f"{index}: there are {leading[1]} maps of this image, pass (image, target)")
+        return maps[index], places[0] % len(maps)
 
-    def overlay(self, index: int | tuple[int, int], opacity: float = 0.5) -> np.ndarray:
-        """The picture of image `index` with its map drawn over it, uint8 (H, W, 3).
+    # ---- pictures
 
-        index: the image, or (image, target) if there are several targets; opacity: of the map, 0..1. InputError if one
-        image has several maps and no target is named.
+    @functools.cached_property
+    def pictures(self) -> list[np.ndarray]:
+        """Per image what the network saw, on the maps' grid, uint8 (H, W, 3)."""
+        return [self.images.picture(i) for i in range(len(self))]
+
+    @functools.cached_property
+    def photos(self) -> list[np.ndarray]:
+        """Per image the photo as it was given, upright, uint8 (H, W, 3)."""
+        return [self.images.photo(i) for i in range(len(self))]
+
+    def overlay(
+        self,
+        index: Index,
+        opacity: float = 0.5,
+        colormap: str = "turbo",
+        size: str = "photo",
+        by_value: bool = False,
+        legend: bool = False,
+    ) -> np.ndarray:
+        """Image `index` (or image and target) under its map, scaled to [0, 1] by min-max; uint8 (H, W, 3).
+
+        size: "photo", of the photo's own size, where what the network did not see is dark and grey; or "input", what
+        the network saw. opacity: of the colours, 0 to 1; by_value: opacity times the map's value. colormap: "turbo",
+        "viridis", "inferno" or "jet". legend: adds a strip with the class, its probability, the method, its percentile
+        and the colours. InputError, UnknownName for an argument that does not fit.
         """
-        scaled = self.normalized()[index]
-        if scaled.ndim != 2:
-            raise InputError(f"overlay({index}): there are {scaled.shape[0]} maps of this image, pass (image, target)")
-        return overlay(self.pictures[index[0] if isinstance(index, tuple) else index], scaled, opacity)
+        chosen, image = self._chosen(self.maps, index)
+        scaled = minmax(chosen[None])[0]
+        if size not in ("photo", "input"):
+            raise InputError(f"size {size!r}: use 'photo' or 'input'")
+        if size == "photo":
+            scaled = self.images.placement(image).to_photo(scaled)
+        picture = self.images.photo(image) if size == "photo" else self.images.picture(image)
+        drawn = overlay(picture, scaled, opacity, colormap, by_value)
+        return with_legend(drawn, self.caption(index), colormap) if legend else drawn
 
-    def __len__(self) -> int:
-        return len(self.maps)
+    def png(self, index: Index, **options: Any) -> bytes:
+        """The overlay as the bytes of a PNG file; options as for `overlay`."""
+        out = io.BytesIO()
+        Image.fromarray(self.overlay(index, **options)).save(out, "PNG")
+        return out.getvalue()
+
+    def caption(self, index: Index) -> list[str]:
+        """Two lines: the target with its probability, and the method with its options."""
+        image = index[0] if isinstance(index, tuple) else index
+        said = "a seed array"
+        if self.target is not None:
+            number = int(self.target[index])
+            name = self.manifest.classes[number] if self.manifest.classes else f"class {number}"
+            said = f"{name}: {self.probabilities[image, number]:.1%}"
+        options = ", ".join(f"{k} {v}" for k, v in self.options.items() if k == "percentile")
+        return [said, f"{self.method}{', ' if options else ''}{options}"]
+
+    def plot(self, index: Index = 0, **options: Any) -> Any:
+        """A matplotlib figure: the photo, its overlay, and the layers' weights. Needs the extra `bench`."""
+        from .images.figure import explanation_figure
+
+        return explanation_figure(self, index, options)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: of up to eight images the photo, the overlay, the classes and the layers' weights."""
+        from .images.page import explanation_html
+
+        return explanation_html(self)
+
+    # ---- files
+
+    def to_dict(self, index: int | None = None) -> dict[str, Any]:
+        """Everything but the maps, as JSON can hold it: what made it, and per image its hash, size, target, classes and
+        layer weights. index: of one image alone.
+        """
+        top = self.top()
+        return {
+            **self.provenance,
+            "method": self.method,
+            "options": {name: plain(value) for name, value in self.options.items()},
+            "layers": list(self.layers),
+            "images": [self._image_dict(i, top[i]) for i in (range(len(self)) if index is None else [index])],
+        }
+
+    def _image_dict(self, index: int, top: list[tuple[int, str, float]]) -> dict[str, Any]:
+        height, width = self.images.placement(index).photo
+        return {
+            "pixels_sha256": self.images.digest(index),
+            "size": [height, width],
+            "target": None if self.target is None else self.target[index].tolist(),
+            "top": [
+                {"class": c, **({"name": name} if name else {}), "probability": plain(np.float32(p))}
+                for c, name, p in top
+            ],
+            "layer_weights": dict(zip(self.layers, plain(self.layer_weights[index].T), strict=True)),
+            "details": {name: plain(values[index]) for name, values in self.details.items()},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes an .npz file: maps, logits, layer_weights and target, and `record`, the JSON text of `to_dict`."""
+        arrays: dict[str, Any] = {"maps": self.maps, "logits": self.logits, "layer_weights": self.layer_weights}
+        if self.target is not None:
+            arrays["target"] = self.target
+        if Path(path).suffix != ".npz":
+            raise InputError(f"{path}: name it .npz (a PNG of one map: png(0); a whole folder: camrt explain)")
+        np.savez_compressed(path, record=np.array(json.dumps(self.to_dict())), **arrays)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it; float32 numbers as short as they are true."""
+    if isinstance(value, np.ndarray):
+        return [plain(v) for v in value] if value.ndim else plain(value[()])
+    if isinstance(value, np.floating):
+        return float(str(value)) if np.isfinite(value) else None
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else repr(value)

@@ -100,14 +100,15 @@ def test_export_info_verify_explain_a_callable(folder: Path, capsys: pytest.Capt
     assert "4 of 4 images explained with winsor_cam: maps" in capsys.readouterr().out
     lines = [json.loads(line) for line in (folder / "maps/explanations.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == ["photos/a.png", "photos/b.jpg", "photos/deep/a.png", "other.png"]
-    assert {p.name for p in (folder / "maps").iterdir()} == {
-        "explanations.jsonl",
-        *(f"{stem}.{kind}" for stem in ("a", "b", "a-2", "other") for kind in ("npy", "png")),
+    assert {p.relative_to(folder / "maps").as_posix() for p in (folder / "maps").rglob("*.*")} == {
+        *("explanations.json", "explanations.jsonl"),
+        *(f"{stem}.{kind}" for stem in ("a", "b", "deep/a", "other") for kind in ("npy", "png")),
     }
     explainer = camrt.load("net.camrt")
     want = explainer.explain("photos/b.jpg", percentile=50)
     np.testing.assert_allclose(np.load("maps/b.npy"), want.maps[0], atol=1e-5)
     np.testing.assert_array_equal(np.asarray(Image.open("maps/b.png")), want.overlay(0))
+    assert Image.open("maps/b.png").size == Image.open("photos/b.jpg").size
     second = lines[1]
     assert second["target"] == int(want.logits[0].argmax()) == second["top"][0]["class"]
     assert second["top"][0]["name"] in ("ant", "bee", "cat", "dog") and second["options"]["percentile"] == 50
@@ -258,7 +259,9 @@ def test_export_options_that_do_not_fit(
 def test_explain_refusals(folder: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = str(exported)
     assert "nothing.png: no such file" in refusal(capsys, "explain", bundle, "nothing.png")
-    assert "'cow' is no class of this bundle" in refusal(capsys, "explain", bundle, "other.png", "--target", "cow")
+    assert "no class 'cow' of this bundle: it has 'ant', 'bee'" in refusal(
+        capsys, "explain", bundle, "other.png", "--target", "cow"
+    )
     assert "class 9 is out of range" in refusal(capsys, "explain", bundle, "other.png", "--target", "9")
     assert "percentile 120.0 is outside" in refusal(capsys, "explain", bundle, "other.png", "--percentile", "120")
     assert "no method 'gradcam': did you mean 'grad_cam'" in refusal(
@@ -305,7 +308,8 @@ def test_a_refused_run_leaves_earlier_results(folder: Path, exported: Path) -> N
     assert before and main(["explain", str(exported), "photo.png", "--layers", "nope"]) == 2
     assert main(["explain", str(exported), "photo.png", "--target=--5"]) == 2
     assert Path("explanations/explanations.jsonl").read_text() == before
-    assert sorted(p.name for p in Path("explanations").iterdir()) == ["explanations.jsonl", "photo.npy", "photo.png"]
+    names = sorted(p.name for p in Path("explanations").iterdir())
+    assert names == ["explanations.json", "explanations.jsonl", "photo.npy", "photo.png"]
 
 
 def test_torchvision_weights_that_were_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

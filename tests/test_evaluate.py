@@ -63,7 +63,7 @@ def test_the_records_are_the_metrics_of_the_maps(scenes: Path) -> None:
     explainer = camrt.load(BUNDLE)
     for record, path in zip(records(scenes), sorted((scenes / "images").iterdir()), strict=True):
         result = explainer.explain(path, "grad_cam")
-        from camrt.runtime.images.preprocess import as_batch
+        from camrt.runtime.images.image_batch import as_batch
 
         image, _ = as_batch(path, explainer.manifest)
         scores = explainer.probabilities(np.concatenate([image, image * result.normalized()[0]]))[:, result.target[0]]  # type: ignore[index]

@@ -33,6 +33,8 @@ ALLOWED = {
     "camrt/install.py": (),
     "camrt/image_files.py": ("runtime.errors",),
     "camrt/method_choice.py": ("runtime",),
+    "camrt/results_folder.py": ("image_files", "runtime.errors"),
+    "camrt/explaining.py": ("image_files", "results_folder", "runtime"),
     "camrt/methods.py": ("runtime.cams",),
     "camrt": ("verification.distances", "method_choice", "runtime", "kernels", "export.api", "__version__"),
     "export": (
@@ -44,7 +46,7 @@ ALLOWED = {
         "runtime.backends.one_file",
         "__version__",
     ),
-    "runtime": ("runtime", "kernels", "install"),
+    "runtime": ("runtime", "kernels", "install", "__version__"),
     "kernels": ("kernels", "install"),
 }
 HEAVY = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"} | {

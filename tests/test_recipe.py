@@ -16,7 +16,9 @@ from camrt.cli import main
 from camrt.export.pytorch.sources import processed
 from camrt.runtime.bundle.manifest import Preprocess
 from camrt.runtime.bundle.reading import read_bundle
-from camrt.runtime.images.preprocess import as_batch, placed, undo
+from camrt.runtime.images.image_batch import as_batch
+from camrt.runtime.images.placement import Placement
+from camrt.runtime.images.preprocess import placed, undo
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
 
@@ -176,13 +178,13 @@ def test_not_the_class_is_no_map_of_the_class(tmp_path: Path) -> None:
         ["recipe", str(path), "--resize", "32", "32", *["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]]
     )
     Image.fromarray(PICTURE).save(tmp_path / "photo.png")
-    given = ["explain", str(path), str(tmp_path / "photo.png"), "--out", str(tmp_path / "maps"), "--target"]
     for target, said in (("not", "not"), ("0", 0)):
-        assert main([*given, target]) == 0
-        assert json.loads((tmp_path / "maps" / "explanations.jsonl").read_text())["target"] == said
+        out = tmp_path / f"maps of {target}"
+        assert main(["explain", str(path), str(tmp_path / "photo.png"), "--out", str(out), "--target", target]) == 0
+        assert json.loads((out / "explanations.jsonl").read_text())["target"] == said
 
 
 def test_the_odd_row_of_a_letterbox_is_filled_below() -> None:
     told = Preprocess((32, 32), (0.0,) * 3, (1.0,) * 3, fit="letterbox")
-    assert placed((32, 25), told) == ((25, 32), (-3, 0, 32, 32))
-    assert placed((25, 32), told) == ((32, 25), (0, -3, 32, 32))
+    assert placed((32, 25), told) == Placement((25, 32), (25, 32), -3, 0, (32, 32))
+    assert placed((25, 32), told) == Placement((32, 25), (32, 25), 0, -3, (32, 32))

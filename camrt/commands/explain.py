@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..image_files import find_images
+from ..image_files import collect, read_list
 from ..method_choice import parse_method
 from ..runtime.errors import InputError
 
-if TYPE_CHECKING:
-    from ..runtime.explainer import Explainer
-    from ..runtime.explanation import Explanation
-
 HELP = "write overlays and maps of images"
+QUIET = 60.0  # seconds between lines of progress, where there is no terminal
+TERMINATED = 143
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("images", nargs="+", help="files, folders or glob patterns")
+    parser.add_argument("images", nargs="*", help="files, folders or glob patterns")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="a text file with the path of an image in each line")
     parser.add_argument(
         "--out", type=Path, default=Path("explanations"), help="folder to write (default: explanations)"
     )
+    parser.add_argument("--resume", action="store_true", help="leave out images whose results are complete")
     parser.add_argument("--method", default="winsor_cam", help="NAME or NAME:option=value,... (see 'camrt methods')")
     parser.add_argument(
         "--target",
@@ -39,161 +41,123 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images in one run (default: 8)")
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
     parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
-    parser.add_argument("--no-overlay", action="store_true", help="write no PNG")
-    parser.add_argument("--no-maps", action="store_true", help="write no .npy")
+    parser.add_argument("--jobs", type=int, help="threads that read and write files (default: one per core)")
+    parser.add_argument("--shard", metavar="I/N", help="explain only every N-th image from the I-th on; I from 1")
+    drawing = parser.add_argument_group("overlays")
+    drawing.add_argument("--colormap", default="turbo", help="turbo (default), viridis, inferno or jet")
+    drawing.add_argument("--opacity", type=float, default=0.5, help="of the colours, 0 to 1 (default: 0.5)")
+    drawing.add_argument("--by-value", action="store_true", help="opacity times the map's value")
+    drawing.add_argument(
+        "--size",
+        choices=("photo", "input"),
+        default="photo",
+        help="of the overlay: the photo's (default), or the network's input",
+    )
+    drawing.add_argument("--legend", action="store_true", help="add a strip with class, method and colours")
+    drawing.add_argument("--no-overlay", action="store_true", help="write no PNG")
+    drawing.add_argument("--no-maps", action="store_true", help="write no .npy")
 
 
 def run(options: argparse.Namespace) -> int:
+    """1 if images could not be explained."""
     from tqdm import tqdm
 
+    from ..explaining import Drawing, explain_files
     from ..runtime.explainer import load
 
+    shard = None if options.shard is None else _shard(options.shard)
     explainer = load(options.bundle, options.backend, max_batch=options.batch, precision=options.precision)
-    files = find_images(options.images)
-    target: Any = None
-    if options.target == ["not"]:
-        target = "not"
-        explainer.targets(target, 1)  # fails before any image is read
-    elif options.target is not None:
-        target = [_class_index(explainer, t) for t in options.target]
     method = parse_method(options.method)
     arguments: dict[str, Any] = dict(method.options)
     if options.percentile is not None:
         arguments["percentile"] = options.percentile
-    layers: Any = options.layers
-    if layers in (["conv"], ["last"]):
-        layers = layers[0]
-    names = _output_names(files)
-    taken = {(options.out / f"{stem}{kind}").resolve() for stem in names.values() for kind in (".png", ".npy")}
-    for file in files:
-        if file.resolve() in taken:
-            raise InputError(f"{file}: its explanation would overwrite an image: choose another --out")
+    layers = options.layers[0] if options.layers in (["conv"], ["last"]) else options.layers
+    drawing = Drawing(options.opacity, options.colormap, options.size, options.by_value, options.legend)
+    named = [*options.images, *(read_list(options.list) if options.list is not None else [])]
+    if not named:
+        raise InputError("name images, folders or patterns, or a --list")
+    images = collect(named, skip=[options.out])
+    total = len(images.names) if shard is None else len(images.shard(*shard).names)
+    with _terminated_in_order(), tqdm(total=total, unit="image", disable=None) as bar:
+        said = _Said(total) if bar.disable else None
+        summary = explain_files(
+            explainer,
+            images,
+            options.out,
+            method.name,
+            _target(options.target),
+            layers,
+            options.batch,
+            options.jobs,
+            options.resume,
+            not options.no_overlay,
+            not options.no_maps,
+            drawing,
+            shard,
+            progress=said or bar.update,
+            problem=lambda line: tqdm.write(f"camrt: {line}", file=sys.stderr),
+            **arguments,
+        )
+    print(f"{summary.explained} of {total} images explained with {options.method}: {options.out}")
+    if summary.finished_before:
+        print(f"{summary.finished_before} were finished before")
+    for said_of, counts in (("not explained", summary.problems), ("skipped", summary.skipped)):
+        if counts:
+            print(f"{said_of}: {_counted(counts)}")
+    return 1 if summary.failed else 0
+
+
+def _target(words: list[str] | None) -> Any:
+    """As `explain` takes it."""
+    if words is None:
+        return None
+    targets = [int(w) if w.removeprefix("-").isdecimal() else w for w in words]
+    return targets[0] if len(targets) == 1 else targets
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard {text}: write 2/8 for the second of eight")
+    return int(number), int(count)
+
+
+def _counted(counts: Counter[str]) -> str:
+    most = [f"{n} {reason}" for reason, n in counts.most_common(6)]
+    rest = sum(n for _, n in counts.most_common()[6:])
+    return ", ".join([*most, *([f"{rest} for other reasons"] if rest else [])])
+
+
+class _Said:
+    """Progress without a terminal: a line a minute."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._count, self._started = total, 0, time.monotonic()
+        self._last = self._started
+
+    def __call__(self, more: int) -> None:
+        self._count += more
+        now = time.monotonic()
+        if now - self._last >= QUIET:
+            self._last = now
+            rate = self._count / (now - self._started)
+            print(f"camrt: {self._count} of {self._total} images, {rate:.1f} a second", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does: what is finished is kept."""
+
+    def end(*_: Any) -> None:
+        print("camrt: terminated: finished results stay, --resume goes on", file=sys.stderr)
+        raise SystemExit(TERMINATED)
+
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        part = options.out / "explanations.jsonl.part"
-        lines = part.open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{options.out}: cannot be written ({error.strerror})") from None
-    failures = 0
-    with _kept(part), lines, tqdm(total=len(files), unit="image", disable=None) as bar:
-        for start in range(0, len(files), options.batch):
-            for group in _explained(
-                files[start : start + options.batch], explainer, method.name, target, layers, arguments
-            ):
-                if isinstance(group, InputError):
-                    failures += 1
-                    tqdm.write(f"camrt: {group}", file=sys.stderr)
-                else:
-                    paths, result = group
-                    for i, path in enumerate(paths):
-                        stem = names[path]
-                        _write_maps(options, result, i, stem)
-                        record = _record(explainer, result, i, path)
-                        record |= {"target": "not"} if target == "not" else {}
-                        lines.write(json.dumps(record) + "\n")
-            bar.update(len(files[start : start + options.batch]))
-    print(f"{len(files) - failures} of {len(files)} images explained with {options.method}: {options.out}")
-    return 1 if failures else 0
-
-
-@contextlib.contextmanager
-def _kept(part: Path) -> Iterator[None]:
-    """On exit, gives the written file its final name; if nothing was written, an earlier file stays as it was."""
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
     try:
         yield
     finally:
-        if part.stat().st_size:
-            part.replace(part.with_suffix(""))
-        else:
-            part.unlink()
-
-
-def _explained(
-    files: list[Path],
-    explainer: Explainer,
-    method: str,
-    target: Any,
-    layers: Any,
-    arguments: dict[str, Any],
-) -> Iterator[tuple[list[Path], Explanation] | InputError]:
-    """Yields an error for each image that cannot be read, then the others with their explanation, in one batch."""
-    from PIL import Image
-
-    from ..runtime.images.preprocess import open_image
-
-    pictures, kept = [], []
-    for path in files:
-        try:
-            picture: Image.Image = open_image(path, explainer.manifest.input_shape[0], str(path))
-        except InputError as error:
-            yield error
-            continue
-        pictures.append(picture)
-        kept.append(path)
-    if kept:
-        wanted = target
-        if isinstance(target, list):
-            wanted = [target] * len(kept) if len(target) > 1 else target[0]
-        yield kept, explainer.explain(pictures, method, wanted, layers, **arguments)
-
-
-def _class_index(explainer: Explainer, text: str) -> int:
-    manifest = explainer.manifest
-    if text.removeprefix("-").isdecimal():
-        return int(text)
-    names = manifest.classes or ()
-    matches = [i for i, n in enumerate(names) if text.lower() in [part.strip().lower() for part in n.split(",")]]
-    if len(matches) != 1:
-        problem = "is ambiguous" if matches else "is no class"
-        raise InputError(f"{text!r} {problem} of this bundle: pass a number 0..{manifest.num_classes - 1}")
-    return matches[0]
-
-
-def _output_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A distinct stem for each file's results."""
-    names: dict[Path, str] = {}
-    for path in files:
-        stem, n = path.stem, 2
-        while stem in names.values():
-            stem, n = f"{path.stem}-{n}", n + 1
-        names[path] = stem
-    return names
-
-
-def _write_maps(options: argparse.Namespace, result: Explanation, index: int, stem: str) -> None:
-    import numpy as np
-    from PIL import Image
-
-    if not options.no_maps:
-        np.save(options.out / f"{stem}.npy", result.maps[index])
-    if not options.no_overlay:
-        pictures = (
-            [result.overlay(index)]
-            if result.maps.ndim == 3
-            else [result.overlay((index, k)) for k in range(result.maps.shape[1])]
-        )
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(options.out / f"{stem}.png")
-
-
-def _record(explainer: Explainer, result: Explanation, index: int, path: Path) -> dict[str, Any]:
-    """One line of explanations.jsonl."""
-    import numpy as np
-
-    from ..runtime.scores import probabilities
-
-    logits = result.logits[index]
-    scores = probabilities(logits[None], explainer.manifest)[0]
-    names = explainer.manifest.classes
-    top = [
-        {"class": int(c), **({"name": names[c]} if names else {}), "probability": round(float(scores[c]), 6)}
-        for c in (-logits).argsort(kind="stable")[:5]
-    ]
-    weights = result.layer_weights[index]
-    return {
-        "image": str(path),
-        "method": result.method,
-        "options": result.options,
-        "target": None if result.target is None else result.target[index].tolist(),
-        "top": top,
-        "layer_weights": dict(zip(result.layers, np.round(weights.T, 6).tolist(), strict=True)),
-    }
+        signal.signal(signal.SIGTERM, before)

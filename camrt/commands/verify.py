@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_packages("torch", "onnx", "onnxscript")
     from ..runtime.bundle.reading import read_bundle
-    from ..runtime.images.preprocess import as_batch
+    from ..runtime.images.image_batch import as_batch
     from ..verification.verify import verify
 
     images = None

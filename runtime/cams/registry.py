@@ -36,18 +36,24 @@ def join(results: Sequence[Result]) -> Result:
     """Concatenates the results of several batches along the first axis. Their details must have the same names."""
     if len(results) == 1:
         return results[0]
-    retunes = [r.retune for r in results]
-
-    def retune(**options: Any) -> Result:
-        return join([again(**options) for again in retunes if again is not None])
-
+    retunes = tuple(r.retune for r in results if r.retune is not None)
     return Result(
         np.concatenate([r.maps for r in results]),
         np.concatenate([r.layer_weights for r in results]),
         {name: np.concatenate([r.details[name] for r in results]) for name in results[0].details},
-        retune if all(retunes) else None,
+        _JoinedRetune(retunes) if len(retunes) == len(results) else None,
         results[0].check,
     )
+
+
+@dataclass(frozen=True)
+class _JoinedRetune:
+    """Retunes the parts of a batch one by one."""
+
+    parts: tuple[Callable[..., Result], ...]
+
+    def __call__(self, **options: Any) -> Result:
+        return join([retune(**options) for retune in self.parts])
 
 
 @dataclass(frozen=True)

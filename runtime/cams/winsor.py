@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,42 +34,51 @@ def winsor_cam(
     then zero.
     """
     del gradient_aggregation  # LayerMaps.read used it already
-    stream, on_gpu = layers.memory.stream, layers.memory.stream is not None
+    on_gpu = layers.memory.stream is not None
     normalized = layers.maps if on_gpu else normalize_layers(layers.maps, layers.grids)  # once for all retunings
-    channels = [t.channels for t in layers.taps]
-    importances: dict[str, Any] = {}
-
-    def fuse(**options: Any) -> Result:
-        check_options(**options)
-        aggregation = options["layer_aggregation"]
-        if aggregation not in importances:
-            importances[aggregation] = layer_importance(layers.alphas, channels, aggregation, stream=stream)
-        bounds = options["percentile"], options["low"], options["high"]
-        weights = winsorize(importances[aggregation], *bounds, stream=stream)
-        sizes = layers.size, options["interpolation"]
-        maps = fuse_layers(normalized, layers.grids, weights, *sizes, normalize=on_gpu, stream=stream)
-
-        def check(result: Result) -> None:
-            if not result.layer_weights.any(axis=1).all():
-                warnings.warn(
-                    f"winsor_cam: no layer has positive {aggregation} importance for some image, so its map is zero: "
-                    "try layer_aggregation='max'",
-                    stacklevel=4,
-                )
-
-        def retune(**changes: Any) -> Result:
-            unknown = [o for o in changes if o not in options]
-            if unknown:
-                raise InputError(
-                    f"winsor_cam cannot retune {unknown[0]!r}, only {', '.join(options)}: call explain again"
-                )
-            return fuse(**options | changes)
-
-        return Result(maps, weights, retune=retune, check=check)
-
-    return fuse(
+    return _Fusion(layers, normalized, {})(
         percentile=percentile, layer_aggregation=layer_aggregation, interpolation=interpolation, low=low, high=high
     )
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """Weighs and fuses the maps of layers, again for every retuning. normalized: the layers' maps, scaled on the host;
+    importances: those that were computed, by aggregation; options: of the last call, which a retuning changes.
+    """
+
+    layers: LayerMaps
+    normalized: Any
+    importances: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, **changes: Any) -> Result:
+        options = self.options | changes
+        unknown = [o for o in changes if self.options and o not in self.options]
+        if unknown:
+            raise InputError(
+                f"winsor_cam cannot retune {unknown[0]!r}, only {', '.join(self.options)}: call explain again"
+            )
+        check_options(**options)
+        layers, stream, aggregation = self.layers, self.layers.memory.stream, options["layer_aggregation"]
+        if aggregation not in self.importances:
+            channels = [t.channels for t in layers.taps]
+            self.importances[aggregation] = layer_importance(layers.alphas, channels, aggregation, stream=stream)
+        bounds = options["percentile"], options["low"], options["high"]
+        weights = winsorize(self.importances[aggregation], *bounds, stream=stream)
+        sizes, on_gpu = (layers.size, options["interpolation"]), stream is not None
+        maps = fuse_layers(self.normalized, layers.grids, weights, *sizes, normalize=on_gpu, stream=stream)
+        check = functools.partial(_warn_of_no_layer, aggregation)
+        return Result(maps, weights, retune=replace(self, options=options), check=check)
+
+
+def _warn_of_no_layer(aggregation: str, result: Result) -> None:
+    if not result.layer_weights.any(axis=1).all():
+        warnings.warn(
+            f"winsor_cam: no layer has positive {aggregation} importance for some image, so its map is zero: "
+            "try layer_aggregation='max'",
+            stacklevel=4,
+        )
 
 
 def check_options(percentile: float, layer_aggregation: str, interpolation: str, low: float, high: float) -> None:

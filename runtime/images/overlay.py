@@ -1,26 +1,40 @@
-"""Draws maps as colours over pictures."""
+"""Pictures of maps."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-# The "jet" colour map that the CAM literature draws with: position, red, green, blue.
-_JET = np.array(
-    [[0, 0, 0, 0.5], [0.125, 0, 0, 1], [0.375, 0, 1, 1], [0.625, 1, 1, 0], [0.875, 1, 0, 0], [1, 0.5, 0, 0]]
-)
+from ..errors import InputError
+from .colormaps import colorize
+
+UNSEEN = 0.35  # the brightness of what the network did not see, drawn in grey
 
 
-def colorize(scaled: np.ndarray) -> np.ndarray:
-    """A map in [0, 1], (H, W) -> uint8 (H, W, 3), blue for 0 and red for 1."""
-    channels = [np.interp(scaled, _JET[:, 0], _JET[:, i]) for i in (1, 2, 3)]
-    return (np.stack(channels, axis=-1) * 255 + 0.5).astype(np.uint8)
+def overlay(
+    picture: np.ndarray, scaled: np.ndarray, opacity: float = 0.5, colormap: str = "turbo", by_value: bool = False
+) -> np.ndarray:
+    """Blends a coloured map over a picture; uint8 (H, W, 3).
 
-
-def overlay(picture: np.ndarray, scaled: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Blends a map (H, W) in [0, 1], as colours, over a picture uint8 (H, W, 3) -> uint8 (H, W, 3).
-
-    opacity: of the map, 0..1. ValueError if the sizes differ.
+    picture: uint8 (H, W, 3); scaled (H, W): in [0, 1], NaN for what the network did not see, which is drawn dark and
+    grey. opacity: of the colours, in [0, 1]; by_value: opacity times the map's value, so that low values leave the
+    picture as it is. InputError for an opacity or sizes that do not fit, UnknownName for the colour map.
     """
+    check_opacity(opacity)
     if picture.shape[:2] != scaled.shape:
-        raise ValueError(f"picture {picture.shape[:2]} and map {scaled.shape} differ in size")
-    return (picture * (1 - opacity) + colorize(scaled) * opacity + 0.5).astype(np.uint8)
+        raise InputError(f"picture {picture.shape[:2]} and map {scaled.shape} differ in size")
+    seen = np.isfinite(scaled)
+    values = np.where(seen, scaled, 0).astype(np.float32)
+    weight = (opacity * values if by_value else np.full_like(values, opacity))[..., None]
+    blended = (picture * (1 - weight) + colorize(values, colormap) * weight + 0.5).astype(np.uint8)
+    if not seen.all():
+        blended[~seen] = (picture[~seen].mean(axis=1, keepdims=True) * UNSEEN).astype(np.uint8)
+    return blended
+
+
+def check_opacity(opacity: float) -> None:
+    """InputError unless it is a number in [0, 1]."""
+    if isinstance(opacity, bool) or not isinstance(opacity, int | float | np.floating) or not 0 <= opacity <= 1:
+        shown = repr(opacity) if not isinstance(opacity, float) or math.isfinite(opacity) else str(opacity)
+        raise InputError(f"opacity {shown}: use a number from 0 to 1")

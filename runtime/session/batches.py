@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CamrtError
+from ..errors import NotFinite
 
 NOT_FINITE = "the network gave NaN or infinity: check its weights and the images' preprocessing"
 
@@ -71,6 +71,6 @@ def top_class_where_zero(seeds: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 
 def check_finite(*arrays: np.ndarray) -> None:
-    """CamrtError if an array holds NaN or infinity."""
+    """NotFinite if an array holds NaN or infinity."""
     if not all(np.isfinite(array).all() for array in arrays):
-        raise CamrtError(NOT_FINITE)
+        raise NotFinite(NOT_FINITE)

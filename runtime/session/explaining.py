@@ -10,7 +10,7 @@ import numpy as np
 
 from ...kernels import check_finite as check_finite_on_gpu
 from ..cams import Method, Result
-from ..errors import CamrtError
+from ..errors import CamrtError, NotFinite
 from .batches import NOT_FINITE, Batch, check_finite, repeated
 from .session import Session
 
@@ -43,7 +43,7 @@ def _check_result(method: Method, result: Any, maps: tuple[int, ...], weights: t
             got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
             raise CamrtError(f"the method {method.name} gave {name} {got}, it must give float32{list(shape)}")
     if not np.isfinite(result.maps).all():
-        raise CamrtError(f"the map of {method.name} holds NaN or infinity, though the network's logits are finite")
+        raise NotFinite(f"the map of {method.name} holds NaN or infinity, though the network's logits are finite")
 
 
 def read(session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]) -> Any:
@@ -90,7 +90,7 @@ def _fetched(session: Session, result: Result, *others: Any) -> tuple[Result, li
     try:
         maps, weights, *rest = session.memory.get(result.maps, result.layer_weights, *others)
     except ValueError as error:  # from a kernel that looked for NaN
-        raise CamrtError(NOT_FINITE) from error
+        raise NotFinite(NOT_FINITE) from error
     again = result.retune
     if again is None:
         return replace(result, maps=maps, layer_weights=weights), rest
