@@ -44,14 +44,66 @@ def increase_in_confidence(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return 100.0 * (np.asarray(after) > np.asarray(before))
 
 
-def win_percentage(drops: np.ndarray) -> np.ndarray:
+TIE = 0.01  # percentage points of average drop: what rounding alone changes
+
+
+def win_percentage(drops: np.ndarray, tie: float = TIE) -> np.ndarray:
     """Per image, 100 for the method with the lowest average drop, else 0; methods that tie share the 100.
 
-    drops (B, methods), from average_drop -> (B, methods); each row sums to 100. Higher is better. arXiv 1710.11063 has
+    drops (B, methods), from average_drop -> (B, methods); each row sums to 100. Higher is better. tie: drops that
+    differ by no more are equal: two methods that are the same by mathematics differ by rounding. arXiv 1710.11063 has
     it for two methods.
     """
-    best = drops == drops.min(axis=1, keepdims=True)
+    best = drops <= drops.min(axis=1, keepdims=True) + tie
     return 100 * best / best.sum(axis=1, keepdims=True)
+
+
+def area(scaled: np.ndarray) -> float:
+    """The mean of a map (H, W) in [0, 1]: how much of the image it keeps. A map of ones hides nothing, and its average
+    drop is 0.
+    """
+    return float(scaled.mean(dtype=np.float64))
+
+
+def equalised(scaled: np.ndarray) -> np.ndarray:
+    """The map with its values replaced by their ranks, 0 for the lowest to 1 for the highest, equal values by the mean
+    of their ranks: (H, W) float32 whose mean is 1/2, whatever the map. An average drop of it compares where maps look,
+    not how much of the image they keep.
+    """
+    _, places, counts = np.unique(scaled.ravel(), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks = (last - (counts + 1) / 2)[places.ravel()]
+    return (ranks / max(1, scaled.size - 1)).reshape(scaled.shape).astype(np.float32)
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's correlation of two maps (H, W), -1 to 1; 0 if one is constant."""
+    a, b = (np.asarray(m, np.float64) - np.mean(m, dtype=np.float64) for m in (one, other))
+    size = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / size) if size > 0 else 0.0
+
+
+def max_sensitivity(
+    scaled: np.ndarray,
+    batch: np.ndarray,
+    explained: Callable[[np.ndarray], np.ndarray],
+    draws: int = 4,
+    radius: float = 0.02,
+    seed: int = 0,
+) -> float:
+    """The largest relative change of a map, |M(x + noise) - M(x)| / |M(x)| in L2, over draws of noise. Lower is better.
+
+    scaled (H, W): M(x); batch (1, C, H, W): x; explained: an input like it -> its map (H, W). The noise is uniform,
+    within `radius` of the input's standard deviation. Yeh et al., arXiv 1901.09392, whose radius is the user's choice.
+    """
+    rng = np.random.default_rng(seed)
+    reach = radius * float(batch.std())
+    size = float(np.linalg.norm(scaled)) or 1.0
+    changes = []
+    for _ in range(draws):
+        noisy = (batch + rng.uniform(-reach, reach, batch.shape)).astype(np.float32)
+        changes.append(float(np.linalg.norm(explained(noisy) - scaled)) / size)
+    return max(changes)
 
 
 def _ranks(scaled: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,23 @@ from camrt import install
 from camrt.cli import main
 from camrt.demo.run import BUNDLE, FIRST_SEED
 from camrt.demo.scenes import draw_scene
-from camrt.evaluate import METRICS, RESULTS, as_markdown, bootstrap, evaluate, find_masks, read_mask, tabulate
-from camrt.method_choice import MethodChoice, parse_method
+from camrt.evaluation import (
+    CHECKS,
+    METRICS,
+    RESULTS,
+    Settings,
+    as_csv,
+    as_markdown,
+    bootstrap,
+    differences,
+    differences_as_markdown,
+    evaluate,
+    find_masks,
+    read_mask,
+    read_targets_file,
+    tabulate,
+)
+from camrt.method_choice import parse_method
 from camrt.runtime.backends.ort import OrtBackend
 
 METHODS = ["winsor_cam:percentile=50", "grad_cam"]
@@ -50,7 +67,7 @@ def test_a_table_of_all_metrics(scenes: Path, capsys: pytest.CaptureFixture[str]
     table = json.loads((scenes / "out" / "table.json").read_text())
     assert list(table) == METHODS
     for cells in table.values():
-        assert set(cells) == set(METRICS)
+        assert set(cells) == set(METRICS) - set(CHECKS)
         for cell in cells.values():
             assert cell["low"] <= cell["mean"] <= cell["high"] and cell["images"] == 3
     wins = [table[m]["win"]["mean"] for m in METHODS]
@@ -69,7 +86,10 @@ def test_the_records_are_the_metrics_of_the_maps(scenes: Path) -> None:
         scores = explainer.probabilities(np.concatenate([image, image * result.normalized()[0]]))[:, result.target[0]]  # type: ignore[index]
         assert record["average_drop"] == pytest.approx(100 * max(0, scores[0] - scores[1]) / scores[0], abs=1e-3)
         assert record["increase"] == 100 * (scores[1] > scores[0])
-        assert set(record) == {"image", "method", "settings", "target", "probability", "average_drop", "increase"}
+        assert record["image"] == path.name
+        assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        own = {"image", "sha256", "mask_sha256", "wanted", "method", "settings", "target", "probability"}
+        assert set(record) == own | {"average_drop", "increase"}
 
 
 def test_it_resumes_after_an_interruption(scenes: Path) -> None:
@@ -246,15 +266,14 @@ def test_bootstrap_covers_the_mean() -> None:
 
 
 def test_the_table_marks_the_best_by_the_metrics_direction() -> None:
-    methods = [MethodChoice("a", "a", {}), MethodChoice("b", "b", {})]
     rows = [
         {"image": str(i), "method": m, "average_drop": d, "iou": v}
         for i in range(2)
         for m, d, v in (("a", 10.0, 0.5), ("b", 20.0, 0.7))
     ]
-    text = as_markdown(tabulate(rows, methods))
-    a, b = text.splitlines()[2:]
-    assert "**10.0**" in a and "**100.0**" in a and "**0.700**" in b
+    text = as_markdown(tabulate(rows, ["a", "b"]))
+    a, b, count = text.splitlines()[2:]
+    assert "**10.0**" in a and "**100.0**" in a and "**0.700**" in b and count == "| images | 2 | 2 | 2 |"
 
 
 def test_methods_are_written_with_options() -> None:
@@ -279,5 +298,103 @@ def test_the_methods_command_lists_them_all(capsys: pytest.CaptureFixture[str]) 
 def test_evaluate_returns_the_records(scenes: Path) -> None:
     explainer = camrt.load(BUNDLE)
     images = sorted((scenes / "images").iterdir())
-    rows = evaluate(explainer, images, [parse_method("grad_cam")], scenes / "direct", wanted=["average_drop"])
+    named, settings = {image: image.name for image in images}, Settings(metrics=["average_drop"])
+    rows = evaluate(explainer, named, [parse_method("grad_cam")], scenes / "direct", settings)
     assert len(rows) == 3
+
+
+# ---- targets, layers, checks, differences
+
+
+def test_labels_say_which_class_is_explained(scenes: Path) -> None:
+    explainer = camrt.load(BUNDLE)
+    names = explainer.manifest.classes
+    assert names is not None
+    (scenes / "labels.csv").write_text(f"image,class\nscene-0.png,3\nscene-1,{names[2]}\nimages/scene-2.png, 1\n")
+    assert run(scenes, "--targets", str(scenes / "labels.csv"), "--metrics", "average_drop", methods=["grad_cam"]) == 0
+    assert [(r["image"], r["target"]) for r in records(scenes)] == [
+        (f"scene-{i}.png", c) for i, c in enumerate((3, 2, 1))
+    ]
+    (scenes / "labels.json").write_text(json.dumps({"scene-0.png": 3, "scene-1.png": 2}))
+    assert run(scenes, "--targets", str(scenes / "labels.json"), "--metrics", "average_drop", methods=["grad_cam"]) == 1
+    assert len(records(scenes)) == 3  # two are the same, the third has no label
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("a.csv", "scene-0.png,99\n", "a.csv, entry 1: class 99 is out of range"),
+        ("a.csv", "scene-0.png,unicorn\n", "a.csv, entry 1: no class 'unicorn'"),
+        ("a.csv", "scene-0.png\n", "write an image and a class in each row"),
+        ("a.csv", "other.png,1\n", "names none of the images, e.g. scene-0.png"),
+        ("a.json", "[1]", "it must be an object: image -> class"),
+        ("a.json", "{", "a.json: no labels"),
+    ],
+)
+def test_labels_that_do_not_fit(file: str, text: str, said: str, scenes: Path) -> None:
+    (scenes / file).write_text(text)
+    images = {path: path.name for path in sorted((scenes / "images").iterdir())}
+    with pytest.raises(camrt.CamrtError, match=re.escape(said)):
+        read_targets_file(scenes / file, images, camrt.load(BUNDLE).manifest)
+
+
+def test_layers_images_and_files(scenes: Path) -> None:
+    arguments = ["--metrics", "average_drop", "area", "rank_drop", "--plot", str(scenes / "table.png")]
+    assert run(scenes, *arguments, "--layers", "last", "--max-images", "2") == 0
+    rows = records(scenes)
+    assert {r["image"] for r in rows} == {"scene-0.png", "scene-1.png"} and rows[0]["settings"]["layers"] == "last"
+    assert Image.open(scenes / "table.png").size[0] > 500
+    lines = (scenes / "out" / "table.csv").read_text().splitlines()
+    table = json.loads((scenes / "out" / "table.json").read_text())
+    assert lines[0] == "method,metric,mean,low,high,images" and len(lines) == 1 + sum(map(len, table.values()))
+    (pair,) = json.loads((scenes / "out" / "differences.json").read_text())
+    assert (pair["method"], pair["other"]) == tuple(METHODS)
+    by = {(r["image"], r["method"]): r for r in rows}
+    want = np.mean([by[i, METHODS[0]]["area"] - by[i, METHODS[1]]["area"] for i in ("scene-0.png", "scene-1.png")])
+    assert pair["area"]["mean"] == pytest.approx(want)
+
+
+def test_equal_methods_share_the_wins() -> None:
+    rows = [
+        {"image": str(i), "method": m, "average_drop": 10.0 + noise}
+        for i in range(40)
+        for m, noise in (("a", 1e-5 * (-1) ** i), ("b", 0.0), ("c", 5.0))
+    ]
+    table = tabulate(rows, ["a", "b", "c"])
+    assert [table[m]["win"].mean for m in "abc"] == [50, 50, 0]
+
+
+def test_a_difference_is_of_the_same_images() -> None:
+    """Methods that differ little beside how much images differ: the paired interval leaves out 0."""
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(50, 20, 40)
+    rows = [
+        {"image": str(i), "method": m, "insertion": d + step + rng.normal(0, 0.5)}
+        for i, d in enumerate(difficulty)
+        for m, step in (("a", 1.0), ("b", 0.0))
+    ]
+    table, paired = tabulate(rows, ["a", "b"]), differences(rows, ["a", "b"])
+    a, b = table["a"]["insertion"], table["b"]["insertion"]
+    assert a.low < b.high and b.low < a.high  # the means' intervals overlap widely
+    cell = paired["a", "b"]["insertion"]
+    assert 0.5 < cell.low < cell.mean < cell.high < 1.5 and cell.images == 40
+    assert "**+" in differences_as_markdown(paired) and as_csv(table).count("insertion") == 2
+
+
+def test_checks_tell_maps_that_ignore_the_network(scenes: Path, tmp_path: Path) -> None:
+    """EigenCAM is the same for every class; Grad-CAM is not."""
+    methods = ["grad_cam", "eigen_cam"]
+    assert run(scenes, "--metrics", "other_class", "sensitivity", methods=methods) == 0
+    table = json.loads((scenes / "out" / "table.json").read_text())
+    assert table["eigen_cam"]["other_class"]["mean"] == pytest.approx(1)
+    assert table["grad_cam"]["other_class"]["mean"] < 0.9
+    assert 0 < table["grad_cam"]["sensitivity"]["mean"] < 1
+
+
+def test_other_weights_need_a_bundle_of_the_same_network(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(scenes, "--metrics", "other_weights") == 2
+    assert "pass --other-weights BUNDLE" in capsys.readouterr().err
+    arguments = ["--metrics", "other_weights", "--other-weights", str(BUNDLE)]
+    assert run(scenes, *arguments, methods=["grad_cam"]) == 0
+    table = json.loads((scenes / "out" / "table.json").read_text())
+    assert table["grad_cam"]["other_weights"]["mean"] == pytest.approx(1)  # the same weights

@@ -29,6 +29,7 @@ ALLOWED = {
     "camrt/cli.py": ("commands", "runtime.errors", "__version__"),
     "camrt/__main__.py": ("cli",),
     "camrt/demo": ("demo", "runtime", "install"),
+    "camrt/evaluation": ("evaluation", "method_choice", "runtime", "__version__"),
     "camrt/verification": ("verification", "export", "runtime", "kernels"),
     "camrt/install.py": (),
     "camrt/image_files.py": ("runtime.errors",),
@@ -36,7 +37,8 @@ ALLOWED = {
     "camrt/results_folder.py": ("image_files", "runtime.errors"),
     "camrt/explaining.py": ("image_files", "results_folder", "runtime"),
     "camrt/methods.py": ("runtime.cams",),
-    "camrt": ("verification.distances", "method_choice", "runtime", "kernels", "export.api", "__version__"),
+    "camrt/__init__.py": ("explaining", "export.api", "runtime"),
+    "camrt/bench.py": ("verification.distances", "method_choice", "runtime", "kernels"),
     "export": (
         "export",
         "install",

@@ -197,3 +197,37 @@ def test_road_of_nothing_and_of_everything() -> None:
     np.testing.assert_array_equal(metrics.impute(image, np.zeros((8, 8), bool), 0.0, rng), image)
     with pytest.raises(ValueError, match="every pixel was removed"):
         metrics.impute(image, np.ones((8, 8), bool), 0.0, rng)
+
+
+# ---- how much of the image a map keeps, and checks of maps
+
+
+def test_drops_that_differ_by_rounding_tie() -> None:
+    drops = np.array([[10.004, 10.0, 12.0], [0.0, 0.02, 0.009]])
+    np.testing.assert_allclose(metrics.win_percentage(drops), [[50, 50, 0], [50, 0, 50]])
+    np.testing.assert_allclose(metrics.win_percentage(drops, tie=0), [[0, 100, 0], [100, 0, 0]])
+
+
+def test_equalised_maps_have_one_area() -> None:
+    scaled = np.array([[0.0, 0.9], [0.1, 0.9]], np.float32)
+    np.testing.assert_allclose(metrics.equalised(scaled), [[0, 2.5 / 3], [1 / 3, 2.5 / 3]], rtol=1e-6)
+    assert metrics.area(scaled) == pytest.approx(1.9 / 4)
+    rng = np.random.default_rng(0)
+    for m in (rng.random((7, 9)), rng.random((7, 9)) ** 9, np.zeros((7, 9)), np.round(rng.random((7, 9)))):
+        assert metrics.area(metrics.equalised(m.astype(np.float32))) == pytest.approx(0.5)
+
+
+def test_correlation_is_numpys() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((5, 6)), rng.random((5, 6))
+    assert metrics.correlation(a, b) == pytest.approx(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    assert metrics.correlation(a, 3 * a + 2) == pytest.approx(1) and metrics.correlation(a, -a) == pytest.approx(-1)
+    assert metrics.correlation(a, np.ones((5, 6))) == 0
+
+
+def test_sensitivity_is_the_largest_change() -> None:
+    """A map that is the input itself changes as much as the noise; one that ignores it does not change."""
+    batch = np.random.default_rng(0).standard_normal((1, 1, 40, 40)).astype(np.float32)
+    change = metrics.max_sensitivity(batch[0, 0], batch, lambda noisy: noisy[0, 0], draws=5, radius=0.1)
+    assert change == pytest.approx(0.1 / np.sqrt(3), rel=0.1)
+    assert metrics.max_sensitivity(np.ones((40, 40)), batch, lambda _: np.ones((40, 40))) == 0

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import warnings
 from pathlib import Path
 
-from .. import install
 from ..image_files import find_images
 from ..method_choice import parse_method
 from ..runtime.errors import InputError
+from .plotting import check_plot
 
 HELP = "measure latency, throughput, memory and stages of explanations"
 
@@ -88,10 +87,6 @@ def _check(options: argparse.Namespace) -> None:
     """Checks options whose errors would otherwise appear only after minutes. InputError."""
     if min(options.batches) < 1 or options.runs < 1:
         raise InputError("--batches and --runs must be 1 or more")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise InputError(f"--plot needs matplotlib: {install.extra('bench')}")
-    if options.plot is not None and options.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot {options.plot}: name it .png, .svg or .pdf")
-    for path in (options.out, options.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise InputError(f"{path}: no such folder")
+    check_plot(options.plot)
+    if options.out is not None and not options.out.resolve().parent.is_dir():
+        raise InputError(f"{options.out}: no such folder")
