@@ -241,7 +241,10 @@ class Explainer:
                     f"has {', '.join(self.layers[:5])}"
                 )
             return names
-        names = (wanted,) if isinstance(wanted, str) else tuple(dict.fromkeys(wanted))
+        names = (wanted,) if isinstance(wanted, str) else tuple(wanted) if isinstance(wanted, list | tuple) else None
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise UnknownLayer(f"layers {layers!r}: pass names, 'conv' or 'last'; 'camrt info' lists the names")
+        names = tuple(dict.fromkeys(names))
         for name in names:
             if name not in self.layers:
                 raise UnknownLayer(

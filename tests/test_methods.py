@@ -4,11 +4,13 @@ float64.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -473,6 +475,44 @@ def test_a_seed_array_is_a_contrast_of_probabilities(explainer: camrt.Explainer)
         assert largest_difference(first, explainer.explain(IMAGES[:1], method, 0).maps) > 1e-3
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].options])
+def test_options_of_any_type_are_used_or_refused(name: str, explainer: camrt.Explainer) -> None:
+    values: list[Any] = [
+        "90",
+        None,
+        True,
+        [],
+        {},
+        [1, 2],
+        float("nan"),
+        float("inf"),
+        -1,
+        object(),
+        np.array([1.0]),
+        1j,
+    ]
+    for option in METHODS[name].options:
+        for value in values:
+            with contextlib.suppress(camrt.CamrtError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert np.isfinite(explainer.explain(IMAGES[:1], name, 1, **{option: value}).maps).all()
+
+
+@pytest.mark.parametrize("layers", [-1, [-1], [None], 3, b"head", {"head": 1}, [["head"]], ""], ids=str)
+def test_layers_that_are_no_names_are_refused(layers: Any, explainer: camrt.Explainer) -> None:
+    with pytest.raises(camrt.CamrtError, match=r"layers .*: pass names, 'conv' or 'last'|has no layer ''"):
+        explainer.explain(IMAGES[:1], layers=layers)
+
+
+def test_a_fraction_is_asked_about(explainer: camrt.Explainer) -> None:
+    with pytest.warns(UserWarning, match=r"percentile 0.9 is of 0\.\.100: did you mean 90\?"):
+        explainer.explain(IMAGES[:1], percentile=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for percentile in (0, 1, 0.0, 100, np.float32(50)):
+            explainer.explain(IMAGES[:1], percentile=percentile, layer_aggregation="max")
+
+
 # ---- methods of other packages
 
 
@@ -533,6 +573,6 @@ def test_a_package_brings_its_methods(exported: Path, tmp_path: Path) -> None:
     done = camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:power=2")
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "explanations" / "black.npy").shape == (32, 32)
-    wrong = camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:power=0")
+    wrong = camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:power=0", "--out", "wrong")
     assert "the method mean_cam gave maps float32[1, 8, 8], it must give float32[1, 32, 32]" in wrong.stderr
     assert "no option 'powr'" in camrt_says("explain", str(exported), "black.png", "--method", "mean_cam:powr=2").stderr

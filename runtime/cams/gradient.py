@@ -8,7 +8,7 @@ from ...kernels import upsample
 from ..errors import InputError
 from .baseline import combined, scale
 from .data import Activations, Gradients, GridMaps, LayerMaps
-from .registry import Result, cam
+from .registry import Result, cam, is_number
 
 
 def _weighted(weights: np.ndarray, activation: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def finer_seeds(logits: np.ndarray, seeds: np.ndarray, alpha: float = 1.0, compa
         raise InputError("finer_cam explains classes, not seed arrays: pass class numbers")
     if not isinstance(comparisons, int) or comparisons < 1:
         raise InputError(f"comparisons {comparisons!r}: use a whole number from 1")
-    if not isinstance(alpha, int | float):
+    if not is_number(alpha):
         raise InputError(f"alpha {alpha!r}: use a number")
     result = np.empty(logits.shape, np.float64)
     for row, (z, seed) in enumerate(zip(logits.astype(np.float64), seeds, strict=True)):

@@ -85,7 +85,7 @@ def terms(smooth: str | Smooth, score: np.ndarray, logits: np.ndarray, seeds: np
             raise InputError("integrative_cam: the smooth function's first derivative is zero or infinite at a score")
         ratio = _ratio(np.asarray(smooth.third(score)), np.asarray(smooth.second(score)))
         return Terms(np.asarray(smooth.value(score)) / np.abs(first), np.sign(first), ratio)
-    if smooth not in SMOOTH:
+    if not isinstance(smooth, str) or smooth not in SMOOTH:
         raise UnknownMethod(f"smooth {smooth!r}: use {', '.join(SMOOTH)}, or camrt.Smooth with derivatives of your own")
     return SMOOTH[smooth](score, logits, seeds)
 

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..scores import complements
 from .baseline import combined
 from .data import Lane, MaskedRuns
-from .registry import Result, cam, chosen
+from .registry import Result, cam, chosen, is_number
 
 VARIANTS = ("tanh", "tanh_mask_only", "sigmoid_relu")
 SCORE_CAM_VARIANTS = ("original", "pytorch_grad_cam")
@@ -149,7 +149,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     """
     chosen(variant, VARIANTS, "variant")
     chosen(baseline, ("none", "zero"), "baseline")
-    if not isinstance(max_error, int | float) or not 0 <= max_error < np.inf:
+    if not is_number(max_error) or not 0 <= max_error < np.inf:
         raise InputError(f"max_error {max_error!r}: use a number from 0")
     kind = "sigmoid_relu" if variant == "sigmoid_relu" else "tanh"
     summed_gate = "identity" if variant == "tanh_mask_only" else kind

@@ -147,6 +147,11 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; True and False are none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
 def chosen(value: str, known: Sequence[str], option: str) -> str:
     """`value`, if it is one of the known. UnknownMethod names the option otherwise."""
     if value not in known:

@@ -7,12 +7,10 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from ...kernels import AGGREGATIONS, fuse_layers, layer_importance, normalize_layers, winsorize
 from ..errors import InputError
 from .data import LayerMaps
-from .registry import Result, cam, chosen
+from .registry import Result, cam, chosen, is_number
 
 
 @cam("winsor_cam", needs=LayerMaps, layers="conv", source="Winsor-CAM, arXiv 2507.10846", on_gpu=True)
@@ -83,9 +81,11 @@ def _warn_of_no_layer(aggregation: str, result: Result) -> None:
 
 def check_options(percentile: float, layer_aggregation: str, interpolation: str, low: float, high: float) -> None:
     """InputError or UnknownMethod names the option that does not fit."""
-    if not isinstance(percentile, int | float | np.number) or not 0 <= percentile <= 100:
+    if not is_number(percentile) or not 0 <= percentile <= 100:
         raise InputError(f"percentile {percentile!r} is outside 0..100")
+    if 0 < percentile < 1:
+        warnings.warn(f"percentile {percentile} is of 0..100: did you mean {100 * percentile:g}?", stacklevel=6)
     chosen(layer_aggregation, AGGREGATIONS, "layer_aggregation")
     chosen(interpolation, ("bilinear", "nearest"), "interpolation")
-    if not all(isinstance(bound, int | float | np.number) for bound in (low, high)) or not 0 < low <= high:
+    if not all(is_number(bound) for bound in (low, high)) or not 0 < low <= high:
         raise InputError(f"rescale bounds low={low!r}, high={high!r}: they need 0 < low <= high")
