@@ -37,6 +37,7 @@ ALLOWED = {
     "camrt/results_folder.py": ("image_files", "runtime.errors"),
     "camrt/explaining.py": ("image_files", "results_folder", "runtime"),
     "camrt/methods.py": ("runtime.cams",),
+    "camrt/notebook.py": ("install", "runtime"),
     "camrt/__init__.py": ("explaining", "export.api", "runtime"),
     "camrt/bench.py": ("verification.distances", "method_choice", "runtime", "kernels"),
     "export": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,20 @@ def explanation_figure(result: Explanation, index: Index, options: Mapping[str, 
         from matplotlib.figure import Figure
     except ImportError:
         raise CamrtError(f"plot needs matplotlib: {install.extra('bench')}") from None
+
+    class ShownFigure(Figure):
+        """A figure that notebooks show by themselves, whatever matplotlib's backend."""
+
+        def _repr_png_(self) -> bytes:
+            out = io.BytesIO()
+            self.savefig(out, format="png", dpi=100)
+            return out.getvalue()
+
     image = index[0] if isinstance(index, tuple) else index
     overlay = result.overlay(index, **options)
     photo = result.images.picture(image) if options.get("size") == "input" else result.images.photo(image)
     weights = result.layer_weights[index]
-    figure = Figure(figsize=(13 if len(weights) > 1 else 9, 4), layout="constrained")
+    figure = ShownFigure(figsize=(13 if len(weights) > 1 else 9, 4), layout="constrained")
     axes = figure.subplots(1, 3 if len(weights) > 1 else 2)
     for place, picture in zip(axes, (photo, overlay), strict=False):
         place.imshow(picture)
