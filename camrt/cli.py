@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .runtime.errors import CamrtError
+from .runtime.errors import CamrtError, first_line
 
 COMMANDS = (
     *("export", "recipe", "info", "build", "cache"),
@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except CamrtError as error:
         print(f"camrt: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"camrt: a package cannot be imported ({first_line(error)}): install it again", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"camrt: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)

@@ -23,6 +23,17 @@ def extra(name: str) -> str:
     return f"pip install 'camrt[{name}]'"
 
 
+def repair(purpose: str, package: str, name: str, error: ImportError) -> str:
+    """The message for a package of the extra `name` that cannot be imported: it is not installed, or it is broken.
+
+    purpose: what needs it, e.g. "export".
+    """
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
+        return f"{purpose} needs {package}: {extra(name)}"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{purpose} needs {package}, which cannot be imported ({reason}): install it again"
+
+
 def _origin() -> dict:
     """What pip recorded (PEP 610); empty where camrt came from a package index, or without pip."""
     import importlib.metadata

@@ -17,8 +17,8 @@ def percentile_slider(result: Explanation, index: Index = 0, **options: Any) -> 
     """
     try:
         import ipywidgets as widgets
-    except ImportError:
-        raise CamrtError(f"a slider needs ipywidgets: {install.extra('notebook')}") from None
+    except ImportError as error:
+        raise CamrtError(install.repair("a slider", "ipywidgets", "notebook", error)) from None
     if "percentile" not in result.options:
         raise InputError(f"{result.method} has no percentile: explain with winsor_cam")
     picture = widgets.Image(value=result.png(index, **options), format="png")

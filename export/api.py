@@ -290,10 +290,15 @@ def normalized_of(graph: TappedGraph) -> Normalized | None:
 
 
 def check_packages(*packages: str) -> None:
-    """CamrtError names the packages of the export extra that are missing."""
+    """CamrtError names the packages of the export extra that are missing or broken."""
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
         raise CamrtError(f"export needs {', '.join(missing)}: {install.extra('export')}")
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise CamrtError(install.repair("export", package, "export", error)) from None
 
 
 def _shape(values: Sequence[int]) -> tuple[int, int, int]:

@@ -222,8 +222,8 @@ def _scipy(module: str):
         import importlib
 
         return importlib.import_module(f"scipy.{module}")
-    except ImportError:
-        raise CamrtError(f"insertion and road need scipy: {install.extra('evaluate')}") from None
+    except ImportError as error:
+        raise CamrtError(install.repair("insertion, like road,", "scipy", "evaluate", error)) from None
 
 
 # ---- agreement with a mask: object (H, W) bool, the object's pixels; valid (H, W) bool, the pixels that count

@@ -252,7 +252,7 @@ def test_without_scipy_the_extra_is_named(
 
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
     assert run(scenes, methods=["grad_cam"]) == 2
-    assert f"insertion and road need scipy: {install.extra('evaluate')}" in capsys.readouterr().err
+    assert f"insertion, like road, needs scipy: {install.extra('evaluate')}" in capsys.readouterr().err
 
 
 def test_bootstrap_covers_the_mean() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from support import ROOT
 
 import camrt
@@ -198,6 +201,46 @@ def test_a_missing_extra_is_named(missing: str, tmp_path: Path) -> None:
     assert done.stderr.strip() == f"camrt: export needs {missing}: {install.extra('export')}"
 
 
+@pytest.mark.parametrize(
+    ("package", "arguments", "said"),
+    [
+        (
+            "torch",
+            ["export", "torchvision:resnet18", "x.camrt"],
+            "export needs torch, which cannot be imported (libx.so",
+        ),
+        ("onnx", ["export", "x.onnx", "x.camrt"], "export needs onnx, which cannot be imported (libx.so"),
+        ("onnxscript", ["verify", "BUNDLE"], "export needs onnxscript, which cannot be imported (libx.so"),
+        ("timm", ["export", "timm:resnet18", "x.camrt"], "cannot import 'timm' (libx.so"),
+        ("torchvision", ["export", "torchvision:resnet18", "x.camrt"], "cannot import 'torchvision.models' (libx.so"),
+        ("onnxruntime", ["explain", "BUNDLE", "x.png"], "it needs onnxruntime, which cannot be imported (libx.so"),
+        ("matplotlib", ["bench", "BUNDLE", "--runs=1", "--batches=1", "--seconds=1", "--plot=x.png"], "libx.so"),
+        (
+            "scipy",
+            ["evaluate", "BUNDLE", ".", "--metrics", "insertion"],
+            "scipy, which cannot be imported (libx.so",
+        ),
+        ("PIL", ["explain", "BUNDLE", "x.png"], "a package cannot be imported (libx.so"),
+        ("numpy", ["info", "--backends"], "a package cannot be imported (libx.so"),
+        ("tqdm", ["explain", "BUNDLE", "x.png"], "a package cannot be imported (libx.so"),
+    ],
+)
+def test_a_broken_package_is_a_line(
+    package: str, arguments: list[str], said: str, exported: Path, tmp_path: Path
+) -> None:
+    """A package that is installed and does not import: its libraries are missing, or fit another package."""
+    (tmp_path / "broken" / package).mkdir(parents=True)
+    (tmp_path / "broken" / package / "__init__.py").write_text("raise ImportError('libx.so.9: cannot open')")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "x.png")
+    command = [sys.executable, "-m", "camrt", *(str(exported) if a == "BUNDLE" else a for a in arguments)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "broken"), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert said in done.stderr.strip().splitlines()[-1]
+
+
 def test_a_missing_backend_is_named(exported: Path) -> None:
     code = (
         "import sys\nsys.modules['onnxruntime'] = None\nimport camrt\n"
@@ -205,9 +248,9 @@ def test_a_missing_backend_is_named(exported: Path) -> None:
         f"    try: camrt.load({str(exported)!r}, name)\n    except camrt.CamrtError as error: print(error)"
     )
     named, auto = python(code).splitlines()
-    assert named == f"onnxruntime is not installed: {install.extra('cpu')}"
+    assert named == f"it needs onnxruntime: {install.extra('cpu')}"
     assert auto.startswith("no backend can be used here; tensorrt: ")
-    assert f"onnxruntime: onnxruntime is not installed: {install.extra('cpu')}" in auto
+    assert f"onnxruntime: it needs onnxruntime: {install.extra('cpu')}" in auto
     with pytest.raises(camrt.CamrtError, match="no backend 'cuda9': use 'auto', 'tensorrt', 'onnxruntime-cuda', 'onnx"):
         camrt.load(exported, backend="cuda9")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 from .. import install
@@ -13,8 +13,10 @@ def check_plot(path: Path | None) -> None:
     """InputError for what would only be found out after minutes."""
     if path is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(f"--plot needs matplotlib: {install.extra('bench')}")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise InputError(install.repair("--plot", "matplotlib", "bench", error)) from None
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {path}: name it .png, .svg or .pdf")
     if not path.resolve().parent.is_dir():

@@ -203,8 +203,8 @@ def _onnxruntime(extra: str) -> Any:
         import onnxruntime
 
         return onnxruntime
-    except ImportError:
-        raise BackendUnavailable(f"onnxruntime is not installed: {install.extra(extra)}") from None
+    except ImportError as error:
+        raise BackendUnavailable(install.repair("it", "onnxruntime", extra, error)) from None
 
 
 def create(settings: Settings) -> OrtBackend:

@@ -26,8 +26,8 @@ def explanation_figure(result: Explanation, index: Index, options: Mapping[str, 
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
-    except ImportError:
-        raise CamrtError(f"plot needs matplotlib: {install.extra('bench')}") from None
+    except ImportError as error:
+        raise CamrtError(install.repair("plot", "matplotlib", "bench", error)) from None
 
     class ShownFigure(Figure):
         """A figure that notebooks show by themselves, whatever matplotlib's backend."""
