@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import platform
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .kernels import minmax
 from .method_choice import MethodChoice
@@ -22,6 +24,7 @@ from .runtime.images.image_batch import as_batch
 from .verification.distances import cosine_distance, largest_difference
 
 FORWARD = "forward pass"
+STAGES = ("preprocess", "network", "method", "rest")
 LIMIT = 1e-3  # on the distance from ONNX Runtime's CPU maps in float32, after min-max; in float16 it is 1 - cosine
 WARM_UP = 3  # calls before the timing: a CUDA graph replays a shape from the third call on
 
@@ -31,11 +34,15 @@ class Measurements:
     """Results of a benchmark.
 
     times: (contender, batch size) -> seconds of each call. stages: contender -> seconds of each stage, for separate
-    calls with one image. checked: one sentence, the result of comparing the maps. memory: see `memory`, in MB.
+    calls with one image. files: contender -> seconds of each call from the bytes of a photo to the bytes of its
+    overlay; photo: what that photo was. checked: one sentence, the result of comparing the maps. memory: see `memory`,
+    in MB.
     """
 
     times: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     stages: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    files: dict[str, list[float]] = field(default_factory=dict)
+    photo: str = ""
     checked: str = ""
     memory: dict[str, float] = field(default_factory=dict)
 
@@ -56,6 +63,8 @@ class Measurements:
             if batch == 1 and self.stages.get(name):
                 parts = self.stages[name]
                 row["stages_ms"] = {stage: float(np.median([p[stage] for p in parts])) * 1e3 for stage in parts[0]}
+            if batch == 1 and self.files.get(name):
+                row["bytes_to_png_ms"] = float(np.median(self.files[name])) * 1e3
             found.append(row)
         return found
 
@@ -72,9 +81,10 @@ def measure(
     """Fills `measured`; yields the name of each step before it runs. The caller may stop after any step.
 
     contenders: the methods; the forward pass takes turns with them. images: pictures as `explain` takes them, or
-    network inputs; the stages are timed on the first of them. Latency and throughput are timed from the network's input
-    to the map, so their ratio to the forward pass is the cost of explaining. batches: batch sizes. runs: the most turns
-    for each, after WARM_UP calls. seconds: a batch size gets no new turn after this time, but at least three turns.
+    network inputs; the stages, and the way from bytes to PNG, are timed on the first of them. Latency and throughput
+    are timed from the network's input to the map, so their ratio to the forward pass is the cost of explaining.
+    batches: batch sizes. runs: the most turns for each, after WARM_UP calls. seconds: a batch size gets no new turn
+    after this time, but at least three turns.
 
     CamrtError if a map differs from the CPU's in float32 by more than LIMIT.
     """
@@ -85,6 +95,12 @@ def measure(
     for contender in contenders:
         yield f"stages of {contender.text}"
         measured.stages[contender.text] = stages(explainer, contender, images[0], min(runs, 20))
+    photo = encoded(images[0])
+    if photo is not None:
+        measured.photo, data = photo
+        for contender in contenders:
+            yield f"from bytes to PNG by {contender.text}"
+            measured.files[contender.text] = bytes_to_png(explainer, contender, data, min(runs, 20))
     for batch in batches:
         given = inputs[np.arange(batch) % len(inputs)]
         for contender in everyone:
@@ -121,6 +137,32 @@ def stages(explainer: Explainer, contender: MethodChoice, image: Any, runs: int)
         if turn >= WARM_UP:
             found.append(noted.seconds(total))
     return found
+
+
+def encoded(image: Any) -> tuple[str, bytes] | None:
+    """What a photo is, in words, and the bytes of its file: a path's own, a picture's as JPEG; None for a network's
+    input.
+    """
+    if isinstance(image, str | Path):
+        data = Path(image).read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            return f"{opened.format} of {opened.width} x {opened.height}", data
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        return None
+    out, picture = io.BytesIO(), Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(out, "JPEG")
+    return f"JPEG of {picture.width} x {picture.height}", out.getvalue()
+
+
+def bytes_to_png(explainer: Explainer, contender: MethodChoice, data: bytes, runs: int) -> list[float]:
+    """Seconds of each call, from a photo's file to the PNG file of its overlay, both in memory."""
+    seconds = []
+    for turn in range(WARM_UP + runs):
+        begun = time.perf_counter()
+        explainer.explain(data, contender.name, **contender.options).png(0)
+        if turn >= WARM_UP:
+            seconds.append(time.perf_counter() - begun)
+    return seconds
 
 
 def check(explainer: Explainer, contenders: Sequence[MethodChoice], image: Any) -> str:
@@ -225,13 +267,22 @@ def processor() -> str:
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Latency of one image with its stages, and throughput by batch size."""
     single = [r for r in rows if r["batch"] == 1]
-    lines = ["| one image, ms | p50 | quartiles | p99 | forward passes | preprocess | network | method | rest |"]
-    lines.append("| --- " * 9 + "|")
+    columns = ["p50", "quartiles", "p99", "forward passes", *STAGES, "bytes to PNG"]
+    lines = [f"| one image, ms | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
     for r in single:
         low, high = r["quartiles_ms"]
-        parts = [f"{v:.2f}" for v in r.get("stages_ms", {}).values()] or [""] * 4
+        parts = [f"{v:.2f}" for v in r.get("stages_ms", {}).values()] or [""] * len(STAGES)
         ratio = f"{r['forward_passes']:.2f}" if "forward_passes" in r else ""
-        cells = [r["what"], f"{r['p50_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{r['p99_ms']:.2f}", ratio, *parts]
+        files = f"{r['bytes_to_png_ms']:.2f}" if "bytes_to_png_ms" in r else ""
+        cells = [
+            r["what"],
+            f"{r['p50_ms']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            f"{r['p99_ms']:.2f}",
+            ratio,
+            *parts,
+            files,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     batches = sorted({r["batch"] for r in rows})
     names = list(dict.fromkeys(r["what"] for r in rows))
@@ -243,30 +294,38 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Writes a picture: the stages of one image's explanation, and images per second by batch size."""
+    """Writes a picture: where the time of one image goes, and images per second by batch size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(title)
     staged = [r for r in rows if "stages_ms" in r]
+    figure = Figure(figsize=(12, max(4.5, 2.5 + 0.5 * len(staged))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title, fontsize=10)
     start = np.zeros(len(staged))
-    for stage in staged[0]["stages_ms"] if staged else ():
+    for stage in STAGES if staged else ():
         widths = np.array([r["stages_ms"][stage] for r in staged])
         left.barh([r["what"] for r in staged], widths, left=start, label=stage)
         start += widths
-    left.set_xlabel("milliseconds from one picture to its map")
+    around = np.array([max(0.0, r.get("bytes_to_png_ms", 0) - s) for r, s in zip(staged, start, strict=True)])
+    if around.any():
+        bars = left.barh(
+            [r["what"] for r in staged], around, left=start, label="read, draw and write files", color="0.8"
+        )
+        left.bar_label(bars, [f" {s + a:.1f}" for s, a in zip(start, around, strict=True)], fontsize=8)
+    left.set_xlabel("milliseconds for one photo")
     left.invert_yaxis()
+    left.set_xlim(0, 1.15 * float((start + around).max(initial=1)))
     if staged:
-        left.legend()
+        left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    batches = sorted({r["batch"] for r in rows})
     for name in dict.fromkeys(r["what"] for r in rows):
         points = sorted((r["batch"], r["images_per_s"]) for r in rows if r["what"] == name)
-        right.plot(*zip(*points, strict=True), marker="o", label=name)
-    batches = sorted({r["batch"] for r in rows})
+        right.plot(*zip(*points, strict=True), marker="o", label=name, ls="--" if name == FORWARD else "-")
     right.set_xscale("log", base=2)
     right.set_xticks(batches, [str(b) for b in batches])
-    right.set_yscale("log")
+    right.set_ylim(bottom=0)
     right.set_xlabel("images in a batch")
-    right.set_ylabel("images per second")
-    right.legend()
+    right.set_ylabel("images per second, from input to map")
+    right.grid(axis="y", alpha=0.3)
+    right.legend(fontsize=8)
     figure.savefig(path, dpi=120)

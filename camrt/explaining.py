@@ -19,13 +19,11 @@ from .image_files import ImageFiles, collect
 from .results_folder import Outputs, ResultsFolder, replacing
 from .runtime.errors import InputError, NotFinite
 from .runtime.explainer import Explainer, load
-from .runtime.explanation import Explanation, plain
+from .runtime.explanation import PNG_COMPRESSION, Explanation, plain
 from .runtime.images.colormaps import colorize
 from .runtime.images.opening import open_image
 from .runtime.images.overlay import check_opacity
 from .runtime.images.preprocess import checked_recipe
-
-COMPRESSION = 3  # of PNG files: higher levels take several times as long for a few percent
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ class _Run:
             indices = [index] if several is None else [(index, k) for k in several]
             drawn = [result.overlay(i, **vars(self.drawing)) for i in indices]
             with replacing(folder / outputs.overlay) as file:
-                Image.fromarray(np.concatenate(drawn, axis=1)).save(file, "PNG", compress_level=COMPRESSION)
+                Image.fromarray(np.concatenate(drawn, axis=1)).save(file, "PNG", compress_level=PNG_COMPRESSION)
         return self._record(result, index, photo, outputs)
 
     def _record(self, result: Explanation, index: int, photo: _Photo, outputs: Outputs) -> dict[str, Any]:

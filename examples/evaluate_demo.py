@@ -64,7 +64,7 @@ def main() -> None:
         raise SystemExit(code)
     text = options.out.read_text(encoding="utf-8")
     start, end = text.index(BEFORE) + len(BEFORE), text.index(AFTER)
-    table = (options.work / "results" / "table.md").read_text(encoding="utf-8")
+    table = (options.work / "results" / "table.md").read_text(encoding="utf-8").partition("\nDifferences")[0]
     options.out.write_text(f"{text[:start]}\n\n{options.scenes} scenes.\n\n{table}\n{text[end:]}", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from .images.overlay import overlay
 from .scores import probabilities
 
 Index = int | tuple[int, int]
+PNG_COMPRESSION = 3  # higher levels take several times as long, for a few percent
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Explanation:
     def png(self, index: Index, **options: Any) -> bytes:
         """The overlay as the bytes of a PNG file; options as for `overlay`."""
         out = io.BytesIO()
-        Image.fromarray(self.overlay(index, **options)).save(out, "PNG")
+        Image.fromarray(self.overlay(index, **options)).save(out, "PNG", compress_level=PNG_COMPRESSION)
         return out.getvalue()
 
     def caption(self, index: Index) -> list[str]:

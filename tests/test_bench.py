@@ -39,7 +39,11 @@ def test_the_command(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert 0 < row["quartiles_ms"][0] <= row["p50_ms"] <= row["quartiles_ms"][1] <= row["p99_ms"]
         assert ("forward_passes" in row) == (name != bench.FORWARD)
         assert ("stages_ms" in row) == (name != bench.FORWARD and batch == 1)
-    assert set(rows["recipro_cam", 1]["stages_ms"]) == {"preprocess", "network", "method", "rest"}
+    for name in methods:
+        stages = rows[name, 1]["stages_ms"]
+        assert set(stages) == {"preprocess", "network", "method", "rest"}
+        assert rows[name, 1]["bytes_to_png_ms"] > stages["network"] and "bytes_to_png_ms" not in rows[name, 2]
+    assert report["photo"] == "JPEG of 640 x 480"
     printed = capsys.readouterr().out
     assert printed.startswith("small, fp32, onnxruntime") and "| winsor_cam:percentile=50 |" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     batches = sorted(set(options.batches))
     measured, interrupted = benchmark.Measurements(), False
     steps = benchmark.measure(explainer, contenders, images, batches, options.runs, measured, options.seconds)
-    total = 1 + len(contenders) + options.runs * len(batches)
+    total = 1 + 2 * len(contenders) + options.runs * len(batches)
     with tqdm(total=total, leave=False, disable=None) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a map of zeros takes the same time
         try:
@@ -66,14 +66,28 @@ def run(options: argparse.Namespace) -> int:
     if measured.checked:
         print(measured.checked)
     if rows:
-        print("from the network's input to the map; the stages are of other calls, from a picture to its map\n")
+        print(
+            "p50, quartiles, p99, images per second: from the network's input to the map. Stages: other calls, from a "
+            "decoded picture to its map."
+        )
+        if measured.photo:
+            print(
+                f"bytes to PNG: from a photo's file ({measured.photo}) to its overlay's, of the same size, in memory."
+            )
+        print()
         print(benchmark.as_markdown(rows))
         print(
             ", ".join(
                 f"{k.removesuffix('_mb').replace('_', ' ')} memory {v:.0f} MB" for k, v in measured.memory.items()
             )
         )
-    report = {"machine": machine, "checked": measured.checked, "memory": measured.memory, "rows": rows}
+    report = {
+        "machine": machine,
+        "photo": measured.photo,
+        "checked": measured.checked,
+        "memory": measured.memory,
+        "rows": rows,
+    }
     if options.out is not None:
         options.out.write_text(json.dumps(report | {"interrupted": interrupted}, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None and rows:

@@ -108,8 +108,9 @@ def _write_tables(options: argparse.Namespace, records: list[dict[str, Any]], me
     table, paired = tabulate(records, methods), differences(records, methods)
     text = as_markdown(table)
     if paired:
-        text += "\nDifferences on the same images; bold where the interval leaves out 0:\n\n"
-        text += differences_as_markdown(paired)
+        first = {pair: cells for pair, cells in paired.items() if pair[0] == methods[0]}
+        text += "\nDifferences from the first method on the same images; bold where the interval leaves out 0:\n\n"
+        text += differences_as_markdown(first)
     report = {method: {n: dataclasses.asdict(c) for n, c in cells.items()} for method, cells in table.items()}
     pairs = [
         {"method": one, "other": other, **{n: dataclasses.asdict(c) for n, c in cells.items()}}
