@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
 from .bundle.manifest import Manifest
 from .bundle.reading import Bundle, read_bundle
-from .cams import GRADIENT_AGGREGATIONS, Method, join, method_named
+from .cams import GRADIENT_AGGREGATIONS, Method, Result, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .images.image_batch import ImageBatch
@@ -126,6 +127,7 @@ class Explainer:
         check_finite(result.maps)
         if result.check is not None:
             result.check(result)
+        _warn_of_constant_maps(method.name, result, seeds.shape[1])
 
         count, several = seeds.shape[:2], targets.several
         leading = count if several else count[:1]
@@ -258,6 +260,22 @@ class Explainer:
                     f"layer {name!r} has no grid, it is 1 x 1, so its map would be constant: name another layer"
                 )
         return names
+
+
+def _warn_of_constant_maps(method: str, result: Result, targets: int) -> None:
+    """A constant map shows nothing. What a method's own check warns of, maps without a layer, is left to it."""
+    maps = result.maps.reshape(len(result.maps), -1)
+    constant = maps.min(axis=1) == maps.max(axis=1)
+    if result.check is not None:
+        constant &= result.layer_weights.any(axis=1)
+    images = np.unique(np.flatnonzero(constant) // targets)
+    if len(images):
+        which = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
+        warnings.warn(
+            f"{method}: the map of image {which} is constant, so it shows nothing: the score does not depend on where "
+            "these layers are active, or its gradient is zero",
+            stacklevel=4,
+        )
 
 
 def _opened_again(path: str, backend: str, max_batch: int, precision: str) -> Explainer:

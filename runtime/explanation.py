@@ -220,6 +220,7 @@ class Explanation:
                 for c, name, p in top
             ],
             "layer_weights": dict(zip(self.layers, plain(self.layer_weights[index].T), strict=True)),
+            "constant_map": plain(np.ptp(self.maps[index], axis=(-2, -1)) == 0),
             "details": {name: plain(values[index]) for name, values in self.details.items()},
         }
 

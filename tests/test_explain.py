@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,15 @@ def test_arrays_without_a_recipe_are_stretched_to_be_drawn(tmp_path: Path) -> No
     (picture,) = camrt.load(path).explain(IMAGES[:1], "grad_cam").pictures
     assert picture.dtype == np.uint8 and picture.shape == (32, 32, 3)
     assert (picture.min(), picture.max()) == (0, 255)
+
+
+def test_a_constant_map_is_said(explainer: camrt.Explainer) -> None:
+    """Of a seed of subnormal numbers all gradients are zero."""
+    seeds = np.zeros((2, 5), np.float32)
+    seeds[0, 1], seeds[1, 1] = 1, 1e-44
+    with pytest.warns(UserWarning, match=r"hires_cam: the map of image 1 is constant, so it shows nothing"):
+        result = explainer.explain(IMAGES[:2], "hires_cam", target=seeds)
+    assert [image["constant_map"] for image in result.to_dict()["images"]] == [False, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explainer.explain(IMAGES[:2], "hires_cam", target=1)
