@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ def export_model(
     classes: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
     source: str | None = None,
+    shuffle_weights: int | None = None,
     overwrite: bool = False,
     progress: Progress = _silent,
 ) -> Path:
@@ -51,8 +53,9 @@ def export_model(
     (layer4.2.relu_2). precision: "fp32", "fp16" (mixed: see export/precision.py) or both; camrt.load then chooses one.
     output: the attribute, key or position of the logits, where the model returns several things. activation: "softmax"
     or "sigmoid", the function that turns the logits into probabilities. classes: names in logit order. preprocess: how
-    a picture becomes the input; without it the bundle takes preprocessed arrays only. progress is called with one line
-    per stage.
+    a picture becomes the input; without it the bundle takes preprocessed arrays only. shuffle_weights: a seed; the
+    bundle is then of a copy whose weights are in random order, for `camrt evaluate --other-weights`. progress is called
+    with one line per stage.
 
     At the end ONNX Runtime opens every program and runs it on two images (on one where the batch is fixed at 1). A
     bundle that differs from the model is not written. ExportError: the output is not (batch, classes), PyTorch cannot
@@ -64,9 +67,12 @@ def export_model(
     from .pytorch.autograd import agreement, eager_logits
     from .pytorch.from_torch import NotTraced, trace_module, weights_digest
     from .pytorch.modules import check_output, prepare_module
+    from .shuffled import shuffled_module
 
     shape = _shape(input_shape)
     module = prepare_module(model, output)
+    if shuffle_weights is not None:
+        module, source = shuffled_module(module, shuffle_weights), None
     _check_path(path, overwrite)
     check_recipe(preprocess, shape)
     check_activation(activation)
@@ -98,6 +104,7 @@ def export_onnx(
     name: str | None = None,
     classes: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
+    shuffle_weights: int | None = None,
     overwrite: bool = False,
     progress: Progress = _silent,
 ) -> Path:
@@ -110,27 +117,32 @@ def export_onnx(
     """
     check_packages("onnx", "onnxscript")
     from .files.from_onnx import read_graph, refuse_invalid, source_logits
+    from .shuffled import shuffled_file
 
     _check_path(path, overwrite)
     check_activation(activation)
     label = name or Path(model).stem
     facts = _Facts(path, label, "onnx", _precisions(precision), activation, classes, preprocess, overwrite)
-    origin = {"kind": "onnx", "spec": str(model), "output": output}
+    origin = {"kind": "onnx", "spec": str(model) if shuffle_weights is None else None, "output": output}
     sizes = None if input_shape is None else _shape(input_shape)
-    try:
-        return _export(
-            lambda attempt: read_graph(model, sizes, layers, output, progress, attempt),
-            facts,
-            origin,
-            lambda graph: source_logits(Path(model), output, graph),
-            lambda checker, graph: None,
-            progress,
-        )
-    except CamrtError:
-        raise
-    except Exception:
-        refuse_invalid(Path(model))
-        raise
+    with tempfile.TemporaryDirectory(prefix="camrt-") as folder:
+        try:
+            file = Path(model)
+            if shuffle_weights is not None:
+                file = shuffled_file(file, Path(folder), shuffle_weights)
+            return _export(
+                lambda attempt: read_graph(file, sizes, layers, output, progress, attempt),
+                facts,
+                origin,
+                lambda graph: source_logits(file, output, graph),
+                lambda checker, graph: None,
+                progress,
+            )
+        except CamrtError:
+            raise
+        except Exception:
+            refuse_invalid(Path(model))
+            raise
 
 
 @dataclass(frozen=True)

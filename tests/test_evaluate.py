@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from support import small_net
 
 import camrt
 from camrt import install
@@ -398,3 +400,34 @@ def test_other_weights_need_a_bundle_of_the_same_network(scenes: Path, capsys: p
     assert run(scenes, *arguments, methods=["grad_cam"]) == 0
     table = json.loads((scenes / "out" / "table.json").read_text())
     assert table["grad_cam"]["other_weights"]["mean"] == pytest.approx(1)  # the same weights
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_shuffled_weights_make_other_maps(kind: str, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same network: the same tensors in another order, another bundle, other maps; the copy verifies."""
+    monkeypatch.chdir(scenes)
+    recipe = ["--resize", "32", "32", "--mean", *["0.5"] * 3, "--std", *["0.25"] * 3]
+    source = "support:small_net"
+    if kind == "onnx":
+        source = "net.onnx"
+        torch.onnx.export(small_net(), (torch.zeros(1, 3, 32, 32),), source, dynamo=True, external_data=False)
+    shape = ["--input-shape", "3", "32", "32"]
+    assert main(["export", source, "own.camrt", *shape, *recipe]) == 0
+    assert main(["export", source, "other.camrt", *shape, *recipe, "--shuffle-weights", "0"]) == 0
+    assert main(["verify", "other.camrt"]) == 0
+    own, other = camrt.load("own.camrt"), camrt.load("other.camrt")
+    assert other.manifest.source["spec"] is None and own.layers == other.layers
+    arguments = [
+        "evaluate",
+        "own.camrt",
+        "images",
+        "--out",
+        "out",
+        "--methods",
+        "grad_cam",
+        "--metrics",
+        "other_weights",
+    ]
+    assert main([*arguments, "--other-weights", "other.camrt"]) == 0
+    table = json.loads(Path("out/table.json").read_text())
+    assert table["grad_cam"]["other_weights"]["mean"] < 0.9

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one name per line")
     preprocess_options.add_arguments(parser)
     parser.add_argument("--output", help="the output, attribute or key that holds the logits, if there are several")
+    parser.add_argument(
+        "--shuffle-weights",
+        type=int,
+        metavar="SEED",
+        help="export a copy whose weights are in random order, for 'camrt evaluate --other-weights'",
+    )
     parser.add_argument("--name", help="the model's name in the manifest")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
 
@@ -46,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
         "activation": options.activation,
         "name": options.name,
         "classes": None if options.classes is None else _class_names(options.classes),
+        "shuffle_weights": options.shuffle_weights,
         "overwrite": options.force,
     }
     if options.source.lower().endswith(".onnx"):
