@@ -16,7 +16,7 @@ class Metric(NamedTuple):
 FAITHFULNESS = {
     "average_drop": Metric("Average Drop %", -1, 1),
     "area": Metric("area", 0),
-    "rank_drop": Metric("Average Drop % at equal area", -1, 1),
+    "rank_drop": Metric("Average Drop % at equal area", -1, 2),
     "increase": Metric("Increase %", 1, 1),
     "win": Metric("Win %", 1, 1),
     "insertion": Metric("insertion", 1),
