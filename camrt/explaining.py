@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .image_files import ImageFiles, collect
-from .results_folder import Outputs, ResultsFolder, replacing
+from .results_folder import Outputs, ResultsFolder, key_of, replacing
 from .runtime.errors import InputError, NotFinite
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import PNG_COMPRESSION, Explanation, plain
@@ -53,12 +55,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Photo:
-    """A file that was read: its hash, size and time, and its picture."""
+    """A file that was read: its hash, its size in bytes, and its picture."""
 
     path: Path
     sha256: str
     size: int
-    modified_ns: int
     picture: Image.Image
 
 
@@ -136,6 +137,11 @@ def explain_files(
     return summary
 
 
+_Pending = deque[tuple[_Photo, Future[dict[str, Any]]]]
+# errors of one image's name, where the folder can be written
+_OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
+
+
 @dataclass(frozen=True)
 class _Run:
     explainer: Explainer
@@ -153,12 +159,11 @@ class _Run:
     def all(self, files: Sequence[Path], jobs: int) -> None:
         readers = ThreadPoolExecutor(jobs, thread_name_prefix="camrt-read")
         writers = ThreadPoolExecutor(jobs, thread_name_prefix="camrt-write")
-        pending: deque[Future[dict[str, Any]]] = deque()
+        pending: _Pending = deque()
         try:
             for photos in self._batches(_ahead(readers, self._read, files, self.batch + jobs)):
                 for item in self._explained(photos):
-                    self.results.begin()
-                    pending.append(writers.submit(self._write, *item))
+                    pending.append((item[2], writers.submit(self._write, *item)))
                 self._finish(pending, keep=2 * self.batch)
             self._finish(pending, keep=0)
         finally:
@@ -167,14 +172,14 @@ class _Run:
 
     def _read(self, path: Path) -> _Photo | _Problem:
         try:
-            stat, data = path.stat(), path.read_bytes()
+            data = path.read_bytes()
             picture = open_image(data, self.explainer.manifest.input_shape[0], "it")
             checked_recipe(self.explainer.manifest, "it", picture.size)
         except OSError as error:
             return _Problem(path, error.strerror or str(error))
         except InputError as error:
             return _Problem(path, str(error).removeprefix("it: "))
-        return _Photo(path, hashlib.sha256(data).hexdigest(), stat.st_size, stat.st_mtime_ns, picture)
+        return _Photo(path, hashlib.sha256(data).hexdigest(), len(data), picture)
 
     def _batches(self, photos: Iterator[_Photo | _Problem]) -> Iterator[list[_Photo]]:
         """What could be read, in batches."""
@@ -209,6 +214,7 @@ class _Run:
 
     def _write(self, result: Explanation, index: int, photo: _Photo) -> dict[str, Any]:
         """Writes an image's files; returns its line."""
+        self.results.begin(photo.path, photo.sha256)
         outputs, folder = self.results.outputs(photo.path), self.results.folder
         for name in (outputs.overlay, outputs.map):
             if name is not None:
@@ -231,9 +237,9 @@ class _Run:
         said.pop("layers")  # layer_weights names them
         record = {
             "image": str(photo.path),
+            "path": key_of(photo.path),
             "sha256": photo.sha256,
             "bytes": photo.size,
-            "modified_ns": photo.modified_ns,
             "overlay": outputs.overlay,
             "map": outputs.map,
             **image,
@@ -243,17 +249,29 @@ class _Run:
             record["target"] = "not"
         return record
 
-    def _finish(self, pending: deque[Future[dict[str, Any]]], keep: int) -> None:
+    def _finish(self, pending: _Pending, keep: int) -> None:
         """Appends the lines of what is written, in order; waits until at most `keep` are left."""
-        while pending and (len(pending) > keep or pending[0].done()):
+        while pending and (len(pending) > keep or pending[0][1].done()):
+            photo, writing = pending.popleft()
             try:
-                self.results.append(pending.popleft().result())
+                self.results.append(writing.result())
             except OSError as error:
+                if error.errno in _OF_ONE_NAME:
+                    self._note(_Problem(photo.path, f"its results cannot be written ({error.strerror})"))
+                    continue
+                self._finish_the_rest(pending)
                 raise InputError(
                     f"{self.results.folder}: cannot be written ({error.strerror or error}): what is finished stays"
                 ) from None
             self.summary.explained += 1
             self.progress(1)
+
+    def _finish_the_rest(self, pending: _Pending) -> None:
+        """Appends the lines of what was still written, after a write failed."""
+        for _, writing in pending:
+            with contextlib.suppress(OSError):
+                self.results.append(writing.result())
+                self.summary.explained += 1
 
     def _note(self, problem: _Problem) -> None:
         self.summary.problems[problem.reason.partition(" (")[0]] += 1

@@ -49,8 +49,10 @@ def collect(patterns: Iterable[str], skip: Sequence[Path] = ()) -> ImageFiles:
             if path.resolve() in avoid:
                 raise InputError(f"{pattern}: its results would lie among the images: choose another --out")
             files = [(f, f.relative_to(path)) for f in _inside(path, avoid, set(), images.skipped)]
-        elif path.exists():
+        elif path.is_file():
             files = [(path, Path(path.name))]
+        elif path.exists():
+            raise InputError(f"{pattern}: neither a file nor a folder")
         else:
             matches = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
             files = [(p, Path(p.name)) for p in matches]
@@ -62,9 +64,11 @@ def collect(patterns: Iterable[str], skip: Sequence[Path] = ()) -> ImageFiles:
 
 
 def read_list(path: Path) -> list[str]:
-    """The paths in a text file, one a line; relative ones start where the list is. InputError."""
+    """The paths in a text file, one a line; relative ones start where the list is. Empty lines and lines that start
+    with # are left out. InputError.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: no list of images ({error})") from None
     paths = [str(path.parent / line.strip()) for line in lines if line.strip() and not line.startswith("#")]
@@ -75,7 +79,11 @@ def read_list(path: Path) -> list[str]:
 
 def _inside(folder: Path, avoid: set[Path], visited: set[Path], skipped: Counter[str]) -> Iterator[Path]:
     """A folder's image files, sorted, depth first; each folder once, whatever links there are."""
-    entries = sorted(folder.iterdir())
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        skipped["folder that cannot be read"] += 1
+        return
     place = folder.resolve()
     if place in avoid or place in visited:
         return
@@ -89,7 +97,10 @@ def _inside(folder: Path, avoid: set[Path], visited: set[Path], skipped: Counter
         elif entry.is_dir():
             yield from _inside(entry, avoid, visited, skipped)
         elif entry.suffix.lower() in _suffixes():
-            yield entry
+            if entry.is_file() or (entry.is_symlink() and not entry.exists()):
+                yield entry
+            else:
+                skipped["neither a file nor a folder"] += 1
         else:
             skipped[f"{entry.suffix or 'without a suffix'}, no image format"] += 1
 

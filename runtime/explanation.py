@@ -79,6 +79,8 @@ class Explanation:
 
     def top(self, count: int = 5) -> list[list[tuple[int, str, float]]]:
         """Per image the classes with the largest logits, as (number, name or "", probability), the largest first."""
+        if not isinstance(count, int) or count < 0:
+            raise InputError(f"top {count!r}: pass how many classes")
         names = self.manifest.classes
         order = (-self.logits).argsort(axis=1, kind="stable")[:, :count]
         return [
@@ -121,7 +123,9 @@ class Explanation:
         """(the map (H, W), the image's number). InputError for an index that does not name one map."""
         places = index if isinstance(index, tuple) else (index,)
         leading = maps.shape[:-2]
-        if len(places) > len(leading) or any(not -n <= i < n for i, n in zip(places, leading, strict=False)):
+        whole = all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in places)
+        inside = whole and all(-n <= i < n for i, n in zip(places, leading, strict=False))
+        if not inside or len(places) > len(leading):
             raise InputError(f"no map {index}: there are {list(leading)}")
         if len(places) < len(leading):
             raise InputError(f"{index}: there are {leading[1]} maps of this image, pass (image, target)")
@@ -200,6 +204,8 @@ class Explanation:
         """Everything but the maps, as JSON can hold it: what made it, and per image its hash, size, target, classes and
         layer weights. index: of one image alone.
         """
+        if index is not None and not -len(self) <= index < len(self):
+            raise InputError(f"no image {index}: there are {len(self)}")
         top = self.top()
         return {
             **self.provenance,

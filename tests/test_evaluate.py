@@ -317,7 +317,7 @@ def test_labels_say_which_class_is_explained(scenes: Path) -> None:
     assert [(r["image"], r["target"]) for r in records(scenes)] == [
         (f"scene-{i}.png", c) for i, c in enumerate((3, 2, 1))
     ]
-    (scenes / "labels.json").write_text(json.dumps({"scene-0.png": 3, "scene-1.png": 2}))
+    (scenes / "labels.json").write_text(json.dumps({"scene-0.png": 3.0, "scene-1.png": 2}))
     assert run(scenes, "--targets", str(scenes / "labels.json"), "--metrics", "average_drop", methods=["grad_cam"]) == 1
     assert len(records(scenes)) == 3  # two are the same, the third has no label
 
@@ -330,6 +330,8 @@ def test_labels_say_which_class_is_explained(scenes: Path) -> None:
         ("a.csv", "scene-0.png\n", "write an image and a class in each row"),
         ("a.csv", "other.png,1\n", "names none of the images, e.g. scene-0.png"),
         ("a.json", "[1]", "it must be an object: image -> class"),
+        ("a.csv", "scene-0.png,1\nscene-0,2\n", "a.csv, entry 2: scene-0 has class 1 already"),
+        ("a.csv", "elsewhere/scene-0.png,1\n", "names none of the images"),
         ("a.json", "{", "a.json: no labels"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import camrt
 from camrt.cli import main
 from camrt.image_files import ImageFiles, collect
 from camrt.results_folder import distinct_stems
+from camrt.runtime.images.preprocess import checked_recipe
 
 RNG = np.random.default_rng(0)
 
@@ -231,6 +233,104 @@ def test_a_killed_run_keeps_what_was_finished(how: signal.Signals, exported: Pat
         assert np.load(Path("explanations", line["map"])).shape == (32, 32)
         Image.open(Path("explanations", line["overlay"])).load()
     assert not [p for p in Path("explanations").iterdir() if p.suffix == ".part"] or how == signal.SIGKILL
+
+
+def test_a_changed_picture_is_never_described_by_an_old_line(exported: Path, photos: Path) -> None:
+    """Also where a run is killed between a picture's files and its line, and where size and time are the old ones."""
+    for i in range(MANY // 2):
+        save(Path(f"many/{i:03}.bmp"))
+    assert explain(exported, "many") == 0
+    for i in range(MANY // 2):
+        before = Path(f"many/{i:03}.bmp").stat()
+        save(Path(f"many/{i:03}.bmp"))
+        os.utime(f"many/{i:03}.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    command = [sys.executable, "-m", "camrt", "explain", str(exported), "many", "--batch", "2"]
+    whole, size = Path("explanations/explanations.jsonl"), Path("explanations/explanations.jsonl").stat().st_size
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and whole.stat().st_size < size + 2000:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    explainer = camrt.load(exported)
+    last = {line["image"]: line for line in lines()}
+    described = [line for line in last.values() if not line.get("unfinished")]
+    assert len(described) < MANY // 2
+    for line in described:
+        if line["sha256"] == hashlib.sha256(Path(line["image"]).read_bytes()).hexdigest():
+            want = explainer.explain(line["image"]).maps[0]
+            np.testing.assert_allclose(np.load(Path("explanations", line["map"])), want, atol=1e-5)
+    old = [line for line in described if line["sha256"] != hashlib.sha256(Path(line["image"]).read_bytes()).hexdigest()]
+    for line in old[:20]:  # still the files of the old picture
+        assert Path("explanations", line["map"]).stat().st_mtime < whole.stat().st_mtime
+        new = explainer.explain(line["image"]).maps[0]
+        assert np.abs(np.load(Path("explanations", line["map"])) - new).max() > 1e-4
+    assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
+    for line in lines():
+        assert line["sha256"] == hashlib.sha256(Path(line["image"]).read_bytes()).hexdigest()
+
+
+def test_two_runs_do_not_share_a_folder_by_accident(
+    exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    assert explain(exported, "photos/a.png") == 0
+    with Path("explanations/explanations.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert explain(exported, "photos/b.bmp") == 2
+    assert "another run writes there" in capsys.readouterr().err
+    assert explain(exported, "photos/b.bmp") == 0
+
+
+def test_shards_are_merged_by_a_run_without(exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in (1, 2):
+        assert explain(exported, "photos", "--shard", f"{i}/2") == 0
+    save(photos / "b.bmp")
+    capsys.readouterr()
+    assert explain(exported, "photos", "--resume") == 0
+    assert "11 were finished before" in capsys.readouterr().out
+    assert [p.name for p in Path("explanations").glob("*.jsonl")] == ["explanations.jsonl"]
+    assert len(lines()) == len({line["image"] for line in lines()}) == 12
+
+
+def test_one_name_in_two_folders_is_two_images(exported: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(photos.parent / "out")
+    for folder in ("more", "sub"):
+        monkeypatch.chdir(photos / folder)
+        save(Path("5.png"))
+        assert explain(exported, "5.png", "--out", out) == 0
+    assert results(out) == {"5.png", "5.npy", "5-2.png", "5-2.npy"} and len(lines(out)) == 2
+    assert explain(exported, str(Path("5.png").absolute()), "--out", out, "--resume") == 0
+    assert len(lines(out)) == 2
+
+
+def test_names_that_make_trouble_are_a_line_each(
+    exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file name that is no UTF-8, one of the greatest length, a folder called as a picture's overlay, a pipe."""
+    source = photos / "a.png"
+    os.link(os.fsencode(source), os.fsencode(photos) + b"/bad\xff.png")
+    (photos / f"{'n' * 251}.png").hardlink_to(source)
+    (photos / "x.jpg").hardlink_to(photos / "a.jpg")
+    (photos / "x.png").mkdir()
+    (photos / "x.png" / "y.png").hardlink_to(source)
+    os.mkfifo(photos / "pipe.png")
+    (photos / "zero.png").symlink_to("/dev/zero")
+    assert explain(exported, "photos") == 0
+    said = capsys.readouterr().out
+    assert "16 of 16 images explained" in said and "2 neither a file nor a folder" in said
+    assert len(lines()) == 16 and results() >= {"x-2.png", "x.png/y.png", f"{'n' * 251}.png"}
+    assert explain(exported, "photos", "--resume") == 0
+    assert "16 were finished before" in capsys.readouterr().out
+    assert explain(exported, "photos/pipe.png") == 2
+    Path("explanations/explanations.json").write_text("[]")
+    assert explain(exported, "photos") == 2
+    assert "it is no JSON object" in capsys.readouterr().err
+
+
+def test_a_picture_that_would_grow_without_bound_is_refused(exported: Path) -> None:
+    recipe = camrt.Preprocess(140, (0.5,) * 3, (0.25,) * 3, crop=(128, 128))
+    with pytest.raises(camrt.CamrtError, match="1 x 65000 pixels become 140 x 9100000 by the recipe"):
+        checked_recipe(dataclasses.replace(camrt.load(exported).manifest, preprocess=recipe), "it", (1, 65000))
 
 
 def test_from_python(exported: Path, photos: Path) -> None:

@@ -24,7 +24,7 @@ TERMINATED = 143
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", nargs="*", help="files, folders or glob patterns")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="a text file with the path of an image in each line")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="a text file with a path in each line")
     parser.add_argument(
         "--out", type=Path, default=Path("explanations"), help="folder to write (default: explanations)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def read_mask(path: Path, image: Path, explainer: Explainer, void: int | None = 
             void = 255 if void is None and opened.mode == "P" else void
             values = np.asarray(opened if opened.mode != "1" else opened.convert("L"), np.uint8)
         size = open_image(image, explainer.manifest.input_shape[0], str(image)).size
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable mask ({error})") from None
     if values.shape != size[::-1]:
         width, height = values.shape[::-1]
@@ -56,21 +56,24 @@ def read_mask(path: Path, image: Path, explainer: Explainer, void: int | None = 
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def find_masks(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+def find_masks(images: Sequence[Path], folder: Path, names: Mapping[Path, str] | None = None) -> dict[Path, Path]:
     """image -> its mask, for the images that have one.
 
+    names: image -> its path below the folder of images; by default below what they have in common.
     A mask has its image's relative path, without the suffix; or, if only one image has that stem, the stem alone.
     InputError if the folder does not exist or no image has a mask.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of masks")
-    root = Path(os.path.commonpath([image.parent for image in images]))
+    if names is None:
+        root = Path(os.path.commonpath([image.parent for image in images]))
+        names = {image: image.relative_to(root).as_posix() for image in images}
     masks = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in MASK_SUFFIXES]
     by_place = {p.relative_to(folder).with_suffix(""): p for p in masks}
     stems = Counter(image.stem for image in images)
     found = {}
     for image in images:
-        place = image.relative_to(root).with_suffix("")
+        place = Path(names[image]).with_suffix("")
         if place in by_place:
             found[image] = by_place[place]
         elif stems[image.stem] == 1 and Path(image.stem) in by_place:

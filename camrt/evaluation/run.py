@@ -80,7 +80,7 @@ def evaluate(
     UnknownName for an unknown metric; InputError for options that do not fit, or if `out` cannot be written.
     """
     names = settings.names()
-    masks = {} if settings.masks is None else find_masks(list(images), settings.masks)
+    masks = {} if settings.masks is None else find_masks(list(images), settings.masks, images)
     targets = None
     if settings.targets is not None:
         targets = read_targets_file(settings.targets, images, explainer.manifest)

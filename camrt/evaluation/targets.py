@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,22 +15,25 @@ from ..runtime.targets import class_index
 def read_targets_file(path: Path, images: Mapping[Path, str], manifest: Manifest) -> dict[Path, int]:
     """image -> class, for the images that the file names.
 
-    path: a JSON object, or CSV with an image and a class in each row (a first row with other words is a heading).
-    images: image -> its name below the folder. An image is named so, or by its file name where only one has that name,
-    with or without the suffix; a class by its number or name. InputError if the file cannot be read, a class does not
-    exist, or no image is named.
+    path: a JSON object, or CSV with an image and a class in each row; a first row that names no image or no class is a
+    heading. An image is named by the end of its path, as far as that names one image alone, with or without the
+    suffix; a class by its number or name. images: image -> its name below the folder. InputError if the file cannot be
+    read, a class does not exist, an image has two classes, or no image is named.
     """
-    labels = _read(path)
-    by_name = _unique({name: image for image, name in images.items()})
+    labels, by_end = _read(path), _by_end(images)
     targets: dict[Path, int] = {}
     for number, (name, label) in enumerate(labels):
-        image = by_name.get(name) or by_name.get(Path(name).name)
+        image = by_end.get(Path(name).as_posix())
         if image is None:
             continue
         try:
-            targets[image] = _class(label, manifest)
+            target = _class(label, manifest)
         except InputError as error:
+            if number == 0 and path.suffix.lower() != ".json" and len(labels) > 1:
+                continue
             raise InputError(f"{path}, entry {number + 1}: {error}") from None
+        if targets.setdefault(image, target) != target:
+            raise InputError(f"{path}, entry {number + 1}: {name} has class {targets[image]} already")
     if not targets:
         raise InputError(f"{path}: names none of the images, e.g. {next(iter(images.values()), 'a.jpg')}")
     return targets
@@ -44,8 +46,8 @@ def _read(path: Path) -> list[tuple[str, str]]:
             entries = json.loads(text)
             if not isinstance(entries, dict):
                 raise ValueError("it must be an object: image -> class")
-            return [(str(name), str(label)) for name, label in entries.items()]
-        rows = [row for row in csv.reader(text.splitlines()) if row]
+            return [(str(name), _label(label)) for name, label in entries.items()]
+        rows = [row for row in csv.reader(text.splitlines(), skipinitialspace=True) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: no labels ({error})") from None
     short = [row for row in rows if len(row) < 2]
@@ -54,19 +56,23 @@ def _read(path: Path) -> list[tuple[str, str]]:
     return [(row[0].strip(), row[1].strip()) for row in rows]
 
 
-def _unique(images: dict[str, Path]) -> dict[str, Path]:
-    """By path, by file name and by stem, each where it names one image."""
-    names = dict(images)
-    for shorten in (lambda n: Path(n).name, _without_suffix, lambda n: Path(n).stem):
-        counts = Counter(shorten(name) for name in images)
-        for name, image in images.items():
-            if counts[shorten(name)] == 1:
-                names.setdefault(shorten(name), image)
-    return names
+def _label(value: object) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _without_suffix(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
+def _by_end(images: Mapping[Path, str]) -> dict[str, Path]:
+    """The ends of the images' paths, with and without the suffix, that name one of them alone. The whole path below
+    the folder always does.
+    """
+    found: dict[str, Path | None] = {}
+    for image in images:
+        parts = image.absolute().parts
+        for start in range(1, len(parts)):
+            end = Path(*parts[start:])
+            for name in {end.as_posix(), end.with_suffix("").as_posix()}:
+                found[name] = None if found.get(name, image) != image else image
+    named = {end: image for end, image in found.items() if image is not None}
+    return named | {name: image for image, name in images.items()}
 
 
 def _class(label: str, manifest: Manifest) -> int:

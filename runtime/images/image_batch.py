@@ -47,7 +47,7 @@ class ImageBatch:
             raise InputError("no images were given")
         for i, item in enumerate(items):
             where = os.fspath(item) if isinstance(item, str | os.PathLike) else f"image {i}"
-            if isinstance(item, np.ndarray) and item.dtype not in (np.uint8, np.uint16):
+            if isinstance(item, np.ndarray) and (item.dtype.kind != "u" or item.dtype.itemsize > 2):
                 self._items.append(_checked(item, manifest.input_shape, where))
             else:
                 opened = open_image(item, manifest.input_shape[0], where)

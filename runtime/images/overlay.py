@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import InputError
 from .colormaps import colorize
 
+BLOCK = 1 << 20  # pixels that are blended at a time, for the memory
 UNSEEN = 0.35  # the brightness of what the network did not see, drawn in grey
 
 
@@ -24,6 +25,15 @@ def overlay(
     check_opacity(opacity)
     if picture.shape[:2] != scaled.shape:
         raise InputError(f"picture {picture.shape[:2]} and map {scaled.shape} differ in size")
+    out = np.empty((*scaled.shape, 3), np.uint8)
+    rows = max(1, BLOCK // max(1, scaled.shape[1]))
+    for start in range(0, len(scaled), rows):
+        block = slice(start, start + rows)
+        out[block] = _blended(picture[block], scaled[block], opacity, colormap, by_value)
+    return out
+
+
+def _blended(picture: np.ndarray, scaled: np.ndarray, opacity: float, colormap: str, by_value: bool) -> np.ndarray:
     seen = np.isfinite(scaled)
     values = np.where(seen, scaled, 0).astype(np.float32)
     weight = (opacity * values if by_value else np.full_like(values, opacity))[..., None]

@@ -21,6 +21,9 @@ _FILTERS = {
 }
 
 
+LARGEST = 100_000_000  # pixels of a resized picture: a narrow one grows without bound on its longer side
+
+
 def checked_recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Preprocess:
     """The bundle's recipe for a picture of size (width, height). InputError if there is none, or it does not fit."""
     recipe = manifest.preprocess
@@ -30,6 +33,11 @@ def checked_recipe(manifest: Manifest, where: str, size: tuple[int, int]) -> Pre
             "(--resize, --crop, --mean, --std), or pass preprocessed float32 arrays"
         )
     place = placed(size, recipe)
+    if place.resized[0] * place.resized[1] > LARGEST:
+        raise InputError(
+            f"{where}: {size[0]} x {size[1]} pixels become {place.resized[1]} x {place.resized[0]} by the recipe: it "
+            "is too narrow, crop it first"
+        )
     wanted = manifest.input_shape[1:]
     inside = place.top >= 0 and place.left >= 0 and place.top + place.size[0] <= place.resized[0]
     inside = inside and place.left + place.size[1] <= place.resized[1]
