@@ -91,7 +91,7 @@ def test_what_overlaps_counts_once() -> None:
     assert covered([]) == 0
     assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
     stages = Stages()
-    stages._intervals.update(preprocess=[(0, 1)], method=[(1, 8)], network=[(2, 4), (3, 5), (7, 7.5)])
+    stages.intervals.update(preprocess=[(0, 1)], method=[(1, 8)], network=[(2, 4), (3, 5), (7, 7.5)])
     assert stages.seconds(10.0) == {"preprocess": 1, "network": 3.5, "method": 3.5, "rest": 2}
 
 

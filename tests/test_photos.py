@@ -251,6 +251,9 @@ def test_an_opacity_that_is_none_is_refused(explainers: dict[str, camrt.Explaine
         ({"size": "large"}, "size 'large': use 'photo' or 'input'"),
         ({"index": 3}, r"no map 3: there are \[1\]"),
         ({"index": (0, 1)}, r"no map \(0, 1\): there are \[1\]"),
+        ({"index": "0"}, "no map 0: there are"),
+        ({"index": 0.0}, "no map 0.0: there are"),
+        ({"index": slice(0, 1)}, r"no map slice\(0, 1, None\): there are"),
     ],
     ids=str,
 )

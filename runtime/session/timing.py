@@ -21,7 +21,7 @@ class Stages:
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self._synchronize = synchronize
-        self._intervals: dict[str, list[Interval]] = {"preprocess": [], "network": [], "method": []}
+        self.intervals: dict[str, list[Interval]] = {"preprocess": [], "network": [], "method": []}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -31,16 +31,16 @@ class Stages:
             yield
         finally:
             self._synchronize()
-            self._intervals[stage].append((started, time.perf_counter()))
+            self.intervals[stage].append((started, time.perf_counter()))
 
     def seconds(self, total: float) -> dict[str, float]:
         """Seconds of each stage in calls that took `total` seconds, and `rest`: the time outside all stages.
 
         The method's time does not include time in which the network runs, on any thread.
         """
-        network, method = self._intervals["network"], self._intervals["method"]
+        network, method = self.intervals["network"], self.intervals["method"]
         seconds_by_stage = {
-            "preprocess": covered(self._intervals["preprocess"]),
+            "preprocess": covered(self.intervals["preprocess"]),
             "network": covered(network),
             "method": covered([*method, *network]) - covered(network),
         }
