@@ -20,7 +20,7 @@ from .method_choice import MethodChoice
 from .runtime.errors import BackendUnavailable, CamrtError
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import Explanation
-from .runtime.images.image_batch import as_batch
+from .runtime.images.image_batch import ImageBatch
 from .verification.distances import cosine_distance, largest_difference
 
 FORWARD = "forward pass"
@@ -90,7 +90,7 @@ def measure(
     """
     yield "comparing with the CPU"
     measured.checked = check(explainer, contenders, images[0])
-    inputs, _ = as_batch(images, explainer.manifest)
+    inputs = ImageBatch(images, explainer.manifest).on_host()
     everyone = [MethodChoice(FORWARD, ""), *contenders]
     for contender in contenders:
         yield f"stages of {contender.text}"

@@ -122,7 +122,7 @@ def explain_files(
         "maps": maps,
     }
     results = ResultsFolder(Path(out), configuration, images, overlays, maps, shard)
-    todo = list(images.names) if shard is None else list(images.shard(*shard).names)
+    todo = images.share(shard)
     summary = Summary(skipped=images.skipped)
     if resume:
         finished = results.finished()

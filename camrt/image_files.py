@@ -25,15 +25,15 @@ class ImageFiles:
     names: dict[Path, Path] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def shard(self, number: int, count: int) -> ImageFiles:
-        """Every count-th file, from the number-th (from 1) on."""
-        files = list(self.names.items())[number - 1 :: count]
-        return ImageFiles(dict(files), self.skipped if number == 1 else Counter())
+    def share(self, shard: tuple[int, int] | None) -> list[Path]:
+        """The files of shard (number, count): every count-th, from the number-th (from 1) on; of None, all."""
+        number, count = shard or (1, 1)
+        return list(self.names)[number - 1 :: count]
 
 
-def find_images(patterns: Iterable[str], skip: Sequence[Path] = ()) -> list[Path]:
+def find_images(patterns: Iterable[str]) -> list[Path]:
     """As `collect`, only the files."""
-    return list(collect(patterns, skip).names)
+    return list(collect(patterns).names)
 
 
 def collect(patterns: Iterable[str], skip: Sequence[Path] = ()) -> ImageFiles:

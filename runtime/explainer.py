@@ -15,14 +15,14 @@ import numpy as np
 from .. import __version__
 from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
-from .bundle.manifest import Manifest
+from .bundle.manifest import MANIFEST, Manifest
 from .bundle.reading import Bundle, read_bundle
 from .cams import GRADIENT_AGGREGATIONS, Method, Result, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .images.image_batch import ImageBatch
 from .scores import probabilities
-from .session.batches import batches, check_finite, top_class_where_zero
+from .session.batches import batches, top_class_where_zero
 from .session.explaining import explain_batch
 from .session.session import Session
 from .session.timing import Stages
@@ -124,7 +124,6 @@ class Explainer:
             logits[batch.first : batch.first + len(batch.images)] = found[: len(batch.images)]
             results.append(result)
         result = join(results)
-        check_finite(result.maps)
         if result.check is not None:
             result.check(result)
         _warn_of_constant_maps(method.name, result, seeds.shape[1])
@@ -152,7 +151,7 @@ class Explainer:
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
         """What every explanation says of what made it. bundle_sha256: of its manifest, which holds all other hashes."""
-        manifest = (self.bundle.path / "manifest.json").read_bytes()
+        manifest = (self.bundle.path / MANIFEST).read_bytes()
         return {
             "camrt": __version__,
             "bundle": self.manifest.name,
@@ -164,7 +163,7 @@ class Explainer:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, it is a bundle's path and settings: the bundle is opened again where it is loaded."""
         path = str(self.bundle.path.resolve())
-        return _opened_again, (path, self.backend.name, self.session.max_batch, self.precision)
+        return load, (path, self.backend.name, self.session.max_batch, self.precision)
 
     def _placed(self, images: ImageBatch) -> Any:
         """The network's input, on the host or the GPU."""
@@ -276,10 +275,6 @@ def _warn_of_constant_maps(method: str, result: Result, targets: int) -> None:
             "these layers are active, or its gradient is zero",
             stacklevel=4,
         )
-
-
-def _opened_again(path: str, backend: str, max_batch: int, precision: str) -> Explainer:
-    return load(path, backend, max_batch, precision)
 
 
 def load(

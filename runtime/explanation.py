@@ -67,9 +67,6 @@ class Explanation:
             state["_retune"] = None
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     # ---- numbers
 
     @functools.cached_property

@@ -82,9 +82,9 @@ def test_the_records_are_the_metrics_of_the_maps(scenes: Path) -> None:
     explainer = camrt.load(BUNDLE)
     for record, path in zip(records(scenes), sorted((scenes / "images").iterdir()), strict=True):
         result = explainer.explain(path, "grad_cam")
-        from camrt.runtime.images.image_batch import as_batch
+        from camrt.runtime.images.image_batch import ImageBatch
 
-        image, _ = as_batch(path, explainer.manifest)
+        image = ImageBatch(path, explainer.manifest).on_host()
         scores = explainer.probabilities(np.concatenate([image, image * result.normalized()[0]]))[:, result.target[0]]  # type: ignore[index]
         assert record["average_drop"] == pytest.approx(100 * max(0, scores[0] - scores[1]) / scores[0], abs=1e-3)
         assert record["increase"] == 100 * (scores[1] > scores[0])

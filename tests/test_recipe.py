@@ -14,13 +14,19 @@ from PIL import Image
 import camrt
 from camrt.cli import main
 from camrt.export.pytorch.sources import processed
-from camrt.runtime.bundle.manifest import Preprocess
+from camrt.runtime.bundle.manifest import Manifest, Preprocess
 from camrt.runtime.bundle.reading import read_bundle
-from camrt.runtime.images.image_batch import as_batch
+from camrt.runtime.images.image_batch import ImageBatch
 from camrt.runtime.images.placement import Placement
 from camrt.runtime.images.preprocess import placed, undo
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+
+
+def as_batch(images: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The network's input, and what is drawn under the maps."""
+    batch = ImageBatch(images, manifest)
+    return batch.on_host(), [batch.picture(i) for i in range(len(batch))]
 
 
 def recipe(bundle: Path, *options: str) -> Preprocess | None:

@@ -77,9 +77,9 @@ def run(options: argparse.Namespace) -> int:
     if not named:
         raise InputError("name images, folders or patterns, or a --list")
     images = collect(named, skip=[options.out])
-    total = len(images.names) if shard is None else len(images.shard(*shard).names)
+    total = len(images.share(shard))
     with _terminated_in_order(), tqdm(total=total, unit="image", disable=None) as bar:
-        said = _Said(total) if bar.disable else None
+        lines = _ProgressLines(total) if bar.disable else None
         summary = explain_files(
             explainer,
             images,
@@ -94,16 +94,16 @@ def run(options: argparse.Namespace) -> int:
             not options.no_maps,
             drawing,
             shard,
-            progress=said or bar.update,
+            progress=lines or bar.update,
             problem=lambda line: tqdm.write(f"camrt: {line}", file=sys.stderr),
             **arguments,
         )
     print(f"{summary.explained} of {total} images explained with {options.method}: {options.out}")
     if summary.finished_before:
         print(f"{summary.finished_before} were finished before")
-    for said_of, counts in (("not explained", summary.problems), ("skipped", summary.skipped)):
+    for heading, counts in (("not explained", summary.problems), ("skipped", summary.skipped)):
         if counts:
-            print(f"{said_of}: {_counted(counts)}")
+            print(f"{heading}: {_counted(counts)}")
     return 1 if summary.failed else 0
 
 
@@ -128,7 +128,7 @@ def _counted(counts: Counter[str]) -> str:
     return ", ".join([*most, *([f"{rest} for other reasons"] if rest else [])])
 
 
-class _Said:
+class _ProgressLines:
     """Progress without a terminal: a line a minute."""
 
     def __init__(self, total: int) -> None:

@@ -26,12 +26,13 @@ def run(options: argparse.Namespace) -> int:
 
     check_packages("torch", "onnx", "onnxscript")
     from ..runtime.bundle.reading import read_bundle
-    from ..runtime.images.image_batch import as_batch
+    from ..runtime.images.image_batch import ImageBatch
     from ..verification.verify import verify
 
     images = None
     if options.images is not None:
-        images, _ = as_batch([str(p) for p in find_images(options.images)], read_bundle(options.bundle).manifest)
+        manifest = read_bundle(options.bundle).manifest
+        images = ImageBatch(find_images(options.images), manifest).on_host()
     with Progress() as progress:
         report = verify(options.bundle, options.source, images, options.backend, progress)
     rows = report.rows if options.all else _worst(report.rows)

@@ -14,7 +14,7 @@ from .. import __version__
 from ..method_choice import MethodChoice
 from ..runtime.errors import InputError, UnknownName
 from ..runtime.explainer import Explainer
-from ..runtime.images.image_batch import as_batch
+from ..runtime.images.image_batch import ImageBatch
 from .masks import find_masks, read_mask
 from .measuring import Question, measure
 from .metric_table import FAITHFULNESS, LOCALISATION, METRICS
@@ -109,7 +109,7 @@ def evaluate(
             try:
                 if targets is not None and image not in targets:
                     raise InputError(f"{image}: {settings.targets} has no class for it")
-                batch, _ = as_batch([image], explainer.manifest)
+                batch = ImageBatch([image], explainer.manifest).on_host()
                 mask = read_mask(masks[image], image, explainer, settings.void) if image in masks else None
             except InputError as error:
                 problem(str(error))

@@ -20,15 +20,6 @@ from .preprocess import checked_recipe, fit, in_order, placed, preprocess, rows_
 _ONE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
 
 
-def as_batch(images: Any, manifest: Manifest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Preprocesses images on the host: network input (B, C, H, W) float32, and per image its picture, uint8 (H, W, 3).
-
-    images: as for ImageBatch. InputError names the image that does not fit.
-    """
-    batch = ImageBatch(images, manifest)
-    return batch.on_host(), [batch.picture(i) for i in range(len(batch))]
-
-
 class ImageBatch:
     """Images that are read and checked; on_host or on_gpu preprocesses them.
 

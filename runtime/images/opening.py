@@ -22,8 +22,7 @@ def open_image(item: Any, channels: int, where: str) -> Image.Image:
     """A Pillow image, upright, in the network's colour mode.
 
     item: a path, the bytes of an image file, a file object, a Pillow image, or a uint8 or uint16 array (height, width),
-    (height, width, 1), 3 or 4. channels: the network's, 1 or 3. InputError if it is not a readable
-    image.
+    (height, width, 1), 3 or 4. channels: the network's, 1 or 3. InputError if it is not a readable image.
     """
     if channels not in _MODES:
         raise InputError(f"{where}: the network takes {channels} channels: pass preprocessed float32 arrays")
@@ -59,8 +58,6 @@ def _to_bytes(pixels: np.ndarray, where: str) -> np.ndarray:
         if low < 0 or high > 65535:
             raise InputError(f"{where}: pixels from {low} to {high}: scale them to 8 bits, or pass float32 arrays")
         return (pixels.astype(np.float64) / 257 + 0.5).astype(np.uint8)
-    if pixels.dtype.kind != "f":
-        raise InputError(f"{where}: pixels of type {pixels.dtype}: pass uint8, uint16 or floating-point pixels")
     if not np.isfinite(pixels).all() or pixels.min(initial=0) < 0 or pixels.max(initial=0) > 255:
         raise InputError(f"{where}: floating-point pixels must lie in 0..1, or in 0..255")
     scale = 255 if pixels.max(initial=0) <= 1 else 1

@@ -24,14 +24,16 @@ def explain_batch(
     """
     on_gpu = session.memory.stream is not None and method.on_gpu and method.needs.stays_on_gpu(options)
     if on_gpu and method.needs.captured:
-        return _explain_captured(session, method, batch, layers, options)
-    data = read(session, method, batch, layers, options)
-    with session.stage("method"):
-        result = method.function(data, **options)
-        result = _fetched(session, result)[0] if on_gpu else result
+        result, logits = _explain_captured(session, method, batch, layers, options)
+    else:
+        data = read(session, method, batch, layers, options)
+        with session.stage("method"):
+            result = method.function(data, **options)
+            result = _fetched(session, result)[0] if on_gpu else result
+        logits = data.logits
     rows = len(batch.seeds)
-    _check_result(method, result, (rows, *session.size), (rows, len(data.taps) if layers else 0))
-    return result, data.logits
+    _check_result(method, result, (rows, *session.size), (rows, len(layers)))
+    return result, logits
 
 
 def _check_result(method: Method, result: Any, maps: tuple[int, ...], weights: tuple[int, ...]) -> None:
