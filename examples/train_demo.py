@@ -1,8 +1,9 @@
 """Trains the demo's network on scenes that it draws, and exports the bundle that ships in the package.
 
-python examples/train_demo.py [--out camrt/demo/shapes.camrt] [--scenes 8000] [--epochs 10]
+python examples/train_demo.py [--out camrt/demo/shapes.camrt] [--scenes 8000] [--epochs 10] [--weights BUNDLE]
 
-About ten minutes on two cores. Needs the export extra: pip install -e '.[export,cpu]'.
+About ten minutes on two cores; with --weights, which exports the weights of an earlier bundle again, some seconds.
+Needs the export extra: pip install -e '.[export,cpu]'.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,26 +92,33 @@ def accuracy(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> 
     return right / len(labels)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the demo's network.")
-    parser.add_argument("--out", type=Path, default=Path("camrt/demo/shapes.camrt"))
-    parser.add_argument("--scenes", type=int, default=8000)
-    parser.add_argument("--epochs", type=int, default=10)
-    arguments = parser.parse_args()
+def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
+    """The network's state, from the forward graph of a bundle. Equal tensors have one name there."""
+    graph = onnx.load(bundle / "activations.onnx").graph
+    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    state = {name.removeprefix("model."): array for name, array in arrays.items() if name.startswith("model.")}
+    for node in graph.node:
+        if node.op_type == "BatchNormalization":
+            norm = node.input[1].removeprefix("model.").removesuffix(".weight")
+            for part, name in zip(("bias", "running_mean", "running_var"), node.input[2:], strict=True):
+                state[f"{norm}.{part}"] = arrays[name]
+    return state
 
+
+def train(scenes: int, epochs: int) -> ShapeNet:
+    """Trains a network from random weights, and prints its accuracy after each epoch."""
     started = time.time()
     torch.manual_seed(0)
-    pictures, labels = (torch.from_numpy(a) for a in draw(range(arguments.scenes)))
+    pictures, labels = (torch.from_numpy(a) for a in draw(range(scenes)))
     test_pictures, test_labels = (torch.from_numpy(a) for a in draw(range(TEST_SEED, TEST_SEED + 2000)))
     model = ShapeNet()
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
-    batches = arguments.epochs * (arguments.scenes // 64)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=batches, pct_start=0.15)
-    for epoch in range(arguments.epochs):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (scenes // 64), pct_start=0.15)
+    for epoch in range(epochs):
         model.train()
-        progress = tqdm(torch.randperm(arguments.scenes).split(64), desc=f"epoch {epoch + 1}/{arguments.epochs}")
+        progress = tqdm(torch.randperm(scenes).split(64), desc=f"epoch {epoch + 1}/{epochs}")
         for rows in progress:
             if len(rows) < 64:
                 continue
@@ -120,11 +129,24 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             progress.set_postfix(loss=f"{loss.item():.3f}")
-        print(
-            f"epoch {epoch + 1}: test accuracy {accuracy(model, test_pictures, test_labels):.4f}, "
-            f"{time.time() - started:.0f} s"
-        )
+        right = accuracy(model, test_pictures, test_labels)
+        print(f"epoch {epoch + 1}: test accuracy {right:.4f}, {time.time() - started:.0f} s")
+    return model
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the demo's network.")
+    parser.add_argument("--weights", type=Path, help="a bundle of this network: do not train, export its weights again")
+    parser.add_argument("--out", type=Path, default=Path("camrt/demo/shapes.camrt"))
+    parser.add_argument("--scenes", type=int, default=8000)
+    parser.add_argument("--epochs", type=int, default=10)
+    arguments = parser.parse_args()
+
+    if arguments.weights is None:
+        model = train(arguments.scenes, arguments.epochs)
+    else:
+        model = ShapeNet()
+        model.load_state_dict(weights_of(arguments.weights), strict=False)  # num_batches_tracked is not in a bundle
     preprocess = camrt.Preprocess(resize=(SIZE, SIZE), mean=(MEAN,) * 3, std=(STD,) * 3)
     model.eval()
     camrt.export_model(

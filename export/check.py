@@ -88,7 +88,7 @@ class Checker:
         self._compare_rows(run, images, logits)
         self._compare_source(manifest, images, logits)
         self.cotangent, self.seed = seeds_through(logits, manifest.final_activation)
-        inputs = {"image": images, "seed": self.seed}
+        inputs = {"image": images, "seed": self.seed, "ratio": np.ones((len(self.seed), 1), np.float32)}
         for program in manifest.programs:
             if program is classify:
                 continue

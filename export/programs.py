@@ -22,6 +22,7 @@ from .autodiff import gradients as cotangents
 from .graph import TappedGraph, batch_norm_affine, finish, fold_batch_norm, keeps_batch_apart, named_values
 from .head import head, normalize, score, trunk
 from .layers.layouts import layouts, to_maps
+from .layers.norms import behind_norm
 from .precision import to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
@@ -45,9 +46,9 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
     """Builds the programs of a bundle. UnsupportedOperator if an operator between a tap and the logits has no rule.
 
     classify; normalize and score, if the graph normalises its own image; activations, gradients and layer_maps for all
-    taps, and again for the last block alone, whose backward pass is short; full_grad, if the network allows it; trunk
-    and head, the network cut in two, at the last block and at every tap that is not a convolution. All are in the
-    graph's precision, but programs that run once per explanation are always float32.
+    taps, and again for the last block alone, whose backward pass is short; signed_maps; full_grad, if the network
+    allows it; trunk and head, the network cut in two, at the last block and at every tap that is not a convolution. All
+    are in the graph's precision, but programs that run once per explanation are always float32.
     """
     last, whole = graph.select("last"), replace(graph, taps=())
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
@@ -71,6 +72,7 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
         add(Kind.ACTIVATIONS, suffix, scope, activations)
         add(Kind.GRADIENTS, suffix, scope, gradients)
         add(Kind.LAYER_MAPS, suffix, scope, layer_maps)
+    add(Kind.SIGNED_MAPS, "", graph, signed_maps)
     with contextlib.suppress(UnsupportedOperator):  # FullGrad alone needs all of the network to be differentiable maps
         add(Kind.FULL_GRAD, "", whole, full_grad)
     for i, (tap, value) in enumerate(graph.taps):
@@ -163,6 +165,46 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
         return [
             output(tape, value, name, ["seeds", width])
             for value, name, width in zip(joined, ("alphas", "maps"), widths, strict=True)
+        ]
+
+    return _program(graph, build, fold=True)
+
+
+def signed_maps(graph: TappedGraph) -> ir.Model:
+    """image, seed, ratio (S, 1) -> logits, maps (S, sum h w), taps side by side in their order, and magnitudes
+    (S, taps): Integrative CAM's.
+
+    map = sum_k u_k y_k, not rectified; magnitude = sum_k,mn |u_k y_k|, with u = G / (2 + ratio |G| sum_mn |y_k,mn|) at
+    each position. y is the tap, or the output of the norm that alone reads it; G is its gradient. ratio: |third /
+    second derivative| of the smooth function of the score. In front of a norm that divides by the tap's own deviation,
+    sum_k G_k y_k would be 0.
+    """
+
+    def build(tape: Tape, logits: ir.Value, values: list[ir.Value], recovered: object) -> list[ir.Value]:
+        seed, restored = _seed(tape, logits, graph.precision)
+        ratio = ir.Value(name="ratio", shape=ir.Shape(["seeds", 1]), type=ir.TensorType(ir.DataType.FLOAT))
+        tape.graph.inputs.append(ratio)
+        bend = tape.Reshape(restored(ratio, 2), [-1, 1, 1, 1])  # scaled as the gradients are
+        layout_by_value, taps, sources = layouts(tape.graph), [], []
+        for (tap, _), value in zip(graph.taps, values, strict=True):
+            behind = behind_norm(value, layout_by_value)
+            sources.append(value if behind is None else behind)
+            layout = None if behind is None else layout_by_value[behind]
+            taps.append(tap if layout is None else replace(tap, layout=layout.kind, prefix=layout.prefix))
+        maps, magnitudes = [], []
+        for tap, v, g in zip(taps, sources, cotangents(tape, sources, logits, seed), strict=True):
+            v, g = to_maps(tape, v, tap), to_maps(tape, g, tap)
+            if graph.precision != "float32":  # a sum over the grid may be too large for float16
+                g = tape.Cast(g, to=ir.DataType.FLOAT)
+            total = tape.Mul(tape.ReduceSum(tape.Abs(v), [2, 3], keepdims=1), bend)
+            divisor = tape.Add(tape.Mul(tape.Abs(g), total), tape.floats(2))
+            evidence = tape.Div(tape.Mul(g, v), divisor)
+            magnitudes.append(tape.Reshape(tape.ReduceSum(tape.Abs(evidence), [1, 2, 3], keepdims=0), [-1, 1, 1]))
+            maps.append(tape.Reshape(tape.ReduceSum(evidence, [1], keepdims=0), [-1, 1, math.prod(tap.grid)]))
+        width = sum(math.prod(t.grid) for t, _ in graph.taps)
+        return [
+            output(tape, restored(_flat(tape, maps), 2), "maps", ["seeds", width]),
+            output(tape, restored(_flat(tape, magnitudes), 2), "magnitudes", ["seeds", len(taps)]),
         ]
 
     return _program(graph, build, fold=True)

@@ -119,7 +119,8 @@ class Explainer:
 
         logits = np.empty((len(pictures), self.manifest.num_classes), np.float32)
         results = []
-        for batch in batches(images, seeds, method.by_image, self.session.max_batch):
+        by_image = method.data(options).by_image
+        for batch in batches(images, seeds, by_image, self.session.max_batch):
             result, found = explain_batch(self.session, method, batch, names, options)
             logits[batch.first : batch.first + len(batch.images)] = found[: len(batch.images)]
             results.append(result)

@@ -33,6 +33,7 @@ FILES = [
     "layer_maps.last.onnx",
     "layer_maps.onnx",
     "manifest.json",
+    "signed_maps.onnx",
     "trunk.onnx",
     "weights.bin",
 ]
@@ -67,7 +68,7 @@ def test_programs_share_one_weights_file(exported: Path) -> None:
                 places.setdefault((int(entries["offset"]), int(entries["length"])), set()).add(file.name)
             else:
                 assert len(tensor.raw_data) < 1024
-    assert max(map(len, places.values())) == 9
+    assert max(map(len, places.values())) == 10
     data = (exported / "weights.bin").read_bytes()
     hashes = [hashlib.sha256(data[o : o + n]).digest() for o, n in places]
     assert len(set(hashes)) == len(hashes)
@@ -202,8 +203,8 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> N
 def test_progress_is_told(tmp_path: Path) -> None:
     stages: list[str] = []
     camrt.export_model(small_net(), tmp_path / "small.camrt", (3, 32, 32), progress=stages.append)
-    assert stages[0] == "tracing the model" and stages[-2] == "checking every program" and len(stages) == 16
-    assert re.fullmatch(r"checked 10 programs in [0-9.]+ s", stages[-1])
+    assert stages[0] == "tracing the model" and stages[-2] == "checking every program" and len(stages) == 17
+    assert re.fullmatch(r"checked 11 programs in [0-9.]+ s", stages[-1])
 
 
 # ---- models that cannot be exported

@@ -81,7 +81,7 @@ def test_export_info_verify_explain_a_callable(folder: Path, capsys: pytest.Capt
         *RECIPE,
     ]
     assert main(command) == 0
-    assert "net.camrt: 2 layers, 10 programs" in capsys.readouterr().out
+    assert "net.camrt: 2 layers, 11 programs" in capsys.readouterr().out
 
     assert main(["info", "net.camrt"]) == 0
     shown = capsys.readouterr().out

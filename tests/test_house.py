@@ -302,7 +302,7 @@ def test_a_second_method_of_a_name_is_refused() -> None:
 
     with pytest.raises(ValueError, match="registered already"):
         cam("grad_cam", needs=LayerMaps, layers="last", source="none")(lambda layers: layers)
-    with pytest.raises(ValueError, match="use LayerMaps, Gradients"):
+    with pytest.raises(ValueError, match="use LayerMaps, SignedMaps"):
         cam("new", needs=str, layers="last", source="none")(lambda layers: layers)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="new: on_gpu, but Gradients lies on the host"):
         cam("new", needs=Gradients, layers="last", source="none", on_gpu=True)(lambda layers: layers)

@@ -27,7 +27,8 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.export.pytorch.autograd import record
 from camrt.runtime.cams import METHODS, Lane, MaskedRuns, Result
-from camrt.runtime.cams.integrative import SMOOTH, layer_map, terms
+from camrt.runtime.cams.integrative import residual_map
+from camrt.runtime.cams.smooth import SMOOTH, terms
 from camrt.runtime.session.batches import batches
 from camrt.runtime.session.explaining import read
 from camrt.verification import method_runs, methods
@@ -36,6 +37,7 @@ from camrt.verification.distances import largest_difference
 IMAGES = smooth_images((3, 32, 32), 3)
 TARGETS = [1, 4, 0]
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
+BEHIND_NORMS = ["norm", "block.1", "head.0"]
 LIMIT = 1e-4  # the network is shallow: float32 leaves 1e-6
 
 
@@ -83,32 +85,41 @@ def finer(model: nn.Module, image: torch.Tensor, target: int, tap: Any, alpha: f
     return methods.grad_cam(record(model, image, seed, [tap.name]), image.shape[2:])[0]
 
 
-def integrative(smooth: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+def integrative(smooth: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], reading: str) -> Callable[..., Any]:
+    """smooth: (the target's score (1,), the logsumexp of the others) -> (1,)."""
+
     def compute(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
-        recorded = record(model, image, target, CONVOLUTIONS)
+        reference, layers = {
+            "signed": (methods.integrative_cam, BEHIND_NORMS),
+            "residual": (methods.integrative_residual, CONVOLUTIONS),
+        }[reading]
+        recorded = record(model, image, target, layers)
         seed = nn.functional.one_hot(torch.tensor([target]), 5).to(image.dtype)
-        return methods.integrative_cam(recorded, seed, image.shape[2:], smooth)[0][0]
+        others = torch.cat([recorded.logits[0, :target], recorded.logits[0, target + 1 :]]).logsumexp(0)
+        return reference(recorded, seed, image.shape[2:], lambda s: smooth(s, others))[0][0]
 
     return compute
 
 
-def probability(model: nn.Module, image: torch.Tensor, target: int, tap: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits = model(image)[0]
-    others = torch.cat([logits[:target], logits[target + 1 :]]).logsumexp(0)
-    return integrative(lambda s: torch.sigmoid(s - others))(model, image, target, tap)
-
-
 square = camrt.Smooth(lambda s: s**2 + s**3, lambda s: 2 * s + 3 * s**2, lambda s: 2 + 6 * s, lambda s: 6 + 0 * s)
+
+SMOOTH_IN_PYTORCH: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "identity": lambda s, others: s,
+    "exp": lambda s, others: s.exp(),
+    "softplus": lambda s, others: nn.functional.softplus(s),
+    "softmax": lambda s, others: torch.sigmoid(s - others),
+    square: lambda s, others: s**2 + s**3,
+}
 
 CASES = [
     Case("winsor_cam", winsor, {"percentile": 50, "layer_aggregation": "max"}),
     *(layer_case(name) for name in methods.LAYER_METHODS),
-    Case("integrative_cam", integrative(lambda s: s)),
-    Case("integrative_cam", integrative(torch.exp), {"smooth": "exp"}),
-    Case("integrative_cam", integrative(nn.functional.softplus), {"smooth": "softplus"}),
-    Case("integrative_cam", probability, {"smooth": "softmax"}),
-    Case("integrative_cam", integrative(lambda s: s**2 + s**3), {"smooth": square}),
+    Case("integrative_cam", integrative(lambda s, others: s, "signed")),
+    *(
+        Case("integrative_cam", integrative(function, reading), {"smooth": name, "reading": reading})
+        for reading in ("signed", "residual")
+        for name, function in SMOOTH_IN_PYTORCH.items()
+    ),
     Case("full_grad", full_grad),
     Case("finer_cam", functools.partial(finer, alpha=1.0, comparisons=3)),
     Case("finer_cam", functools.partial(finer, alpha=0.6, comparisons=2), {"alpha": 0.6, "comparisons": 2}),
@@ -296,18 +307,12 @@ def test_scores_are_the_same_bits_each_time(exported: Path) -> None:
 @pytest.mark.parametrize("smooth", [*SMOOTH, square], ids=_said)
 def test_a_layer_sums_to_the_smooth_score(smooth: Any, explainer: camrt.Explainer) -> None:
     """The bias makes sum_ij (sum_k w_k A_k + b / (h w)) equal to Y, here both divided by f'(S)."""
-    data = gradients_of(explainer)
-    score = (data.logits * data.seeds).sum(1).astype(np.float64)
-    found = terms(smooth, score, data.logits.astype(np.float64), data.seeds)
-    for activation, gradient in data.pairs():
-        np.testing.assert_allclose(layer_map(activation, gradient, found).sum((1, 2)), found.value, rtol=1e-5)
-
-
-def gradients_of(explainer: camrt.Explainer) -> Any:
-    method = METHODS["integrative_cam"]
     seeds = np.eye(5, dtype=np.float32)[TARGETS][:, None]
     (batch,) = batches(IMAGES, seeds, False, 16)
-    return read(explainer.session, method, batch, CONVOLUTIONS, {})
+    data = read(explainer.session, METHODS["integrative_cam"], batch, CONVOLUTIONS, {"reading": "residual"})
+    of_score = terms(smooth, data.logits, data.seeds)
+    for activation, gradient in data.pairs():
+        np.testing.assert_allclose(residual_map(activation, gradient, of_score).sum((1, 2)), of_score.value, rtol=1e-5)
 
 
 class Rescaled(nn.Module):
@@ -329,7 +334,7 @@ def test_layer_weights_do_not_change_when_a_layer_is_rescaled(tmp_path: Path) ->
     results = []
     for i, factor in enumerate((1.0, 37.0)):
         path = camrt.export_model(Rescaled(factor), tmp_path / f"{i}.camrt", (3, 32, 32), "conv")
-        results.append(camrt.load(path).explain(IMAGES, "integrative_cam", 1))
+        results.append(camrt.load(path).explain(IMAGES, "integrative_cam", 1, reading="residual"))
     np.testing.assert_allclose(results[0].logits, results[1].logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(results[0].layer_weights, results[1].layer_weights, rtol=1e-4)
     np.testing.assert_allclose(results[0].layer_weights.sum(1), 1, rtol=1e-5)

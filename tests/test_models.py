@@ -52,7 +52,7 @@ def build_engines(bundle: Bundle) -> None:
     layers = [t.name for t in bundle.manifest.taps]
     built = []
     for precision in ("fp32", "fp16"):
-        for kind in ("classify", "activations", "gradients", "layer_maps"):
+        for kind in ("classify", "activations", "gradients", "layer_maps", "signed_maps"):
             program = bundle.program(kind, () if kind == "classify" else layers, precision)
             if program.file in built:
                 continue  # activations are the same file
@@ -61,7 +61,7 @@ def build_engines(bundle: Bundle) -> None:
             assert len(made.engine) > 1000
             assert made.warnings == [], program.file
             built.append(program.file)
-    assert len(built) == 7
+    assert len(built) == 9
 
 
 @pytest.mark.parametrize(("name", "taps", "last"), [(f[0], *f[2:]) for f in FAMILIES], ids=[f[0] for f in FAMILIES])
@@ -76,7 +76,8 @@ def test_family(name: str, taps: int, last: str, tmp_path: Path) -> None:
     assert report.passed, failures(report)
     compared = {row.subject.split()[0] for row in report.rows if "fp16" not in row.program}
     methods = {"winsor_cam", "integrative_cam", "full_grad", *LAYER_METHODS}
-    assert compared == {"logits", "activation", "gradient", "float64", "alphas", "maps", "single", "several", *methods}
+    programs = {"logits", "activation", "gradient", "float64", "alphas", "maps", "signed", "single", "several"}
+    assert compared == programs | methods
     for file in ("gradients.onnx", "gradients.fp16.onnx")[: len(precisions)]:
         rows = {r.subject for r in report.rows if r.program == file and r.subject.startswith("float64 gradient")}
         assert len(rows) == taps

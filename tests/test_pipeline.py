@@ -120,7 +120,7 @@ def test_the_emulated_gpu_is_a_queue(emulated: EmulatedGpu) -> None:
 def test_every_method_gives_the_maps_of_the_cpu(name: str, on_gpu: Explainer, explainer: camrt.Explainer) -> None:
     """On batches that the largest does not divide, twice, so that graphs are captured, and once more, replayed."""
     want = explainer.explain(IMAGES, name)
-    for _ in range(3 if METHODS[name].needs.captured else 1):
+    for _ in range(3 if METHODS[name].data({}).captured else 1):
         assert_same(on_gpu.explain(IMAGES, name), want)
     classes = np.array([[0, 3], [1, 2], [4, 4]])
     assert_same(on_gpu.explain(IMAGES, name, classes), explainer.explain(IMAGES, name, classes))

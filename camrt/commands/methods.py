@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
         text = (method.function.__doc__ or "").strip().splitlines()
         print(f"{method.name}: {method.source}")
         print("\n".join(line.strip() for line in text))
-        print(f"layers: {method.layers or 'the whole network'}; programs: {', '.join(method.needs.kinds)}")
+        print(f"layers: {method.layers or 'the whole network'}; programs: {', '.join(method.data({}).kinds)}")
         print(f"options: {', '.join(f'{k}={v}' for k, v in method.options.items()) or 'none'}")
         return 0
     methods = all_methods()
@@ -31,7 +31,6 @@ def run(options: argparse.Namespace) -> int:
         method = methods[name]
         formula = (method.function.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         print(f"{method.name:16} {' '.join(formula.split())}")
-        print(
-            f"{'':16} on {method.layers or 'the whole network'}, from {', '.join(method.needs.kinds)}; {method.source}"
-        )
+        programs = ", ".join(method.data({}).kinds)
+        print(f"{'':16} on {method.layers or 'the whole network'}, from {programs}; {method.source}")
     return 0

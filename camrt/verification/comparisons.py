@@ -79,6 +79,14 @@ class MapComparison:
         return cls(f"methods fp16 {engine}", cosine_distance, HALF_LIMIT)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """PyTorch's records of some layers: in float64, and in float32 of images that differ in their last bits."""
+
+    double: Record
+    singles: list[Record]
+
+
 def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, double: Record) -> Iterator[Row]:
     """One row: the reference's top logit minus its logit of the bundle's top class, as a fraction of its range."""
     want = double.logits.numpy()
@@ -136,9 +144,21 @@ def program_rows(
                 yield row(f"activation {tap}", name, lambda r, t=tap: r.activations[t], True)
         if f"gradient:{tap}" in out:
             yield row(f"gradient {tap}", f"gradient:{tap}", lambda r, t=tap: r.gradients[t], False)
-    if "maps" in out:
+    if "alphas" in out:
         yield row("alphas", "alphas", lambda r: _side_by_side(r, taps)[0], False)
         yield row("maps", "maps", lambda r: _side_by_side(r, taps)[1], False)
+
+
+def signed_rows(file: str, out: dict[str, np.ndarray], behind_norms: Reference) -> Iterator[Row]:
+    """The maps of the signed_maps program, run with the ratio 0. behind_norms: of its layers."""
+    import torch
+
+    def maps(recorded: Record) -> np.ndarray:
+        pairs = zip(recorded.activations.values(), recorded.gradients.values(), strict=True)
+        return torch.cat([(y * g / 2).sum(1).flatten(1) for y, g in pairs], 1).numpy()
+
+    want, own = maps(behind_norms.double), [maps(r) for r in behind_norms.singles]
+    yield _row(file, "signed maps", out["maps"], want, own, relative_l2, ACTIVATION_LIMIT)
 
 
 def head_rows(
@@ -251,13 +271,12 @@ def method_rows(
     seed: np.ndarray,
     double: Record,
     singles: Sequence[Record],
+    behind_norms: Reference,
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
     """Maps of Winsor-CAM and Integrative CAM, and, at the last block, of every method in LAYER_METHODS."""
-    import torch
-
     from ..export.pytorch.autograd import select
-    from .methods import LAYER_METHODS, integrative_cam, winsor_cam
+    from .methods import LAYER_METHODS, integrative_cam, integrative_residual, winsor_cam
 
     size = batch.shape[2:]
     roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
@@ -278,18 +297,30 @@ def method_rows(
                     subject = f"winsor_cam {aggregation} p{p}"
                     yield row(subject, got, lambda r, o=options: winsor_cam(select(r, roles["conv"]), *o)[0])
         progress("checking integrative_cam")
-        got = explainer.explain(batch, "integrative_cam", seed).maps
-
-        def integrative(recorded: Record) -> Any:
-            kind = recorded.logits.dtype
-            return integrative_cam(select(recorded, roles["conv"]), torch.from_numpy(seed).to(kind), size)[0]
-
-        yield row("integrative_cam", got, integrative)
+        compared = minmax(explainer.explain(batch, "integrative_cam", seed, "conv").maps)
+        want, *own = (
+            minmax(integrative_cam(select(r, roles["conv"]), _seed_like(r, seed), size)[0].numpy())
+            for r in (behind_norms.double, *behind_norms.singles)
+        )
+        yield _row(what.label, "integrative_cam", compared, want, own, what.distance, what.limit)
+        got = explainer.explain(batch, "integrative_cam", seed, reading="residual").maps
+        yield row(
+            "integrative_cam residual",
+            got,
+            lambda r: integrative_residual(select(r, roles["conv"]), _seed_like(r, seed), size)[0],
+        )
     if roles["last"]:
         for name, method in LAYER_METHODS.items():
             progress(f"checking {name}")
             got = explainer.explain(batch, name, seed).maps
             yield row(name, got, lambda r, m=method: m(select(r, roles["last"]), size))
+
+
+def _seed_like(recorded: Record, seed: np.ndarray) -> Any:
+    """The seed as a tensor of the record's precision."""
+    import torch
+
+    return torch.from_numpy(seed).to(recorded.logits.dtype)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ takes one image and one target.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -189,6 +190,37 @@ def biases_of_module(model: nn.Module, image: torch.Tensor, seed: torch.Tensor) 
     prefix = "1.model." if isinstance(model, OutputSelector) else "1."
     recorded = record(entry, image, seed, ["0", *(prefix + name for name in biased)])
     return recorded.gradients["0"], [(constant, recorded.gradients[prefix + name]) for name, constant in biased.items()]
+
+
+def norms_of_module(model: nn.Module, image: torch.Tensor, taps: Sequence[Tap]) -> dict[str, Tap] | None:
+    """{layer: the output of the batch norm module that reads it, as a tap}; None if a layer has no such module."""
+    outputs: dict[str, torch.Tensor] = {}
+    norms: dict[str, Tap] = {}
+    by_name = {tap.name: tap for tap in taps}
+
+    def visit(name: str, output: torch.Tensor) -> torch.Tensor:
+        if name in by_name:
+            outputs[name] = output
+        return output
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            for layer, output in outputs.items():
+                if args and args[0] is output:
+                    behind = name if _is_alone(module) else f"{name}.batch_norm"
+                    norms[layer] = replace(by_name[layer], name=behind)
+
+        return hook
+
+    modules = [(n, m) for n, m in unwrapped(model).named_modules() if is_a(m, (nn.BatchNorm2d,))]
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in modules]
+    try:
+        with torch.no_grad(), checkpoints_as_calls(), recording(model, visit):
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return norms if set(norms) == set(by_name) else None
 
 
 def _is_alone(module: nn.Module) -> bool:

@@ -119,25 +119,60 @@ def _eigen_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor
     return torch.stack(maps)
 
 
-def integrative_cam(
-    recorded: Record,
-    seed: torch.Tensor,
-    size: Sequence[int],
-    smooth: Callable[[torch.Tensor], torch.Tensor] = lambda s: s,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integrative CAM, reconstructed (arXiv 2412.01354): maps (B, *size) and layer weights (B, L).
+Smooth = Callable[[torch.Tensor], torch.Tensor]
 
-    smooth: score (B,) -> Y (B,); its derivatives are autograd's.
-    """
+
+def derivatives(recorded: Record, seed: torch.Tensor, smooth: Smooth) -> tuple[torch.Tensor, ...]:
+    """Y = smooth(S) of the target's score S, f'(S), and f'''(S) / f''(S), 0 where both are: (B,) each, by autograd."""
     score = (recorded.logits * seed).sum(1).requires_grad_()
     with torch.enable_grad():
-        derivatives = [smooth(score)]
+        found = [smooth(score)]
         for _ in range(3):
-            last = derivatives[-1]
+            last = found[-1]
             step = torch.autograd.grad(last.sum(), score, create_graph=True)[0] if last.requires_grad else last * 0
-            derivatives.append(step)
-    y, first, second, third = (d.detach()[:, None, None, None] for d in derivatives)
-    ratio = torch.where((second == 0) & (third == 0), 0, third / second)
+            found.append(step)
+    y, first, second, third = (d.detach() for d in found)
+    return y, first, torch.where((second == 0) & (third == 0), 0, third / second)
+
+
+def fused(
+    maps: Sequence[torch.Tensor], importance: Sequence[torch.Tensor], size: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layers' maps (B, h, w) and importances (B,) -> the weighted sum of the rectified, resized and scaled maps
+    (B, *size), and the weights (B, L), which sum to 1 or are all 0.
+    """
+    shares = torch.stack(list(importance), 1)
+    total = shares.sum(1, keepdim=True)
+    shares = shares / torch.where(total > 0, total, 1)
+    scaled = torch.stack([minmax(resize(m.relu(), size)) for m in maps], 1)
+    return (shares[:, :, None, None] * scaled).sum(1), shares
+
+
+def integrative_cam(
+    behind_norms: Record, seed: torch.Tensor, size: Sequence[int], smooth: Smooth = lambda s: s
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integrative CAM, reconstructed (arXiv 2412.01354), reading "signed": maps (B, *size) and layer weights (B, L).
+
+    behind_norms: per convolution the output of the batch norm behind it, or its own where there is none. smooth: score
+    (B,) -> Y (B,); its derivatives are autograd's.
+    """
+    _, first, ratio = (d[:, None, None, None] for d in derivatives(behind_norms, seed, smooth))
+    maps, importance = [], []
+    for y, g in zip(behind_norms.activations.values(), behind_norms.gradients.values(), strict=True):
+        alpha = 1 / (2 + ratio.abs() * g.abs() * y.abs().sum((2, 3), keepdim=True))
+        signed = (first.sign() * alpha * g * y).sum(1)
+        for_class, all_evidence = signed.relu().sum((1, 2)), signed.abs().sum((1, 2))
+        cancelled = all_evidence <= 1e-3 * (alpha * g * y).abs().sum((1, 2, 3))
+        maps.append(signed)
+        importance.append(torch.where(cancelled, 0, for_class / torch.where(all_evidence > 0, all_evidence, 1)))
+    return fused(maps, importance, size)
+
+
+def integrative_residual(
+    recorded: Record, seed: torch.Tensor, size: Sequence[int], smooth: Smooth = lambda s: s
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, reading "residual". recorded: the convolutions' own outputs."""
+    y, first, ratio = (d[:, None, None, None] for d in derivatives(recorded, seed, smooth))
     maps, importance = [], []
     for activation, gradient in zip(recorded.activations.values(), recorded.gradients.values(), strict=True):
         total = activation.sum((2, 3), keepdim=True)
@@ -145,13 +180,11 @@ def integrative_cam(
         weights = first[:, 0, 0] * (share * gradient.relu()).sum((2, 3))
         bias = y[:, 0, 0, 0] - (weights * total[:, :, 0, 0]).sum(1)
         pixels = activation.shape[2] * activation.shape[3]
-        map_ = weighted(weights, activation) + (bias / pixels)[:, None, None]
-        maps.append(minmax(resize(map_.relu(), size)))
+        maps.append(weighted(weights, activation) + (bias / pixels)[:, None, None])
         importance.append(gradient.abs().mean((1, 2, 3)) * activation.abs().mean((1, 2, 3)))
-    shares = torch.stack(importance, 1)
-    total = shares.sum(1, keepdim=True)
-    shares = torch.where(total > 0, shares / torch.where(total > 0, total, 1), 1 / len(importance))
-    return sum(w[:, None, None] * m for w, m in zip(shares.T, maps, strict=True)), shares  # type: ignore[return-value]
+    if not torch.stack(importance).any():
+        importance = [torch.ones_like(i) for i in importance]
+    return fused(maps, importance, size)
 
 
 def finer_seed(logits: torch.Tensor, target: int, alpha: float = 1.0, comparisons: int = 3) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..runtime.bundle.kinds import Kind
+from ..runtime.bundle.manifest import Tap
 from ..runtime.bundle.reading import Bundle
 from ..runtime.errors import CamrtError, ExportError
 
@@ -23,13 +24,15 @@ class Oracle:
     """The reference, in float64 (precise) or float32.
 
     record: (image (B, C, H, W), seed (B, classes), layers, precise) -> logits, activations and gradients; full_grad:
-    (image, seed, precise) -> maps (B, H, W); own_backward: image -> names of the model's parts whose backward pass is
-    not the derivative of their forward pass.
+    (image, seed, precise) -> maps (B, H, W); norms: (image, taps with a norm behind them) -> {layer: the norm's output,
+    as a tap under a name that `record` takes}, None if one was not found; own_backward: image -> names of the model's
+    parts whose backward pass is not the derivative of their forward pass.
     """
 
     name: str
     record: Callable[[np.ndarray, np.ndarray, Sequence[str], bool], Record]
     full_grad: Callable[[np.ndarray, np.ndarray, bool], np.ndarray]
+    norms: Callable[[np.ndarray, Sequence[Tap]], dict[str, Tap] | None]
     own_backward: Callable[[np.ndarray], Sequence[str]] = lambda _: ()
 
 
@@ -42,7 +45,7 @@ def module_oracle(model: Any, name: str) -> Oracle:
 
     from ..export.pytorch.autograd import record
     from ..export.pytorch.modules import own_gradients
-    from .method_runs import biases_of_module
+    from .method_runs import biases_of_module, norms_of_module
     from .method_runs import full_grad as full_grad_of
 
     model.eval()
@@ -60,7 +63,10 @@ def module_oracle(model: Any, name: str) -> Oracle:
     def full(image: np.ndarray, seed: np.ndarray, precise: bool) -> np.ndarray:
         return in_precision(precise, lambda m, x, s: full_grad_of(x, *biases_of_module(m, x, s)).numpy(), image, seed)
 
-    return Oracle(name, run, full, lambda image: own_gradients(model, torch.from_numpy(image)))
+    def norms(image: np.ndarray, taps: Sequence[Tap]) -> dict[str, Tap] | None:
+        return in_precision(False, lambda m, x: norms_of_module(m, x, taps), image)
+
+    return Oracle(name, run, full, norms, lambda image: own_gradients(model, torch.from_numpy(image)))
 
 
 def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Oracle:
@@ -72,12 +78,14 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
     from .method_runs import full_grad as full_grad_of
 
     interpreters = {kind: Interpreter(graph, kind) for kind in (torch.float64, torch.float32)}
+    behind = norms_in_graph(interpreters[torch.float64].model.graph, taps)
+    values_by_name = taps | {_behind_norm(layer): str(value.name) for layer, (value, _) in behind.items()}
 
     def run(image: np.ndarray, seed: np.ndarray, layers: Sequence[str], precise: bool) -> Record:
         kind = torch.float64 if precise else torch.float32
         entry = str(interpreters[kind].model.graph.inputs[0].name)
         x = torch.from_numpy(image).to(kind).requires_grad_()
-        names = [taps[layer] for layer in layers]
+        names = [values_by_name[layer] for layer in layers]
         values = interpreters[kind].run({entry: x}, [logits, *names])
         tensors = [values[n] for n in names]
         grads = torch.autograd.grad(values[logits], tensors, torch.from_numpy(seed).to(kind))
@@ -100,7 +108,31 @@ def graph_oracle(graph: Any, logits: str, taps: dict[str, str], name: str) -> Or
         biased = [(b, g) for b, g in zip(points.values(), grads[1:], strict=True) if g is not None]
         return full_grad_of(x.detach(), grads[0], biased).numpy()
 
-    return Oracle(name, run, full)
+    def norms(image: np.ndarray, taps: Sequence[Tap]) -> dict[str, Tap] | None:
+        if not all(tap.name in behind for tap in taps):
+            return None
+        outputs = {}
+        for tap in taps:
+            layout = behind[tap.name][1]
+            outputs[tap.name] = replace(tap, name=_behind_norm(tap.name), layout=layout.kind, prefix=layout.prefix)
+        return outputs
+
+    return Oracle(name, run, full, norms)
+
+
+def norms_in_graph(graph: Any, taps: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+    """{layer: the output of the norm that alone reads it, and its layout}. taps: layer -> name of its value."""
+    from ..export.graph import named_values
+    from ..export.layers.layouts import layouts
+    from ..export.layers.norms import behind_norm
+
+    layout_by_value, values = layouts(graph), named_values(graph)
+    outputs = {layer: behind_norm(values[name], layout_by_value) for layer, name in taps.items()}
+    return {layer: (value, layout_by_value[value]) for layer, value in outputs.items() if value is not None}
+
+
+def _behind_norm(layer: str) -> str:
+    return f"{layer}, behind its norm"
 
 
 def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
@@ -135,7 +167,7 @@ def open_oracle(bundle: Bundle, source: str | None) -> Oracle:
         return graph_oracle(graph.model, graph.logits, taps, f"{spec}, its operators run by PyTorch")
     if source and manifest.source["kind"] == "onnx":
         raise ExportError(f"{source}: no such file")
-    return _own_graph(bundle)
+    return own_graph(bundle)
 
 
 def _runs_in_float64(model: Any, shape: Sequence[int]) -> bool:
@@ -152,7 +184,15 @@ def _runs_in_float64(model: Any, shape: Sequence[int]) -> bool:
         model.float()
 
 
-def _own_graph(bundle: Bundle) -> Oracle:
+def own_graph(bundle: Bundle) -> Oracle:
+    """The reference from the bundle's own forward graph."""
+    model, taps = own_forward(bundle)
+    name = "the bundle's own forward graph, its operators run by PyTorch"
+    return graph_oracle(model, "logits", taps, name)
+
+
+def own_forward(bundle: Bundle) -> tuple[Any, dict[str, str]]:
+    """The bundle's forward graph with every layer, and the names of the layers' values."""
     import onnx_ir as ir
 
     program = max((p for p in bundle.manifest.programs if p.kind == Kind.ACTIVATIONS), key=lambda p: len(p.taps))
@@ -165,4 +205,4 @@ def _own_graph(bundle: Bundle) -> Oracle:
         for _ in range({"NCHW": 0, "NHWC": 1, "tokens": 2, "LND": 3}[tap.layout] + bool(tap.prefix)):
             value = str(producers[value].inputs[0].name)  # type: ignore[union-attr]  # back through the change of layout
         taps[name] = value
-    return graph_oracle(model, "logits", taps, "the bundle's own forward graph, its operators run by PyTorch")
+    return model, taps

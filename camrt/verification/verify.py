@@ -13,7 +13,7 @@ from ..export.probes import last_bits, smooth_images
 from ..kernels import DeviceError
 from ..runtime.backends import Backend, Executable, Settings, create
 from ..runtime.bundle.kinds import Kind
-from ..runtime.bundle.manifest import Program
+from ..runtime.bundle.manifest import Program, Tap
 from ..runtime.bundle.reading import Bundle, read_bundle
 from ..runtime.errors import CamrtError
 from ..runtime.explainer import Explainer
@@ -21,6 +21,7 @@ from .comparisons import (
     FLOAT32_UNITS,
     QUANTISED_UNITS,
     MapComparison,
+    Reference,
     Row,
     class_rows,
     full_grad_graph_rows,
@@ -30,10 +31,11 @@ from .comparisons import (
     head_rows,
     method_rows,
     program_rows,
+    signed_rows,
     source_rows,
     use_rows,
 )
-from .oracle import Oracle, open_oracle
+from .oracle import Oracle, norms_in_graph, open_oracle, own_forward, own_graph
 from .rounding import RoundingBackend
 
 FLOAT32_RUNS = 8  # samples of PyTorch float32's own distance from float64
@@ -104,8 +106,6 @@ def _compared(
     """steps: whether the network is quantised. Its activations change in steps, so the limits allow what a change of
     the images by about 1e-3 does.
     """
-    from ..export.pytorch.autograd import as_maps
-
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images
     engine = _Sharing(create(backend, Settings(max_batch=max(16, len(batch)))))
@@ -115,11 +115,8 @@ def _compared(
     seed = _seeds(oracle, batch, manifest.num_classes, layers)
     units = QUANTISED_UNITS if steps else FLOAT32_UNITS
     progress(f"reference in float64: {oracle.name}")
-    double = as_maps(oracle.record(batch, seed, layers, True), manifest.taps)
-    singles = [
-        as_maps(oracle.record(image, seed, layers, False), manifest.taps)
-        for image in last_bits(batch, FLOAT32_RUNS, units)
-    ]
+    of_taps, behind_norms = _references(bundle, oracle, batch, seed, units)
+    double, singles = of_taps.double, of_taps.singles
     chosen = bundle.precisions if precisions is None else precisions
     of_full_grad = full_grads(bundle, oracle, batch, seed, units)
     by_method: list[Row] = []
@@ -134,7 +131,7 @@ def _compared(
                 by_method += class_rows(explainer, what, batch, double)
             else:
                 explainers.append(explainer)
-            by_method += method_rows(explainer, what, batch, seed, double, singles, progress)
+            by_method += method_rows(explainer, what, batch, seed, double, singles, behind_norms, progress)
             by_method += full_grad_rows(explainer, what, batch, seed, of_full_grad)
     rows: list[Row] = []
     cut: dict[str, np.ndarray] = {}
@@ -142,12 +139,14 @@ def _compared(
         if program.precision != "float32":
             continue
         progress(f"checking {program.file}")
-        inputs = cut | {"image": batch, "seed": seed}
+        inputs = cut | {"image": batch, "seed": seed, "ratio": np.zeros((len(seed), 1), np.float32)}
         executable = engine.open(bundle, program)
         out = executable.run({name: inputs[name] for name in program.inputs})
         if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
             cut = out  # inputs of the next program in the manifest: the head or score program
         rows += program_rows(program.file, out, program.taps, double, singles, steps)
+        if program.kind == Kind.SIGNED_MAPS:
+            rows += signed_rows(program.file, out, behind_norms)
         if program.kind == Kind.HEAD and manifest.batch != 1:
             rows += head_rows(bundle, engine, program, batch, double, singles, steps)
     if "fp32" in chosen:
@@ -155,6 +154,51 @@ def _compared(
         rows += source_rows(bundle, engine, batch)
     rows += by_method
     return Report(oracle.name, tuple(rows), tuple(oracle.own_backward(batch[:1])))
+
+
+def _references(
+    bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float
+) -> tuple[Reference, Reference]:
+    """Of every layer as it is, and of every layer behind the norm that follows it, if one does."""
+    from ..export.pytorch.autograd import Record, as_maps
+
+    taps = bundle.manifest.taps
+    model, own = own_forward(bundle)
+    normed = [bundle.manifest.tap(layer) for layer in norms_in_graph(model.graph, own)]
+    norms, oracle_of_norms = oracle.norms(batch, normed), oracle
+    if norms is None:  # not all of them are batch norm modules
+        oracle_of_norms = own_graph(bundle)
+        norms = oracle_of_norms.norms(batch, normed)
+        assert norms is not None
+    behind = [norms.get(t.name, t) for t in taps]
+    together = oracle_of_norms is oracle
+    names = [t.name for t in taps] + [t.name for t in norms.values() if together]
+    reference = _reference(oracle, batch, seed, names, units)
+    of_norms = reference if together else _reference(oracle_of_norms, batch, seed, [t.name for t in behind], units)
+
+    def picked(reference: Reference, chosen: Sequence[Tap]) -> Reference:
+        """What was recorded of some tensors, under the layers' names."""
+
+        def of(recorded: Record) -> Record:
+            parts = recorded.activations, recorded.gradients
+            a, g = ({t.name: part[t.name] for t in chosen} for part in parts)
+            maps = as_maps(Record(recorded.logits, a, g), chosen)
+            a, g = (
+                {t.name: part[c.name] for t, c in zip(taps, chosen, strict=True)}
+                for part in (maps.activations, maps.gradients)
+            )
+            return Record(maps.logits, a, g)
+
+        return Reference(of(reference.double), [of(r) for r in reference.singles])
+
+    return picked(reference, taps), picked(of_norms, behind)
+
+
+def _reference(oracle: Oracle, batch: np.ndarray, seed: np.ndarray, layers: Sequence[str], units: float) -> Reference:
+    double = oracle.record(batch, seed, layers, True)
+    return Reference(
+        double, [oracle.record(image, seed, layers, False) for image in last_bits(batch, FLOAT32_RUNS, units)]
+    )
 
 
 def _is_quantised(bundle: Bundle) -> bool:

@@ -21,6 +21,7 @@ class Kind(StrEnum):
     ACTIVATIONS = "activations"
     GRADIENTS = "gradients"
     LAYER_MAPS = "layer_maps"
+    SIGNED_MAPS = "signed_maps"
     FULL_GRAD = "full_grad"
     TRUNK = "trunk"
     HEAD = "head"
@@ -76,8 +77,12 @@ def _single(taps: Sequence[Tap]) -> Sizes:
     return {"activation": (taps[0].channels, *taps[0].grid)} if len(taps) == 1 else {}
 
 
+def _maps(taps: Sequence[Tap]) -> Sizes:
+    return {"maps": (sum(math.prod(t.grid) for t in taps),)}
+
+
 def _layer_maps(taps: Sequence[Tap]) -> Sizes:
-    return {"alphas": (sum(t.channels for t in taps),), "maps": (sum(math.prod(t.grid) for t in taps),)}
+    return {"alphas": (sum(t.channels for t in taps),)} | _maps(taps)
 
 
 KINDS: dict[str, ProgramKind] = {
@@ -92,6 +97,13 @@ KINDS: dict[str, ProgramKind] = {
         )
     ),
     Kind.LAYER_MAPS: ProgramKind(lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)), engine=True),
+    Kind.SIGNED_MAPS: ProgramKind(
+        lambda m, taps: (
+            _image(m) | _seed(m) | {"ratio": (1,)},
+            _logits(m) | _maps(taps) | {"magnitudes": (len(taps),)},
+        ),
+        missing="it was exported before integrative_cam had this reading: export it again, or use reading='residual'",
+    ),
     Kind.FULL_GRAD: ProgramKind(
         lambda m, taps: (_image(m) | _seed(m), _logits(m)),
         missing="it needs a gradient rule "

@@ -1,10 +1,10 @@
 """CAM methods: one pure function each, registered with the data it reads. Importing this package registers all."""
 
 from . import gradient, integrative, masking, perturbing, winsor
-from .data import Activations, Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, MethodData
+from .data import Activations, Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, MethodData, SignedMaps
 from .data.layer_maps import GRADIENT_AGGREGATIONS
-from .integrative import Smooth
 from .registry import METHODS, Method, Result, all_methods, cam, join, method_named
+from .smooth import Smooth
 
 __all__ = [
     "GRADIENT_AGGREGATIONS",
@@ -19,6 +19,7 @@ __all__ = [
     "Method",
     "MethodData",
     "Result",
+    "SignedMaps",
     "Smooth",
     "all_methods",
     "cam",

@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,14 +60,15 @@ class _JoinedRetune:
 class Method:
     """A registered method.
 
-    needs: the class of data that it reads. layers: the role of its default layers, None if it takes no layers.
+    needs: the class of data that it reads; or the name of an option, and the class for each of its values. layers: the
+    role of its default layers, None if it takes no layers.
     source: where it was published. seeds: for a method that explains another score than the class's: (logits
     (S, classes), seeds (S, classes), **options) -> the seeds to explain (S, classes). on_gpu: its function also takes
     GPU arrays and returns GPU arrays.
     """
 
     name: str
-    needs: type[MethodData]
+    needs: Needs
     layers: str | None
     function: Callable[..., Result]
     source: str
@@ -79,19 +80,23 @@ class Method:
         """Option names and their defaults."""
         return {p.name: p.default for p in list(inspect.signature(self.function).parameters.values())[1:]}
 
-    @property
-    def by_image(self) -> bool:
-        """Whether each image runs in its own batch, with all of its targets."""
-        return self.needs.by_image
+    def data(self, options: Mapping[str, Any]) -> type[MethodData]:
+        """The class of data that it reads with these options. UnknownMethod for a value that has none."""
+        if isinstance(self.needs, type):
+            return self.needs
+        option, classes = self.needs
+        return classes[chosen(options.get(option, self.options[option]), list(classes), option)]
 
     def check_options(self, options: dict[str, object]) -> None:
-        """UnknownMethod names an option that the method does not have."""
+        """UnknownMethod names an option that the method does not have, or a value that no class of data fits."""
         known = list(self.options)
         for option in options:
             if option not in known:
                 raise UnknownMethod(f"{self.name} has no option {option!r}: it has {', '.join(known) or 'none'}")
+        self.data(options)
 
 
+Needs = type[MethodData] | tuple[str, Mapping[str, type[MethodData]]]
 METHODS: dict[str, Method] = {}
 PLUGINS = "camrt.methods"  # the entry point group of packages with methods
 
@@ -100,7 +105,7 @@ Function = Callable[..., Result]
 
 def cam(
     name: str,
-    needs: type[MethodData],
+    needs: Needs,
     layers: str | None,
     source: str,
     seeds: Callable[..., np.ndarray] | None = None,
@@ -115,10 +120,11 @@ def cam(
     def register(function: Function) -> Function:
         if name in METHODS:
             raise ValueError(f"a method {name!r} is registered already")
-        if needs not in DATA:
-            raise ValueError(f"needs {needs!r}: use {', '.join(data.__name__ for data in DATA)}")
-        if on_gpu and not needs.on_gpu:
-            raise ValueError(f"{name}: on_gpu, but {needs.__name__} lies on the host: leave on_gpu out")
+        for data in needs[1].values() if isinstance(needs, tuple) else (needs,):
+            if data not in DATA:
+                raise ValueError(f"needs {data!r}: use {', '.join(d.__name__ for d in DATA)}")
+            if on_gpu and not data.on_gpu:
+                raise ValueError(f"{name}: on_gpu, but {data.__name__} lies on the host: leave on_gpu out")
         METHODS[name] = Method(name, needs, layers, function, source, seeds, on_gpu)
         return function
 

@@ -22,8 +22,9 @@ def explain_batch(
 
     layers: names of taps; options: the method's. CamrtError if the network gives NaN or infinity.
     """
-    on_gpu = session.memory.stream is not None and method.on_gpu and method.needs.stays_on_gpu(options)
-    if on_gpu and method.needs.captured:
+    needs = method.data(options)
+    on_gpu = session.memory.stream is not None and method.on_gpu and needs.stays_on_gpu(options)
+    if on_gpu and needs.captured:
         result, logits = _explain_captured(session, method, batch, layers, options)
     else:
         data = read(session, method, batch, layers, options)
@@ -50,7 +51,7 @@ def _check_result(method: Method, result: Any, maps: tuple[int, ...], weights: t
 
 def read(session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]) -> Any:
     """The method's data: the first argument of its function. CamrtError if the logits hold NaN or infinity."""
-    data = method.needs.read(session, batch, layers, options)
+    data = method.data(options).read(session, batch, layers, options)
     check_finite(data.logits)
     return data
 
@@ -59,10 +60,10 @@ def _explain_captured(
     session: Session, method: Method, batch: Batch, layers: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[Result, np.ndarray]:
     """As `explain_batch`, on a GPU, by a CUDA graph from the second run of the same shapes on."""
-    memory = session.memory
+    memory, needs = session.memory, method.data(options)
 
     def work(images: Any, seeds: Any) -> tuple[Any, Result]:
-        data: Any = method.needs.read(session, Batch(batch.first, images, seeds), layers, options, on_gpu=True)
+        data: Any = needs.read(session, Batch(batch.first, images, seeds), layers, options, on_gpu=True)
         for values in (data.logits, data.alphas, data.maps):
             check_finite_on_gpu(values, stream=memory.stream)
         with session.stage("method"):

@@ -7,8 +7,9 @@ there; for other methods only the programs' outputs are downloaded.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,15 +82,23 @@ class Session:
             executable = self._opened[key]
         return executable if self.stages is None else TimedExecutable(executable, self.stages)
 
-    def run(self, program: Program, batch: Batch, share_image: bool, on_gpu: bool = False) -> dict[str, Any]:
+    def run(
+        self,
+        program: Program,
+        batch: Batch,
+        share_image: bool,
+        on_gpu: bool = False,
+        feeds: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """Runs a program that takes images and seeds. Returns output name -> array.
 
-        share_image: the program accepts one image with several seeds. on_gpu: the results stay on the GPU.
+        share_image: the program accepts one image with several seeds. on_gpu: the results stay on the GPU. feeds: what
+        it takes beside them, one row per seed.
         """
         images = batch.images
         if not share_image and len(images) != len(batch.seeds):
             images = self.memory.repeated(images, len(batch.seeds))
-        out = self.open(program).run({"image": images, "seed": batch.seeds})
+        out = self.open(program).run({"image": images, "seed": batch.seeds, **feeds})
         return out if on_gpu else self.on_host(out)
 
     def on_host(self, out: dict[str, Any]) -> dict[str, np.ndarray]:

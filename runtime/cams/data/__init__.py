@@ -5,8 +5,20 @@ from .grid_maps import GridMaps
 from .heads import Heads
 from .layer_maps import LayerMaps
 from .masked_runs import Lane, MaskedRuns
+from .signed_maps import SignedMaps
 from .tensors import Activations, Gradients
 
-DATA: tuple[type[MethodData], ...] = (LayerMaps, Gradients, Activations, GridMaps, MaskedRuns, Heads)
+DATA: tuple[type[MethodData], ...] = (LayerMaps, SignedMaps, Gradients, Activations, GridMaps, MaskedRuns, Heads)
 
-__all__ = ["DATA", "Activations", "Gradients", "GridMaps", "Heads", "Lane", "LayerMaps", "MaskedRuns", "MethodData"]
+__all__ = [
+    "DATA",
+    "Activations",
+    "Gradients",
+    "GridMaps",
+    "Heads",
+    "Lane",
+    "LayerMaps",
+    "MaskedRuns",
+    "MethodData",
+    "SignedMaps",
+]

@@ -46,3 +46,9 @@ class MethodData:
     def stays_on_gpu(cls, options: Mapping[str, Any]) -> bool:
         """Whether its arrays stay on the GPU, if the backend has one, with these options of the method."""
         return cls.on_gpu
+
+
+def columns(widths: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+    """Column numbers of the arrays at `indices`, of arrays with these widths that are concatenated."""
+    ends = np.cumsum([0, *widths])
+    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in indices])

@@ -12,7 +12,7 @@ from ...bundle.kinds import Kind
 from ...bundle.manifest import Tap
 from ...session.batches import check_finite, scores_of
 from ...session.memory import HOST, Memory
-from .base import MethodData
+from .base import MethodData, columns
 
 if TYPE_CHECKING:
     from ...session.batches import Batch
@@ -70,8 +70,8 @@ class LayerMaps(MethodData):
         return replace(
             self,
             taps=tuple(self.taps[i] for i in indices),
-            alphas=self.memory.columns(self.alphas, _columns(channels, indices)),
-            maps=self.memory.columns(self.maps, _columns(pixels, indices)),
+            alphas=self.memory.columns(self.alphas, columns(channels, indices)),
+            maps=self.memory.columns(self.maps, columns(pixels, indices)),
         )
 
     @classmethod
@@ -101,12 +101,6 @@ class LayerMaps(MethodData):
     @classmethod
     def stays_on_gpu(cls, options: Mapping[str, Any]) -> bool:
         return options.get("gradient_aggregation", "mean") == "mean"
-
-
-def _columns(widths: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-    """Column numbers of the arrays at `indices`, of arrays with these widths that are concatenated."""
-    ends = np.cumsum([0, *widths])
-    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in indices])
 
 
 def _weigh(out: Mapping[str, np.ndarray], name: str, aggregation: str) -> tuple[np.ndarray, np.ndarray]:
