@@ -388,11 +388,26 @@ def test_a_difference_is_of_the_same_images() -> None:
 def test_checks_tell_maps_that_ignore_the_network(scenes: Path, tmp_path: Path) -> None:
     """EigenCAM is the same for every class; Grad-CAM is not."""
     methods = ["grad_cam", "eigen_cam"]
-    assert run(scenes, "--metrics", "other_class", "sensitivity", methods=methods) == 0
+    assert (
+        run(
+            scenes,
+            "--metrics",
+            "other_class",
+            "sensitivity",
+            "insertion",
+            "deletion",
+            "net",
+            "seconds",
+            methods=methods,
+        )
+        == 0
+    )
     table = json.loads((scenes / "out" / "table.json").read_text())
     assert table["eigen_cam"]["other_class"]["mean"] == pytest.approx(1)
     assert table["grad_cam"]["other_class"]["mean"] < 0.9
     assert 0 < table["grad_cam"]["sensitivity"]["mean"] < 1
+    means = {name: table["grad_cam"][name]["mean"] for name in ("insertion", "deletion", "net", "seconds")}
+    assert means["net"] == pytest.approx(means["insertion"] - means["deletion"], abs=1e-5) and 0 < means["seconds"] < 9
 
 
 def test_other_weights_need_a_bundle_of_the_same_network(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +37,9 @@ class Question:
 
 def measure(explainer: Explainer, method: MethodChoice, names: Sequence[str], asked: Question) -> dict[str, Any]:
     """The metrics `names` of one image's map, with its class and that class's probability."""
+    started = time.perf_counter()
     result = explainer.explain(asked.batch, method.name, asked.target, asked.layers, **method.options)
+    seconds = time.perf_counter() - started
     assert result.target is not None
     target, image, scaled = int(result.target[0]), explainer.normalized(asked.batch)[0], result.normalized()[0]
 
@@ -45,6 +49,14 @@ def measure(explainer: Explainer, method: MethodChoice, names: Sequence[str], as
     def explained(by: Explainer, batch: np.ndarray, of: int) -> np.ndarray:
         return by.explain(batch, method.name, of, asked.layers, **method.options).normalized()[0]
 
+    @functools.cache
+    def insertion() -> float:
+        return metrics.insertion(image, scaled, score, asked.steps)
+
+    @functools.cache
+    def deletion() -> float:
+        return metrics.deletion(image, scaled, score, asked.steps)
+
     ranked = metrics.equalised(scaled)
     before, after, after_ranked = score(np.stack([image, metrics.masked(image, scaled), metrics.masked(image, ranked)]))
     computations: dict[str, Callable[[], Any]] = {
@@ -52,9 +64,11 @@ def measure(explainer: Explainer, method: MethodChoice, names: Sequence[str], as
         "area": lambda: metrics.area(scaled),
         "rank_drop": lambda: metrics.average_drop(before, after_ranked),
         "increase": lambda: metrics.increase_in_confidence(before, after),
-        "insertion": lambda: metrics.insertion(image, scaled, score, asked.steps),
-        "deletion": lambda: metrics.deletion(image, scaled, score, asked.steps),
+        "insertion": insertion,
+        "deletion": deletion,
+        "net": lambda: insertion() - deletion(),
         "road": lambda: metrics.road(image, scaled, score),
+        "seconds": lambda: seconds,
         "sensitivity": lambda: metrics.max_sensitivity(
             scaled, asked.batch, lambda noisy: explained(explainer, noisy, target), NOISE_DRAWS
         ),

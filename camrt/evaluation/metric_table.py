@@ -30,8 +30,10 @@ LOCALISATION = {
     "energy": Metric("energy", 1),
     "pointing": Metric("pointing", 1),
 }
-# asked for by name: each explains the image again
+# asked for by name; most of them explain the image again
 CHECKS = {
+    "seconds": Metric("seconds a map", -1),
+    "net": Metric("insertion - deletion", 1),
     "sensitivity": Metric("sensitivity to noise", -1),
     "other_class": Metric("correlation with another class", -1),
     "other_weights": Metric("correlation with other weights", -1),

@@ -12,6 +12,8 @@ import numpy as np
 from ..runtime import metrics
 from .metric_table import METRICS
 
+_AT_ONCE = 1 << 20  # numbers that the bootstrap draws at once
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -28,8 +30,12 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Cell:
     if not len(values):
         raise ValueError("no values")
     rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.025, 0.975])
+    rows = max(1, _AT_ONCE // len(values))
+    means = [
+        values[rng.integers(0, len(values), (min(rows, resamples - start), len(values)))].mean(axis=1)
+        for start in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Cell(float(values.mean()), float(low), float(high), len(values))
 
 

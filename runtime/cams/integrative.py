@@ -31,14 +31,14 @@ def integrative_cam(
 
     reading="signed": M = sum_k u_k y_k with u = sign(f') alpha G and alpha = 1 / (2 + |r| |G| sum_mn |y_k,mn|) at each
     position. lambda_l is proportional to P / (P + N), the part of M's absolute sum that speaks for the class: P and N
-    are the sums of max(M, 0) and of max(-M, 0); it is 0 for a layer whose channels cancel at every position, as those
-    do that a layer norm over the channels reads: a norm's epsilon and rounding would draw its map. For G > 0, y >= 0 and r >= 0 alpha is Grad-CAM++'s. The abstract's bias
-    is in y: with y = s A + b, M is the weighted activations sum_k u_k s_k A_k plus the bias term sum_k u_k b_k. It
-    makes the map a property of the function: rescaling a layer or its channels, flipping signs of channels before a
-    batch norm, or moving an offset between the norm's mean and the bias changes nothing. The weight at each position
-    and the signed evidence depart from the abstract: they were chosen because the maps then show the class. Over all
-    layers of a network the bias terms, with those of the input, of clips and of the classifier, sum to the score; the
-    map of one layer does not.
+    are the sums of max(M, 0) and of max(-M, 0). It is 0 for a layer whose channels cancel at every position, as those
+    do that a layer norm over the channels reads: its map would be drawn by the norm's epsilon and by rounding. For
+    G > 0, y >= 0 and r >= 0 alpha is Grad-CAM++'s. The abstract's bias is in y: with y = s A + b, M is the weighted
+    activations sum_k u_k s_k A_k plus the bias term sum_k u_k b_k. It makes the map a property of the function:
+    rescaling a layer or its channels, flipping signs of channels before a batch norm, or moving an offset between the
+    norm's mean and the bias changes nothing. The weight at each position and the signed evidence depart from the
+    abstract: they were chosen because the maps then show the class. Over all layers of a network the bias terms, with
+    those of the input, of clips and of the classifier, sum to the score; the map of one layer does not.
 
     reading="residual", the first reconstruction: M = sum_k w_k A_k + b / (h w) with A the convolution's own output, g
     its gradient, w_k = f' sum_ij a ReLU(g), a = g^2 / (2 g^2 + r g^3 sum_ij A_k), 0 where g = 0, and b = Y - sum_k w_k
