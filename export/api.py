@@ -228,6 +228,7 @@ def _write(
     from .check import Checker, looks_like_probabilities, warn_of_probabilities
     from .graph import named_values
     from .layers.logits import class_count, is_product, made_of_probabilities
+    from .noise import with_noise
     from .probes import as_pixels, smooth_images
     from .programs import build_programs, seeds_share_image
     from .tape import static_dims
@@ -273,7 +274,7 @@ def _write(
         images = as_pixels(images)
     checker = Checker(graph, source, graph.rounded, images, attempt.without_gradient is not None)
 
-    def check(folder: Path, complete: Manifest) -> None:
+    def check(folder: Path, complete: Manifest) -> Manifest:
         progress("checking every program")
         started = time.perf_counter()
         checker(folder, complete)
@@ -283,7 +284,9 @@ def _write(
         seem = looks_like_probabilities(checker.classifier(folder, complete), images, is_product(scores))
         if seem is not None or made_of is not None:
             warn_of_probabilities(seem, made_of)
+        measured = with_noise(folder, complete, graph.whole_numbers)
         progress(f"checked {len(complete.programs)} programs in {time.perf_counter() - started:.1f} s")
+        return measured
 
     return write_bundle(facts.path, manifest, list(programs.values()), facts.overwrite, progress, check)
 

@@ -59,13 +59,13 @@ def write_bundle(
     programs: Sequence[BuiltProgram],
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
-    check: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
+    check: Callable[[Path, Manifest], Manifest] = lambda folder, manifest: manifest,
 ) -> Path:
     """Writes into a hidden folder beside `path`, then moves it to `path`, which never holds an incomplete bundle.
 
-    `manifest`: without programs and weights, which are filled in here. check(folder, manifest): raises if the bundle
-    must not be moved to `path`. BundleError if `path` exists (and may not be overwritten, or is not a bundle) or cannot
-    be written.
+    `manifest`: without programs and weights, which are filled in here. check(folder, manifest): returns the manifest
+    with what it measured; raises if the bundle must not be moved to `path`. BundleError if `path` exists (and may not
+    be overwritten, or is not a bundle) or cannot be written.
     """
     path = Path(path)
     check_target(path, overwrite)
@@ -90,8 +90,7 @@ def write_bundle(
                     )
                 )
             complete = replace(manifest, programs=tuple(written), weights=weights.close())
-            (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
-            check(folder, complete)
+            (folder / MANIFEST).write_text(check(folder, complete).to_json(), encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror}): free space or choose another path") from None
     return path

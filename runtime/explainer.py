@@ -17,7 +17,7 @@ from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
 from .bundle.manifest import MANIFEST, Manifest
 from .bundle.reading import Bundle, read_bundle
-from .cams import GRADIENT_AGGREGATIONS, Method, Result, join, method_named
+from .cams import GRADIENT_AGGREGATIONS, LayerMaps, Method, Result, join, method_named
 from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
 from .explanation import Explanation
 from .images.image_batch import ImageBatch
@@ -125,8 +125,9 @@ class Explainer:
             logits[batch.first : batch.first + len(batch.images)] = found[: len(batch.images)]
             results.append(result)
         result = join(results)
-        if result.check is not None:
-            result.check(result)
+        details = result.checked()
+        if issubclass(method.data(options), LayerMaps):
+            self._warn_of_noise(method.name, names)
         _warn_of_constant_maps(method.name, result, seeds.shape[1])
 
         count, several = seeds.shape[:2], targets.several
@@ -145,9 +146,20 @@ class Explainer:
             images=pictures,
             manifest=self.manifest,
             provenance=self.provenance,
-            details={name: values.reshape(leading) for name, values in result.details.items()},
+            details={name: values.reshape(leading) for name, values in details.items()},
             _retune=result.retune,
         )
+
+    def _warn_of_noise(self, method: str, names: Sequence[str]) -> None:
+        """Names the layers whose alphas are rounding noise, and therefore count as zero."""
+        layers = [t.name for t in self.manifest.taps if t.name in names and any(n.alone for n in t.noise.values())]
+        if layers:
+            warnings.warn(
+                f"{method}: {', '.join(layers[:5])}{', ...' if len(layers) > 5 else ''} counts as zero: the mean over "
+                "the grid of the gradient there is zero by construction, as in front of an instance norm, and rounding "
+                "alone would draw the map",
+                stacklevel=5,
+            )
 
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:

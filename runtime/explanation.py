@@ -106,13 +106,13 @@ class Explanation:
         if self._retune is None:
             raise InputError(f"{self.method} has nothing to retune: call explain again")
         result = self._retune(**options)
-        if result.check is not None:
-            result.check(result)
+        details = {name: values.reshape(self.maps.shape[:-2]) for name, values in result.checked().items()}
         return replace(
             self,
             maps=result.maps.reshape(self.maps.shape),
             layer_weights=result.layer_weights.reshape(self.layer_weights.shape),
             options=self.options | options,
+            details=details,
             _retune=result.retune,
         )
 

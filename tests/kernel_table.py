@@ -259,20 +259,23 @@ def importances(content: str, queue: Any) -> None:
     channels = [1, 7, 31, 32, 33, 600]
     alphas = filled(content, (3, sum(channels)))
     alphas[1, 8:39] -= alphas[1, 8:39].mean(dtype=np.float64)  # cancels but for rounding
+    zero = [0, 0, 1e-6, 0, 1, 1e-3]
     for kind in kernels.AGGREGATIONS:
         with np.errstate(over="ignore"):
-            want = kernels.layer_importance(alphas, channels, kind)
-        got = queue.download(kernels.layer_importance(queue.upload(alphas), channels, kind, stream=queue))
-        assert got.shape == want.shape == (3, 6) and got.dtype == want.dtype == np.float32
-        np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=kind)
+            wanted = kernels.layer_importance(alphas, channels, kind, zero)
+        both = kernels.layer_importance(queue.upload(alphas), channels, kind, zero, stream=queue)
+        for got, want in zip(map(queue.download, both), wanted, strict=True):
+            assert got.shape == want.shape == (3, 6) and got.dtype == want.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=kind)
 
 
 def importance_of_nan(queue: Any) -> None:
     alphas = filled("random", (2, 40))
     alphas[1, 5] = np.nan
     for kind in kernels.AGGREGATIONS:
-        got = queue.download(kernels.layer_importance(queue.upload(alphas), [10, 30], kind, stream=queue))
-        assert np.isnan(got).tolist() == [[False, False], [True, False]], kind
+        both = kernels.layer_importance(queue.upload(alphas), [10, 30], kind, [1, 1], stream=queue)
+        for got in map(queue.download, both):
+            assert np.isnan(got).tolist() == [[False, False], [True, False]], kind
 
 
 def scores(classes: int, content: str, queue: Any) -> None:
@@ -387,7 +390,7 @@ def everything(queue: Any) -> list[np.ndarray]:
     total = queue.upload(np.zeros((5, 45, 40), np.float32))
     kernels.accumulate_maps(total, queue.upload(scores), queue.upload(activations), stream=queue)
     found.append(total)
-    found.append(kernels.layer_importance(queue.upload(rows), [1, 2000, 1000], "l2", stream=queue))
+    found += kernels.layer_importance(queue.upload(rows), [1, 2000, 1000], "l2", stream=queue)
     found.append(kernels.class_scores(queue.upload(rows), queue.upload(rows), stream=queue))
     found.append(kernels.channel_extremes(queue.upload(activations), stream=queue))
     index = queue.upload(np.arange(40, dtype=np.int32)[::-1].copy())

@@ -264,8 +264,11 @@ def test_a_mean_that_cancels_is_no_importance() -> None:
     alphas = np.random.default_rng(0).standard_normal((4, 96)).astype(np.float32)
     alphas *= np.sign(alphas.mean(axis=1, keepdims=True))
     centred = alphas - alphas.mean(axis=1, keepdims=True)
-    assert (centred.mean(axis=1) != 0).any() and (layer_importance(centred, [96]) == 0).all()
-    np.testing.assert_allclose(layer_importance(alphas, [96])[:, 0], alphas.mean(axis=1), rtol=1e-6)
+    assert (layer_importance(centred, [96])[0] != 0).any()
+    assert not any(part.any() for part in layer_importance(centred, [96], zero=[1e-6]))
+    importance, relative = layer_importance(alphas, [96], zero=[1e-6])
+    np.testing.assert_allclose(importance[:, 0], alphas.mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(relative[:, 0], alphas.mean(axis=1) / np.abs(alphas).mean(axis=1), rtol=1e-5)
 
 
 def test_a_map_of_no_important_layer_is_zero_and_warned_of(explainer: camrt.Explainer) -> None:

@@ -1,14 +1,16 @@
-// importance[b,l] = ReLU(aggregate_k alphas[b,k]), k over the channels of layer l
-// alphas (B, sum K) f32   offsets (L+1) i32, where each layer's channels begin -> importance (B,L) f32
-// kind: 0 mean (0 where the channels cancel), 1 max, 2 min, 3 absmean, 4 absmax, 5 l2. One block per image and layer; sums in
-// float64. The result is NaN if an alpha is NaN.
+// importance[b,l] = ReLU(aggregate_k alphas[b,k]), relative[b,l] = aggregate_k / mean_k |alphas[b,k]|, k over the channels
+// of layer l
+// alphas (B, sum K) f32   offsets (L+1) i32, where each layer's channels begin   zero (L) f64
+//   -> importance (B,L) f32   relative (B,L) f32
+// kind: 0 mean (0 where |mean| <= zero[l] mean |alpha|), 1 max, 2 min, 3 absmean, 4 absmax, 5 l2; all are 0 where
+// zero[l] >= 1. One block per image and layer; sums in float64. The results are NaN if an alpha is NaN.
 #include "common.cuh"
 
 enum Aggregation { MEAN, MAX, MIN, ABSMEAN, ABSMAX, L2 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    layer_importance(const float* alphas, const int* offsets, float* importance, int images, int layers, int kind,
-                     double cancelled) {
+    layer_importance(const float* alphas, const int* offsets, const double* zero, float* importance, float* relative,
+                     int images, int layers, int kind) {
     SHARED(double, sums, WARP);
     SHARED(float, extremes, WARP);
     const long long width = offsets[layers], tasks = static_cast<long long>(images) * layers;
@@ -33,12 +35,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (threadIdx.x != 0) continue;
         const int channels = end - begin;
         double found = 0;
-        if (kind == MEAN) found = fabs(sum) <= cancelled * magnitude ? 0 : sum / channels;
+        if (kind == MEAN) found = fabs(sum) <= zero[layer] * magnitude ? 0 : sum / channels;
         if (kind == MAX) found = most;
         if (kind == MIN) found = least;
         if (kind == ABSMEAN) found = magnitude / channels;
         if (kind == ABSMAX) found = Greatest()(most, -least);
         if (kind == L2) found = sqrt(squares);
+        if (zero[layer] >= 1 && magnitude == magnitude) found = 0;  // NaN stays
         importance[task] = static_cast<float>(found < 0 ? 0 : found);
+        relative[task] = static_cast<float>(magnitude > 0 ? found * channels / magnitude : found);
     }
 }

@@ -12,16 +12,23 @@ from ..checks import expect, expect_choice
 from ..gpu.queue import THREADS, Launch, blocks, int32s
 
 AGGREGATIONS = ("mean", "max", "min", "absmean", "absmax", "l2")
-CANCELLED = 1e-6  # if |mean| / mean magnitude is below this, the mean is rounding noise (about 1e-8 in float32)
 
 
-def layer_importance(alphas: Any, channels: Sequence[int], kind: str = "mean", *, stream: Stream = None) -> Any:
-    """ReLU(aggregate_k alpha_k) of each layer.
+def layer_importance(
+    alphas: Any,
+    channels: Sequence[int],
+    kind: str = "mean",
+    zero: Sequence[float] | None = None,
+    *,
+    stream: Stream = None,
+) -> tuple[Any, Any]:
+    """(ReLU(aggregate_k alpha_k), aggregate_k alpha_k / mean_k |alpha_k|) of each layer, (B, L) float32 each.
 
-    alphas (B, sum K) float32, layers concatenated; channels: K of each layer -> (B, L) float32. kind: mean, max, min,
-    absmean, absmax, l2. The mean is exactly 0 if the channels cancel. They do if a layer norm follows the layer
-    (ConvNeXt): gradients before a layer norm sum to zero over channels, and rounding would decide the sign of the mean,
-    and so the layers that Winsor-CAM keeps. ValueError for what does not fit; DeviceError.
+    alphas (B, sum K) float32, layers concatenated; channels: K of each layer. kind: mean, max, min, absmean, absmax,
+    l2. zero: for each layer the largest |mean_k alpha_k| / mean_k |alpha_k| that counts as 0, by default 0; where it is
+    1 or more the layer's alphas count as 0. Gradients in front of a layer norm sum to zero over the channels
+    (ConvNeXt): rounding would decide the sign of the mean, and so the layers that Winsor-CAM keeps. ValueError for what
+    does not fit; DeviceError.
     """
     with prepared("layer_importance", stream, alphas=alphas) as (queue, (alphas,)):
         expect_choice("layer_importance", "aggregation", kind, AGGREGATIONS)
@@ -30,31 +37,40 @@ def layer_importance(alphas: Any, channels: Sequence[int], kind: str = "mean", *
                 f"layer_importance: channels is {list(channels)}, needed at least one layer, each with a channel"
             )
         expect("layer_importance", "alphas", alphas, ("B", sum(channels)))
+        limits = np.zeros(len(channels)) if zero is None else np.asarray(zero, np.float64)
+        if limits.shape != (len(channels),):
+            raise ValueError(f"layer_importance: zero is {limits.shape}, needed one number for each layer")
         if queue is None:
-            return _by_numpy(alphas, channels, kind)
-        importance = queue.empty((alphas.shape[0], len(channels)))
+            return _by_numpy(alphas, channels, kind, limits)
+        importance, relative = (queue.empty((alphas.shape[0], len(channels))) for _ in range(2))
         if alphas.shape[0] == 0:
-            return importance
+            return importance, relative
         images, layers, _ = int32s(
             "layer_importance", images=alphas.shape[0], layers=len(channels), channels=sum(channels)
         )
         offsets = queue.constant(np.cumsum([0, *channels], dtype=np.int32))
-        settings = np.int32(AGGREGATIONS.index(kind)), np.float64(CANCELLED)
-        arguments = (alphas, offsets, importance, images, layers, *settings)
+        arguments = (alphas, offsets, queue.constant(limits), importance, relative, images, layers)
+        arguments += (np.int32(AGGREGATIONS.index(kind)),)
         grid = blocks(int(images) * int(layers), 1), 1
         queue.launch(Launch("layer_importance", "layer_importance", grid, THREADS, 0, arguments))
-        return importance
+        return importance, relative
 
 
-def _by_numpy(alphas: np.ndarray, channels: Sequence[int], kind: str) -> np.ndarray:
+def _by_numpy(
+    alphas: np.ndarray, channels: Sequence[int], kind: str, limits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     parts = np.split(alphas.astype(np.float64), np.cumsum(channels)[:-1], axis=1)
-    return np.maximum(np.stack([_aggregated(part, kind) for part in parts], axis=1), 0).astype(np.float32)
+    aggregates = np.stack([_aggregated(part, kind) for part in parts], axis=1)
+    magnitudes = np.stack([np.abs(part).mean(axis=1) for part in parts], axis=1)
+    cancelled = (np.abs(aggregates) <= limits * magnitudes) if kind == "mean" else np.zeros(aggregates.shape, bool)
+    aggregates = np.where(cancelled | (limits >= 1), 0, aggregates)
+    relative = aggregates / np.where(magnitudes > 0, magnitudes, 1)
+    return np.maximum(aggregates, 0).astype(np.float32), relative.astype(np.float32)
 
 
 def _aggregated(alphas: np.ndarray, kind: str) -> np.ndarray:
     if kind == "mean":
-        mean = alphas.mean(axis=1)
-        return np.where(np.abs(mean) <= CANCELLED * np.abs(alphas).mean(axis=1), 0, mean)
+        return alphas.mean(axis=1)
     if kind in ("max", "min"):
         return getattr(alphas, kind)(axis=1)
     if kind in ("absmean", "absmax"):

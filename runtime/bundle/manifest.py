@@ -29,6 +29,29 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # the user's name -> the na
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How exactly a program's alphas (the means over the grid of a layer's gradient) are known, as export measured it
+    on images that differ in their last bits. Fractions of mean_k |alpha_k|.
+
+    mean: the largest change of mean_k alpha_k; extreme: of a single alpha_k. An importance that is no larger is
+    undetermined: rounding decides its sign. zero: a mean up to this is zero by construction, but for rounding; 0 where
+    it is not; 1 where every alpha is rounding noise, because the gradient's mean over the grid is zero by construction.
+    """
+
+    mean: float
+    extreme: float
+    zero: float
+
+    @property
+    def alone(self) -> bool:
+        """Whether every alpha is rounding noise."""
+        return self.zero >= 1
+
+
+UNMEASURED = Noise(0.0, 0.0, 1e-6)  # of bundles without measurements; float32 leaves about 1e-8 of a mean of zero
+
+
+@dataclass(frozen=True)
 class Tap:
     """A tensor (batch, channels, *grid) whose activation and gradient the programs expose.
 
@@ -36,7 +59,7 @@ class Tap:
     reads this output; "none" if not: the network has none there, or it was already folded into the convolution, and the
     tap is then the folded convolution's output. layout: the tensor's layout in the network: NCHW, NHWC, tokens (batch,
     prefix + height * width, channels), or LND (tokens first, then batch). Every program returns it as NCHW, without the
-    prefix tokens.
+    prefix tokens. noise: by the program's precision ("float32", "float16").
     """
 
     name: str
@@ -46,6 +69,7 @@ class Tap:
     batch_norm: str = "none"
     layout: str = "NCHW"
     prefix: int = 0
+    noise: dict[str, Noise] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,7 +204,7 @@ def parse(text: str, where: str) -> Manifest:
             f"{where}: bundle format {written}, this camrt reads format {FORMAT}: export the bundle again"
         )
     try:
-        taps = tuple(Tap(**{k: _tuples(v) for k, v in t.items()}) for t in raw.pop("taps"))
+        taps = tuple(_tap(t) for t in raw.pop("taps"))
         programs = tuple(Program(**{**p, "taps": tuple(p["taps"])}) for p in raw.pop("programs"))
         preprocess = raw.pop("preprocess")
         if preprocess is not None:
@@ -202,6 +226,12 @@ def parse(text: str, where: str) -> Manifest:
         message = first_line(error)[:200]
         raise BundleError(f"{where}: a field is missing or wrong ({message}): export the bundle again") from None
     return manifest
+
+
+def _tap(raw: dict[str, Any]) -> Tap:
+    fields = {name: _tuples(value) for name, value in raw.items()}
+    noise = {precision: Noise(**values) for precision, values in fields.pop("noise", {}).items()}
+    return Tap(**fields, noise=noise)
 
 
 def _check(m: Manifest) -> None:
@@ -233,6 +263,11 @@ def _check(m: Manifest) -> None:
         _sizes("taps", tap.channels * math.prod(tap.grid))
         if len(tap.grid) != 2 or tap.layout not in LAYOUTS or not isinstance(tap.prefix, int) or tap.prefix < 0:
             raise ValueError(f"tap {tap.name!r:.100}")
+        for precision, noise in tap.noise.items():
+            numbers = (noise.mean, noise.extreme, noise.zero)
+            known = precision in PRECISIONS.values() and all(isinstance(n, int | float) for n in numbers)
+            if not known or not all(0 <= n < math.inf for n in numbers):
+                raise ValueError(f"the noise of tap {tap.name!r:.100}")
     if len(set(names)) != len(names):
         raise ValueError("a tap is listed twice")
     for program in m.programs:

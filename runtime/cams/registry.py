@@ -22,14 +22,20 @@ class Result:
 
     maps (S, H, W) float32 and layer_weights (S, L) float32: on the host, or on the GPU if the method runs there.
     details: name -> (S,), what the method reports beside its maps. retune: new options -> Result, without running the
-    network. check: warns if the result is unusual; called with the result on the host.
+    network. evidence: None, or (S, ...) as the maps, what `check` reads. check: (the result on the host) -> further
+    details; it warns if the result is unusual.
     """
 
     maps: Any
     layer_weights: Any
     details: dict[str, np.ndarray] = field(default_factory=dict)
     retune: Callable[..., Result] | None = None
-    check: Callable[[Result], None] | None = None
+    evidence: Any = None
+    check: Callable[[Result], dict[str, np.ndarray]] | None = None
+
+    def checked(self) -> dict[str, np.ndarray]:
+        """The details with those of the check."""
+        return self.details if self.check is None else self.details | self.check(self)
 
 
 def join(results: Sequence[Result]) -> Result:
@@ -42,6 +48,7 @@ def join(results: Sequence[Result]) -> Result:
         np.concatenate([r.layer_weights for r in results]),
         {name: np.concatenate([r.details[name] for r in results]) for name in results[0].details},
         _JoinedRetune(retunes) if len(retunes) == len(results) else None,
+        None if results[0].evidence is None else np.concatenate([r.evidence for r in results]),
         results[0].check,
     )
 

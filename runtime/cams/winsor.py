@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from ...kernels import AGGREGATIONS, fuse_layers, layer_importance, normalize_layers, winsorize
 from ..errors import InputError
@@ -42,12 +45,13 @@ def winsor_cam(
 @dataclass(frozen=True)
 class _Fusion:
     """Weighs and fuses the maps of layers, again for every retuning. normalized: the layers' maps, scaled on the host;
-    importances: those that were computed, by aggregation; options: of the last call, which a retuning changes.
+    importances: by aggregation, those that were computed, as layer_importance gives them; options: of the last call,
+    which a retuning changes.
     """
 
     layers: LayerMaps
     normalized: Any
-    importances: dict[str, Any]
+    importances: dict[str, tuple[Any, Any]]
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, **changes: Any) -> Result:
@@ -61,22 +65,44 @@ class _Fusion:
         layers, stream, aggregation = self.layers, self.layers.memory.stream, options["layer_aggregation"]
         if aggregation not in self.importances:
             channels = [t.channels for t in layers.taps]
-            self.importances[aggregation] = layer_importance(layers.alphas, channels, aggregation, stream=stream)
+            zero = [n.zero for n in layers.noise]
+            found = layer_importance(layers.alphas, channels, aggregation, zero, stream=stream)
+            self.importances[aggregation] = found
         bounds = options["percentile"], options["low"], options["high"]
-        weights = winsorize(self.importances[aggregation], *bounds, stream=stream)
+        importance, relative = self.importances[aggregation]
+        weights = winsorize(importance, *bounds, stream=stream)
         sizes, on_gpu = (layers.size, options["interpolation"]), stream is not None
         maps = fuse_layers(self.normalized, layers.grids, weights, *sizes, normalize=on_gpu, stream=stream)
-        check = functools.partial(_warn_of_no_layer, aggregation)
-        return Result(maps, weights, retune=replace(self, options=options), check=check)
+        noise = {"mean": [n.mean for n in layers.noise], "max": [n.extreme for n in layers.noise]}
+        noise["min"] = noise["max"]
+        names = tuple(t.name for t in layers.taps)
+        check = functools.partial(_check, aggregation, names, noise.get(aggregation, [0.0] * len(names)))
+        return Result(maps, weights, retune=replace(self, options=options), evidence=relative, check=check)
 
 
-def _warn_of_no_layer(aggregation: str, result: Result) -> None:
+def _check(aggregation: str, layers: Sequence[str], noise: Sequence[float], result: Result) -> dict[str, np.ndarray]:
+    """The details: per explanation the layers whose importance is within its noise. Warns of them, and of maps without
+    a layer. result.evidence: importances relative to the magnitude of their alphas.
+    """
+    relative = np.abs(result.evidence)
+    within = (relative > 0) & (relative <= np.array(noise))
+    undetermined = np.empty(len(within), object)
+    undetermined[:] = [[name for name, found in zip(layers, row, strict=True) if found] for row in within]
+    if within.any():
+        names = [name for name, found in zip(layers, within.any(axis=0), strict=True) if found]
+        warnings.warn(
+            f"winsor_cam: for some image rounding decides whether {', '.join(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''} counts: the importance there is zero within its noise, so that "
+            "another machine may draw another map (details['undetermined'])",
+            stacklevel=5,
+        )
     if not result.layer_weights.any(axis=1).all():
         warnings.warn(
             f"winsor_cam: no layer has positive {aggregation} importance for some image, so its map is zero: "
             "try layer_aggregation='max'",
-            stacklevel=4,
+            stacklevel=5,
         )
+    return {"undetermined": undetermined}
 
 
 def check_options(percentile: float, layer_aggregation: str, interpolation: str, low: float, high: float) -> None:

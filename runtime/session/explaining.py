@@ -91,15 +91,17 @@ def _explain_captured(
 def _fetched(session: Session, result: Result, *others: Any) -> tuple[Result, list[np.ndarray]]:
     """Downloads the result and the `others`. CamrtError if a kernel found NaN or infinity."""
     try:
-        maps, weights, *rest = session.memory.get(result.maps, result.layer_weights, *others)
+        parts = [] if result.evidence is None else [result.evidence]
+        maps, weights, *rest = session.memory.get(result.maps, result.layer_weights, *parts, *others)
+        evidence, rest = (rest[0], rest[1:]) if parts else (None, rest)
     except ValueError as error:  # from a kernel that looked for NaN
         raise NotFinite(NOT_FINITE) from error
     again = result.retune
     if again is None:
-        return replace(result, maps=maps, layer_weights=weights), rest
+        return replace(result, maps=maps, layer_weights=weights, evidence=evidence), rest
 
     def retune(**changes: Any) -> Result:
         with session.exclusive():
             return _fetched(session, again(**changes))[0]
 
-    return replace(result, maps=maps, layer_weights=weights, retune=retune), rest
+    return replace(result, maps=maps, layer_weights=weights, evidence=evidence, retune=retune), rest

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...bundle.kinds import Kind
-from ...bundle.manifest import Tap
+from ...bundle.manifest import UNMEASURED, Noise, Tap
 from ...session.batches import check_finite, scores_of
 from ...session.memory import HOST, Memory
 from .base import MethodData, columns
@@ -37,7 +37,8 @@ class LayerMaps(MethodData):
     logits (S, classes). seeds (S, classes): the cotangent of the logits. alphas (S, sum K): mean of the gradient over
     the grid. maps (S, sum h w): sum_k alpha_k A_k, not rectified. size (H, W): of the network's input. memory: where
     logits, alphas and maps are. On the host, a seed of zeros (the top class) is replaced by the one-hot seed; on a GPU
-    it is not.
+    it is not. noise: of each layer's alphas. Where it says that a layer's alphas are rounding noise, they and the map
+    are zero on the host.
     """
 
     kinds = (Kind.LAYER_MAPS,)
@@ -50,6 +51,7 @@ class LayerMaps(MethodData):
     alphas: Any
     maps: Any
     size: tuple[int, int]
+    noise: tuple[Noise, ...]
     memory: Memory = HOST
 
     @property
@@ -72,6 +74,7 @@ class LayerMaps(MethodData):
             taps=tuple(self.taps[i] for i in indices),
             alphas=self.memory.columns(self.alphas, columns(channels, indices)),
             maps=self.memory.columns(self.maps, columns(pixels, indices)),
+            noise=tuple(self.noise[i] for i in indices),
         )
 
     @classmethod
@@ -88,19 +91,32 @@ class LayerMaps(MethodData):
         program = session.program(Kind.LAYER_MAPS if mean else Kind.GRADIENTS, layers)
         out = session.run(program, batch, session.manifest.seeds_share_image, on_gpu)
         taps = session.taps(program.taps)
+        noise = tuple(_noise(t, program.precision, aggregation) for t in taps)
         if on_gpu:
-            return cls(taps, out["logits"], batch.seeds, out["alphas"], out["maps"], session.size, session.memory)
+            seeds, memory = batch.seeds, session.memory
+            return cls(taps, out["logits"], seeds, out["alphas"], out["maps"], session.size, noise, memory)
         if mean:
             alphas, maps = out["alphas"], out["maps"]
         else:
             weighed = [_weigh(out, name, aggregation) for name in program.taps]
             alphas, maps = (np.concatenate(parts, axis=1) for parts in zip(*weighed, strict=True))
         check_finite(alphas, maps)
-        return cls(taps, *scores_of(out, batch), alphas, maps, session.size).select(layers)
+        alone = np.array([n.alone for n in noise])
+        if alone.any():
+            alphas = np.where(np.repeat(alone, [t.channels for t in taps]), np.float32(0), alphas)
+            maps = np.where(np.repeat(alone, [h * w for h, w in (t.grid for t in taps)]), np.float32(0), maps)
+        return cls(taps, *scores_of(out, batch), alphas, maps, session.size, noise).select(layers)
 
     @classmethod
     def stays_on_gpu(cls, options: Mapping[str, Any]) -> bool:
         return options.get("gradient_aggregation", "mean") == "mean"
+
+
+def _noise(tap: Tap, precision: str, aggregation: str) -> Noise:
+    """Of the alphas under a gradient_aggregation: what was measured of means says nothing of maxima and magnitudes."""
+    if aggregation not in ("mean", "sum"):
+        return Noise(0.0, 0.0, 0.0)
+    return tap.noise.get(precision, UNMEASURED)
 
 
 def _weigh(out: Mapping[str, np.ndarray], name: str, aggregation: str) -> tuple[np.ndarray, np.ndarray]:
