@@ -2,7 +2,8 @@
 # make test      sets up everything and runs the tests
 # make check     ruff and pyright, under a minute
 # make quick     a selection of the tests, about two minutes
-# make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies
+# make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies, the site
+# make docs      builds the documentation's site in build/site; any warning fails
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
 # make models    writes networks with the exporters that users have, exports and verifies each, writes docs/models.md
@@ -15,7 +16,7 @@ QUICK := tests/test_vjp.py tests/test_kernels.py tests/test_methods.py tests/tes
 PEERS := .venv-peers/bin/python
 WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
 
-.PHONY: demo test check quick lowest test-all coverage peers models clean
+.PHONY: demo test check quick lowest docs test-all coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -46,7 +47,7 @@ LOWEST := tests/test_kernels.py tests/test_methods.py tests/test_explain.py test
 	tests/test_evaluate.py tests/test_cli.py tests/test_bench.py tests/test_recipe.py tests/test_golden.py tests/test_determinism.py \
 	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py
 
-test-all: lowest
+test-all: lowest docs
 
 lowest: .venv-lowest/ready
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal $(LOWEST)
@@ -56,6 +57,13 @@ lowest: .venv-lowest/ready
 	.venv-lowest/bin/python tests/lowest.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
+	touch $@
+
+docs: .venv/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+.venv/docs-ready: .venv/demo-ready
+	$(PIP) --editable '.[cpu,docs]'
 	touch $@
 
 coverage: .venv/test-ready
