@@ -65,7 +65,8 @@ def differences_as_markdown(differences: Mapping[tuple[str, str], Mapping[str, C
                 continue
             d = METRICS[n].digits
             text = f"{cell.mean:+.{d}f} ({cell.low:+.{d}f} to {cell.high:+.{d}f})"
-            parts.append(f"**{text}**" if cell.low > 0 or cell.high < 0 else text)
+            apart = round(cell.low, d) > 0 or round(cell.high, d) < 0  # not by rounding alone
+            parts.append(f"**{text}**" if apart else text)
         lines.append(f"| {one} - {other} | {' | '.join(parts)} |")
     return "\n".join(lines) + "\n"
 
