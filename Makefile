@@ -2,7 +2,8 @@
 # make test      sets up everything and runs the tests
 # make check     ruff and pyright, under a minute
 # make quick     a selection of the tests, about two minutes
-# make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies, the site
+# make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies, the site,
+#                programs in OpenVINO
 # make docs      builds the documentation's site in build/site; any warning fails
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
@@ -16,7 +17,7 @@ QUICK := tests/test_vjp.py tests/test_kernels.py tests/test_methods.py tests/tes
 PEERS := .venv-peers/bin/python
 WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
 
-.PHONY: demo test check quick lowest docs test-all coverage peers models clean
+.PHONY: demo test check quick lowest docs interop test-all coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -47,7 +48,7 @@ LOWEST := tests/test_kernels.py tests/test_methods.py tests/test_explain.py test
 	tests/test_evaluate.py tests/test_cli.py tests/test_bench.py tests/test_recipe.py tests/test_golden.py tests/test_determinism.py \
 	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py
 
-test-all: lowest docs
+test-all: lowest docs interop
 
 lowest: .venv-lowest/ready
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal $(LOWEST)
@@ -58,6 +59,10 @@ lowest: .venv-lowest/ready
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
 	touch $@
+
+interop: .venv/test-ready
+	$(PIP) --editable '.[cpu,interop]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py
 
 docs: .venv/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -153,7 +153,7 @@ def layer_maps(graph: TappedGraph) -> ir.Model:
             v, g = to_maps(tape, v, tap), to_maps(tape, g, tap)
             if p is not None:
                 part = math.prod(static_dims(p)[1:]) / (h * w)
-                g = tape.Mul(tape.Mul(g, tape.step(p)), tape.floats(part))
+                g = tape.Mul(tape.mask(tape.Greater(p, tape.floats(0)), g), tape.floats(part))
             alpha = tape.Reshape(tape.GlobalAveragePool(g), [-1, 1, channels])
             scale, shift = (np.ones(channels), np.zeros(channels)) if affine is None else affine
             scales.append(scale)

@@ -131,14 +131,6 @@ class Tape:
     def wants(self, value: ir.Value | None) -> bool:
         return value is not None and (self.needed is None or value in self.needed)
 
-    def step(self, x: ir.Value) -> ir.Value:
-        """1 where x > 0, else 0, in floating point.
-
-        A HardSigmoid with the largest float32 slope (below 1 only for x under 3e-39). It takes one pass over the data,
-        where a comparison and a cast take two; ONNX Runtime keeps activations in the blocked layout of convolutions.
-        """
-        return self.HardSigmoid(x, alpha=float(np.finfo(np.float32).max), beta=0.0)
-
     def mask(self, condition: ir.Value, g: ir.Value) -> ir.Value:
         """g where condition holds, else 0."""
         return self.Mul(g, self.Cast(condition, to=ir.DataType.from_numpy(self.dtype)))

@@ -82,11 +82,14 @@ def verify_bundle(
     bundle: Bundle,
     oracle: Oracle,
     images: np.ndarray | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     progress: Callable[[str], None] = lambda _: None,
     precisions: Sequence[str] | None = None,
 ) -> Report:
-    """As `verify`, with an opened bundle and oracle. precisions: "fp32", "fp16"; by default all of the bundle."""
+    """As `verify`, with an opened bundle and oracle. backend: a name, or an opened one.
+
+    precisions: "fp32", "fp16"; by default all of the bundle.
+    """
     report = _compared(bundle, oracle, images, backend, progress, precisions, steps=False)
     if report.passed or not _is_quantised(bundle):
         return report
@@ -98,7 +101,7 @@ def _compared(
     bundle: Bundle,
     oracle: Oracle,
     images: np.ndarray | None,
-    backend: str,
+    backend: str | Backend,
     progress: Callable[[str], None],
     precisions: Sequence[str] | None,
     steps: bool,
@@ -108,7 +111,8 @@ def _compared(
     """
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images
-    engine = _Sharing(create(backend, Settings(max_batch=max(16, len(batch)))))
+    settings = Settings(max_batch=max(16, len(batch)))
+    engine = _Sharing(create(backend, settings) if isinstance(backend, str) else backend)
     layers = [t.name for t in manifest.taps]
     if manifest.batch == 1:
         batch = batch[:1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 from ..autodiff import vjp
-from ..tape import attribute, dims, open_dims
+from ..tape import attribute, constant_of, dims, open_dims
 
 
 @vjp("Gemm")
@@ -14,8 +14,20 @@ def gemm(op, node, g):
     b = node.inputs[1]
     if attribute(node, "transA", 0) or op.wants(b):
         return (None, None, None)
-    da = op.Gemm(g, b, alpha=attribute(node, "alpha", 1.0), transB=1 - attribute(node, "transB", 0))
-    return (da, None, None)
+    alpha, turned = attribute(node, "alpha", 1.0), 1 - attribute(node, "transB", 0)
+    if is_square_weight(b):
+        return (op.Gemm(g, op.Mul(b, op.floats(2.0)), alpha=alpha / 2, transB=turned), None, None)
+    return (op.Gemm(g, b, alpha=alpha, transB=turned), None, None)
+
+
+def is_square_weight(value):
+    """Whether it is a constant matrix with as many rows as columns.
+
+    OpenVINO 2026.4 confuses such a weight with its transpose if a graph multiplies by both (its CPU plugin caches
+    packed weights by address and size). The gradient multiplies by twice the weight, which is exact, and halves.
+    """
+    sizes = dims(value)
+    return constant_of(value) is not None and len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def transposed(op, value):
@@ -30,6 +42,9 @@ def matmul(op, node, g):
     (a, b), y = node.inputs, node.outputs[0]
     if min(len(dims(a)), len(dims(b))) < 2:
         return (None, None)
+    if is_square_weight(b) and op.wants(a):
+        doubled = op.MatMul(g, op.Mul(transposed(op, b), op.floats(2.0)))
+        return (op.unbroadcast(op.Mul(doubled, op.floats(0.5)), a, y), None)
     return (
         op.unbroadcast(op.MatMul(g, transposed(op, b)), a, y) if op.wants(a) else None,
         op.unbroadcast(op.MatMul(transposed(op, a), g), b, y) if op.wants(b) else None,

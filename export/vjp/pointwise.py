@@ -25,8 +25,8 @@ def cast(op, node, g):
 
 @vjp("Relu")
 def relu(op, node, g):
-    """dx = g [x > 0]."""
-    return (op.Mul(g, op.step(node.inputs[0])),)
+    """dx = g [y > 0]; y is there in any engine, while x may have been fused away."""
+    return (op.mask(op.Greater(node.outputs[0], op.floats(0)), g),)
 
 
 @vjp("LeakyRelu")

@@ -1,0 +1,99 @@
+"""Exported programs in engines that camrt does not use: every program and map within the limits of `camrt verify`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from engines import OpenVino, Reference
+from families import network
+from support import SmallNet, small_net
+from torch import nn
+
+import camrt
+from camrt.export.pytorch.autograd import record
+from camrt.runtime.bundle.reading import Bundle, read_bundle
+from camrt.runtime.explainer import Explainer
+from camrt.verification.oracle import module_oracle
+from camrt.verification.rounding import RoundingBackend
+from camrt.verification.verify import verify_bundle
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is missing: make interop installs it"
+)
+NETWORKS = ["resnet18", "mobilenet_v2", "densenet", "efficientnet_b0", "vit", "swin_v2"]
+
+
+def verified(bundle: Bundle, model: nn.Module, engine: Any) -> None:
+    report = verify_bundle(bundle, module_oracle(model, "the model"), backend=engine, precisions=["fp32"])
+    assert report.passed, [row for row in report.rows if not row.passed]
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", NETWORKS)
+def test_programs_in_openvino(name: str, tmp_path: Path) -> None:
+    model, shape = network(name)
+    verified(read_bundle(camrt.export_model(model, tmp_path / "m.camrt", shape)), model, OpenVino())
+
+
+def test_programs_in_the_reference_evaluator(tmp_path: Path) -> None:
+    model = small_net()
+    verified(read_bundle(camrt.export_model(model, tmp_path / "m.camrt", (3, 32, 32))), model, Reference())
+
+
+class AtZero(SmallNet):
+    """Rectifiers whose inputs are exactly zero over the left half of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.block[0].bias = None
+        self.block[1] = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "engine", ["onnxruntime", "rounding", "reference", pytest.param("openvino", marks=needs_openvino)]
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rectifiers_at_exactly_zero(engine: str, precision: str, tmp_path: Path) -> None:
+    """PyTorch's gradient there is 0; a step of a half, or an infinite slope times zero, would show."""
+    torch.manual_seed(0)
+    model = AtZero().eval()
+    path = camrt.export_model(model, tmp_path / "m.camrt", (3, 32, 32), precision=precision)
+    backend = {"rounding": RoundingBackend, "reference": Reference, "openvino": OpenVino}.get(engine)
+    explainer = camrt.load(path) if backend is None else Explainer(read_bundle(path), backend())
+    image = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    image[..., :16] = 0
+    layers = list(explainer.layers)
+    recorded = record(model, torch.from_numpy(image), 1, layers)
+    assert (recorded.activations["stem"] == 0).float().mean() > 0.3
+    program = explainer.session.program("gradients", layers)
+    out = explainer.session.open(program).run({"image": image, "seed": np.eye(5, dtype=np.float32)[[1]]})
+    for layer in layers:
+        want = recorded.gradients[layer].numpy()
+        limit = 1e-5 if precision == "fp32" else 2e-3
+        np.testing.assert_allclose(out[f"gradient:{layer}"], want, atol=limit * np.abs(want).max(), err_msg=layer)
+
+
+def test_no_program_rests_on_an_extreme_parameter(tmp_path: Path) -> None:
+    """Attributes and constants that an engine may round, saturate or refuse."""
+    for i, (model, shape) in enumerate(((small_net(), (3, 32, 32)), network("mobilenet_v2"), network("vit"))):
+        path = camrt.export_model(model, tmp_path / f"{i}.camrt", shape, precision=["fp32", "fp16"])
+        for file in sorted(path.glob("*.onnx")):
+            graph = onnx.load(file).graph
+            for node in graph.node:
+                for attribute in node.attribute:
+                    if attribute.type == onnx.AttributeProto.FLOAT:
+                        assert abs(attribute.f) < 1e4, (file.name, node.op_type, attribute.name, attribute.f)
+            fills = {node.input[2] for node in graph.node if node.op_type == "Pad" and len(node.input) > 2}
+            for tensor in graph.initializer:
+                if tensor.name in fills:  # what a max pool's border is compared as: no comparison picks it
+                    continue
+                values = onnx.numpy_helper.to_array(tensor)
+                if values.dtype == np.float32:
+                    assert np.abs(values).max(initial=0) < 1e4, (file.name, tensor.name)
