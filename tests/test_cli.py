@@ -17,6 +17,7 @@ from support import ROOT, import_torchvision, small_net
 import camrt
 from camrt.cli import main
 from camrt.image_files import find_images
+from camrt.runtime.bundle.reading import read_bundle
 
 MODULE = """
 import torch
@@ -353,6 +354,24 @@ def test_how_a_command_ends(
     monkeypatch.setattr("camrt.commands.info.run", command)
     assert main(["info", "x.camrt"]) == code
     assert capsys.readouterr().err == said
+
+
+def test_info_says_what_programs_take_and_give(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For whoever runs them without camrt: every tensor of every program, as text and as JSON."""
+    assert main(["info", str(exported), "--programs"]) == 0
+    text = capsys.readouterr().out
+    assert "layer_maps.onnx (layer_maps, float32): the mean gradients of layers" in text
+    assert "  in  seed [seeds, 5]\n" in text and "  out gradient:LAYER [seeds, K, h, w] for each layer\n" in text
+    assert "seed: the cotangent of the logits" in text and "A row of zeros stands for the image's top class" in text
+    assert main(["info", str(exported), "--programs", "--json"]) == 0
+    programs = json.loads(capsys.readouterr().out)
+    manifest = read_bundle(exported).manifest
+    assert [p["file"] for p in programs] == [p.file for p in manifest.programs]
+    for said, program in zip(programs, manifest.programs, strict=True):
+        assert said["layers"] == list(program.taps) and said["purpose"]
+        for part in ("inputs", "outputs"):
+            assert {n: t["shape"] for n, t in said[part].items()} == getattr(program, part)
+            assert all(t["meaning"] and t["type"] == "float32" for t in said[part].values())
 
 
 def test_info_lists_the_backends(capsys: pytest.CaptureFixture[str]) -> None:

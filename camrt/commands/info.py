@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..runtime.errors import BackendUnavailable, InputError
 from .recipe import said_of_scores
+
+if TYPE_CHECKING:
+    from ..runtime.bundle.manifest import Manifest
 
 HELP = "show what a bundle holds, or what can run it here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, nargs="?")
-    parser.add_argument("--json", action="store_true", help="print the manifest")
+    parser.add_argument("--json", action="store_true", help="print the manifest (or, with --programs, those) as JSON")
+    parser.add_argument(
+        "--programs", action="store_true", help="what each program takes and gives, to run it without camrt"
+    )
     parser.add_argument(
         "--backends", action="store_true", help="which backends can be used here, and why not the others"
     )
@@ -27,6 +35,9 @@ def run(options: argparse.Namespace) -> int:
     from ..runtime.bundle.reading import read_bundle
 
     manifest = read_bundle(options.bundle).manifest
+    if options.programs:
+        _print_programs(manifest, options.json)
+        return 0
     if options.json:
         print(manifest.to_json(), end="")
         return 0
@@ -49,6 +60,15 @@ def run(options: argparse.Namespace) -> int:
         norm = ", before batch norm" if tap.batch_norm == "after" else ""
         print(f"  {tap.name:32} {tap.channels:5} channels, {grid:9} {' '.join(tap.roles)}{norm}")
     return 0
+
+
+def _print_programs(manifest: Manifest, as_json: bool) -> None:
+    from ..runtime.bundle.contracts import contract, contracts_as_text
+
+    if as_json:
+        print(json.dumps([contract(p) for p in manifest.programs], indent=1))
+    else:
+        print(contracts_as_text(manifest), end="")
 
 
 def _versions(tools: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from latex2mathml.converter import convert  # pyright: ignore[reportMissingImports]
 from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
+PLACE = "<!-- programs -->"  # in docs/programs.md
 ROOT = Path(__file__).parent.parent.parent
 PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 SCENES = (1, 6)  # of the demo
@@ -44,6 +46,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts the table of programs in its place."""
+    return markdown.replace(PLACE, programs()) if PLACE in markdown else markdown
+
+
 def on_page_content(html: str, **_: Any) -> str:
     """Typesets the formulas: browsers draw MathML without a script."""
     return _FORMULA.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "div" else "inline"), html)
@@ -60,6 +67,18 @@ def commands() -> str:
     for name, command in subparsers.choices.items():
         text += f"\n## camrt {name}\n\n{help_of[name]}\n\n```text\n{command.format_help()}```\n"
     return text
+
+
+def programs() -> str:
+    """What every kind of program takes and gives."""
+    from camrt.demo.run import BUNDLE
+    from camrt.runtime.bundle.contracts import contracts_as_markdown
+    from camrt.runtime.bundle.manifest import Normalized
+    from camrt.runtime.bundle.reading import read_bundle
+
+    manifest = read_bundle(BUNDLE).manifest
+    manifest = replace(manifest, normalized=Normalized("normalized", manifest.input_shape))  # which the demo's lacks
+    return contracts_as_markdown(manifest)
 
 
 def pictures() -> dict[str, bytes]:

@@ -44,9 +44,11 @@ class ProgramKind:
 
     runs_once: the program runs once per explanation, and everything else depends on its result. It is therefore float32
     in every precision, and on a CPU its threads do not spin after the run. engine: `camrt build` builds it by default,
-    because winsor_cam or score_cam_pp needs it. missing: what a user can do if the bundle has no such program.
+    because winsor_cam or score_cam_pp needs it. missing: what a user can do if the bundle has no such program. purpose:
+    what it computes, in a phrase.
     """
 
+    purpose: str
     interface: Callable[[Manifest, Sequence[Tap]], Interface]
     runs_once: bool = False
     engine: bool = False
@@ -86,18 +88,31 @@ def _layer_maps(taps: Sequence[Tap]) -> Sizes:
 
 
 KINDS: dict[str, ProgramKind] = {
-    Kind.CLASSIFY: ProgramKind(lambda m, taps: (_image(m), _logits(m)), engine=True),
+    Kind.CLASSIFY: ProgramKind(
+        "the logits of images",
+        lambda m, taps: (_image(m), _logits(m)),
+        engine=True,
+    ),
     Kind.ACTIVATIONS: ProgramKind(
-        lambda m, taps: (_image(m), _logits(m) | _each("activation", taps)), runs_once=True, engine=True
+        "the activations of layers",
+        lambda m, taps: (_image(m), _logits(m) | _each("activation", taps)),
+        runs_once=True,
+        engine=True,
     ),
     Kind.GRADIENTS: ProgramKind(
+        "the activations of layers and their gradients",
         lambda m, taps: (
             _image(m) | _seed(m),
             _logits(m) | _each("activation", taps) | _each("gradient", taps),
-        )
+        ),
     ),
-    Kind.LAYER_MAPS: ProgramKind(lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)), engine=True),
+    Kind.LAYER_MAPS: ProgramKind(
+        "the mean gradients of layers, and the maps that they weigh (Grad-CAM, Winsor-CAM)",
+        lambda m, taps: (_image(m) | _seed(m), _logits(m) | _layer_maps(taps)),
+        engine=True,
+    ),
     Kind.SIGNED_MAPS: ProgramKind(
+        "the maps of layers for Integrative CAM",
         lambda m, taps: (
             _image(m) | _seed(m) | {"ratio": (1,)},
             _logits(m) | _maps(taps) | {"magnitudes": (len(taps),)},
@@ -105,13 +120,32 @@ KINDS: dict[str, ProgramKind] = {
         missing="it was exported before integrative_cam had this reading: export it again, or use reading='residual'",
     ),
     Kind.FULL_GRAD: ProgramKind(
+        "FullGrad's maps, summed by size",
         lambda m, taps: (_image(m) | _seed(m), _logits(m)),
         missing="it needs a gradient rule "
         "for every operator down to the image and every bias on a grid of the image, which this network lacks; or "
         "the bundle is old, then export it again",
     ),
-    Kind.TRUNK: ProgramKind(lambda m, taps: (_image(m), _logits(m) | _single(taps)), runs_once=True, missing=_NOT_CUT),
-    Kind.HEAD: ProgramKind(lambda m, taps: (_single(taps), _logits(m)), missing=_NOT_CUT),
-    Kind.NORMALIZE: ProgramKind(lambda m, taps: (_image(m), _normalized(m)), runs_once=True, engine=True),
-    Kind.SCORE: ProgramKind(lambda m, taps: (_normalized(m), _logits(m)), engine=True),
+    Kind.TRUNK: ProgramKind(
+        "the network up to a layer",
+        lambda m, taps: (_image(m), _logits(m) | _single(taps)),
+        runs_once=True,
+        missing=_NOT_CUT,
+    ),
+    Kind.HEAD: ProgramKind(
+        "the network behind a layer, to run on changed activations",
+        lambda m, taps: (_single(taps), _logits(m)),
+        missing=_NOT_CUT,
+    ),
+    Kind.NORMALIZE: ProgramKind(
+        "the network's own normalisation of the image",
+        lambda m, taps: (_image(m), _normalized(m)),
+        runs_once=True,
+        engine=True,
+    ),
+    Kind.SCORE: ProgramKind(
+        "the network behind its own normalisation, to run on masked images",
+        lambda m, taps: (_normalized(m), _logits(m)),
+        engine=True,
+    ),
 }
