@@ -10,15 +10,13 @@ import numpy as np
 
 from ..runtime.backends.one_file import Run, open_file
 from ..runtime.bundle.kinds import Kind
-from ..runtime.bundle.manifest import Manifest, Noise, Tap
+from ..runtime.bundle.manifest import Manifest, Noise, Program, Tap
 from .probes import as_pixels, last_bits, smooth_images
 
-IMAGES = 4
-COPIES = 4  # of each image
-TYPICAL = 8  # a mean that is never above so many times its typical change is zero by construction
-UNRELATED = 0.5  # relative L2 between the alphas of two copies, above which they are rounding noise alone
+IMAGES = 8
+COPIES = 3  # of each image
+CANCELLED = 1e-4  # a sum that is no more than this beside the sum of its magnitudes is rounding of zero
 LEAST = 2.0**-22  # what another order of summation changes, as a fraction
-MARGIN = 4  # how much larger other images and engines may make a mean that is zero by construction
 
 
 def with_noise(folder: Path, manifest: Manifest, whole_numbers: bool) -> Manifest:
@@ -27,16 +25,17 @@ def with_noise(folder: Path, manifest: Manifest, whole_numbers: bool) -> Manifes
     folder: where the programs are. whole_numbers: whether the network takes pixels as whole numbers.
     """
     widest = [p for p in manifest.programs if p.kind == Kind.LAYER_MAPS and len(p.taps) == len(manifest.taps)]
+    if not widest:
+        return manifest
     images = np.clip(smooth_images(manifest.input_shape, IMAGES), -1, 1)  # clipped: photos have flat areas, too
     if whole_numbers:
         images = as_pixels(images)
-    runs = {
-        p.precision: _alphas(open_file(folder / p.file), manifest.taps, manifest.num_classes, images) for p in widest
-    }
-    if not runs:
-        return manifest
+    classes = manifest.num_classes
+    runs = {p.precision: _alphas(open_file(folder / p.file), manifest.taps, classes, images) for p in widest}
     exact = runs.get("float32", runs[widest[0].precision])
-    measured = {precision: noise_of_layers(exact, alphas) for precision, alphas in runs.items()}
+    gradients = [p for p in manifest.programs if p.kind == Kind.GRADIENTS and len(p.taps) == len(manifest.taps)]
+    zero = _zero_by_construction(folder, gradients, manifest, images[:2])
+    measured = {precision: noise_of_layers(exact, alphas, zero) for precision, alphas in runs.items()}
     taps = tuple(
         replace(tap, noise={precision: of_layers[i] for precision, of_layers in measured.items()})
         for i, tap in enumerate(manifest.taps)
@@ -55,19 +54,49 @@ def _alphas(run: Run, taps: Sequence[Tap], classes: int, images: np.ndarray) -> 
     return np.split(together, np.cumsum([t.channels for t in taps])[:-1], axis=2)
 
 
-def noise_of_layers(exact: Sequence[np.ndarray], alphas: Sequence[np.ndarray]) -> list[Noise]:
+def _zero_by_construction(
+    folder: Path, programs: Sequence[Program], manifest: Manifest, images: np.ndarray
+) -> list[str | None]:
+    """Per tap "alphas" if its gradient sums to zero over the grid, as in front of an instance norm; "mean" if it does
+    over grid and channels, as in front of a layer norm; else None. A gradient that is zero everywhere says nothing.
+    """
+    if not programs:
+        return [None] * len(manifest.taps)
+    program = min(programs, key=lambda p: p.precision != "float32")
+    run, seed = open_file(folder / program.file), np.zeros((1, manifest.num_classes), np.float32)
+    over_grid, over_all = (np.zeros(len(manifest.taps)) for _ in range(2))
+    for image in images:
+        out = run({"image": image[None], "seed": seed})
+        for i, tap in enumerate(manifest.taps):
+            gradient = out[f"gradient:{tap.name}"].astype(np.float64)
+            magnitude = np.abs(gradient).mean()
+            if magnitude == 0:
+                over_grid[i] = over_all[i] = np.inf
+                continue
+            over_grid[i] = max(over_grid[i], np.abs(gradient.mean(axis=(2, 3))).max() / magnitude)
+            over_all[i] = max(over_all[i], np.abs(gradient.mean()) / magnitude)
+    return [
+        "alphas" if grid <= CANCELLED else "mean" if every <= CANCELLED / 10 else None
+        for grid, every in zip(over_grid, over_all, strict=True)
+    ]
+
+
+def noise_of_layers(
+    exact: Sequence[np.ndarray], alphas: Sequence[np.ndarray], zero: Sequence[str | None]
+) -> list[Noise]:
     """The noise of a program's layers, from alphas (images, COPIES, K) of each layer, and those of the most exact
-    program.
+    program. zero: per layer what of its alphas is zero by construction: "alphas", "mean" or None.
 
     Twice what was measured, since a rectifier that rounding turns on or off is rare and changes much; and no layer less
     than the median layer, since such a rectifier in any layer changes all layers before it.
     """
-    measured = [_noise(e, a) for e, a in zip(exact, alphas, strict=True)]
-    mean, extreme = (max(LEAST, float(np.median([getattr(n, part) for n in measured]))) for part in ("mean", "extreme"))
+    measured = [_noise(e, a, z) for e, a, z in zip(exact, alphas, zero, strict=True)]
+    parts = [(n.mean, n.extreme) for n in measured if not n.alone] or [(0.0, 0.0)]
+    mean, extreme = (max(LEAST, float(np.median(values))) for values in zip(*parts, strict=True))
     return [Noise(2 * max(n.mean, mean), 2 * max(n.extreme, extreme), n.zero) for n in measured]
 
 
-def _noise(exact: np.ndarray, alphas: np.ndarray) -> Noise:
+def _noise(exact: np.ndarray, alphas: np.ndarray, zero: str | None) -> Noise:
     """What was measured of one layer."""
     first = exact[:, :1]
     magnitude = np.abs(first).mean(axis=2)
@@ -75,17 +104,8 @@ def _noise(exact: np.ndarray, alphas: np.ndarray) -> Noise:
     if not known.any():
         return Noise(0.0, 0.0, 0.0)
 
-    def relative(values: np.ndarray) -> np.ndarray:
-        return np.abs(values)[known] / magnitude[known]
+    def relative(values: np.ndarray) -> float:
+        return float((np.abs(values)[known] / magnitude[known]).max())
 
-    change = relative((alphas - first).mean(axis=2))
-    mean, extreme = float(change.max()), float(relative(np.abs(alphas - first).max(axis=2)).max())
-    own = relative((exact - first).mean(axis=2))[:, 1:].max(axis=1)
-    largest, typical = relative(exact.mean(axis=2)).max(), float(np.median(own))
-    norms = np.linalg.norm(first[:, 0], axis=1)[known]
-    apart = np.linalg.norm((exact - first)[known, 1:], axis=2).min(axis=1) / norms
-    if (apart > UNRELATED).all():
-        return Noise(mean, extreme, 1.0)
-    if 0 < largest <= TYPICAL * typical:
-        return Noise(mean, extreme, float(MARGIN * relative(alphas.mean(axis=2)).max()))
-    return Noise(mean, extreme, 0.0)
+    changes = relative((alphas - first).mean(axis=2)), relative(np.abs(alphas - first).max(axis=2))
+    return Noise(*changes, {"alphas": 2.0, "mean": 1.0, None: 0.0}[zero])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -48,6 +50,14 @@ class BackendUnavailable(CamrtError):
 
 class EngineError(CamrtError):
     """An engine cannot be built, kept or run."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line outside camrt that called it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "camrt":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,12 @@ import numpy as np
 from .. import __version__
 from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
+from .bundle.kinds import Kind
 from .bundle.manifest import MANIFEST, Manifest
 from .bundle.reading import Bundle, read_bundle
 from .cams import GRADIENT_AGGREGATIONS, LayerMaps, Method, Result, join, method_named
-from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near
+from .cams.data.layer_maps import noise_of
+from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near, warn
 from .explanation import Explanation
 from .images.image_batch import ImageBatch
 from .scores import probabilities
@@ -50,6 +51,7 @@ class Explainer:
         self.manifest: Manifest = bundle.manifest
         self.precision = precision or bundle.precisions[0]
         self.session = Session(bundle, backend, max_batch, self.precision)
+        self._settings: tuple[int | None, int] = (None, 0)  # threads and device, as `load` took them
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -127,7 +129,7 @@ class Explainer:
         result = join(results)
         details = result.checked()
         if issubclass(method.data(options), LayerMaps):
-            self._warn_of_noise(method.name, names)
+            self._warn_of_noise(method.name, names, options)
         _warn_of_constant_maps(method.name, result, seeds.shape[1])
 
         count, several = seeds.shape[:2], targets.several
@@ -150,15 +152,17 @@ class Explainer:
             _retune=result.retune,
         )
 
-    def _warn_of_noise(self, method: str, names: Sequence[str]) -> None:
+    def _warn_of_noise(self, method: str, names: Sequence[str], options: dict[str, Any]) -> None:
         """Names the layers whose alphas are rounding noise, and therefore count as zero."""
-        layers = [t.name for t in self.manifest.taps if t.name in names and any(n.alone for n in t.noise.values())]
+        precision = self.session.program(Kind.LAYER_MAPS, names).precision
+        aggregation = str(options.get("gradient_aggregation", "mean"))
+        taps = [t for t in self.manifest.taps if t.name in names]
+        layers = [t.name for t in taps if noise_of(t, precision, aggregation).alone]
         if layers:
-            warnings.warn(
-                f"{method}: {', '.join(layers[:5])}{', ...' if len(layers) > 5 else ''} counts as zero: the mean over "
-                "the grid of the gradient there is zero by construction, as in front of an instance norm, and rounding "
-                "alone would draw the map",
-                stacklevel=5,
+            warn(
+                f"{method}: zero counts instead of {', '.join(layers[:5])}{', ...' if len(layers) > 5 else ''}: the "
+                "mean over the grid of the gradient there is zero by construction, as in front of an instance norm, "
+                "and rounding alone would draw the map"
             )
 
     @functools.cached_property
@@ -176,7 +180,7 @@ class Explainer:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, it is a bundle's path and settings: the bundle is opened again where it is loaded."""
         path = str(self.bundle.path.resolve())
-        return load, (path, self.backend.name, self.session.max_batch, self.precision)
+        return load, (path, self.backend.name, self.session.max_batch, self.precision, *self._settings)
 
     def _placed(self, images: ImageBatch) -> Any:
         """The network's input, on the host or the GPU."""
@@ -283,10 +287,9 @@ def _warn_of_constant_maps(method: str, result: Result, targets: int) -> None:
     images = np.unique(np.flatnonzero(constant) // targets)
     if len(images):
         which = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
-        warnings.warn(
+        warn(
             f"{method}: the map of image {which} is constant, so it shows nothing: the score does not depend on where "
-            "these layers are active, or its gradient is zero",
-            stacklevel=4,
+            "these layers are active, or its gradient is zero"
         )
 
 
@@ -309,6 +312,7 @@ def load(
     BundleError if the bundle is missing or damaged; BackendUnavailable if no backend can run it here; UnknownName for
     an unknown backend; InputError for a precision that the bundle does not have.
     """
-    return Explainer(
-        read_bundle(path), create(backend, Settings(threads, device, max_batch, progress)), max_batch, precision
-    )
+    engine = create(backend, Settings(threads, device, max_batch, progress))
+    explainer = Explainer(read_bundle(path), engine, max_batch, precision)
+    explainer._settings = threads, device
+    return explainer

@@ -265,7 +265,9 @@ def test_a_mean_that_cancels_is_no_importance() -> None:
     alphas *= np.sign(alphas.mean(axis=1, keepdims=True))
     centred = alphas - alphas.mean(axis=1, keepdims=True)
     assert (layer_importance(centred, [96])[0] != 0).any()
-    assert not any(part.any() for part in layer_importance(centred, [96], zero=[1e-6]))
+    importance, relative = layer_importance(centred, [96], zero=[1e-6])
+    assert not importance.any() and 0 < np.abs(relative).max() < 1e-6
+    assert layer_importance(0 * centred, [96])[1].min() == np.inf
     importance, relative = layer_importance(alphas, [96], zero=[1e-6])
     np.testing.assert_allclose(importance[:, 0], alphas.mean(axis=1), rtol=1e-6)
     np.testing.assert_allclose(relative[:, 0], alphas.mean(axis=1) / np.abs(alphas).mean(axis=1), rtol=1e-5)

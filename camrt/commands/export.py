@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import InputError
-from . import preprocess_options
+from . import class_names, preprocess_options
 from .progress import Progress
 
 HELP = "turn a trained model into a bundle"
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["fp32"],
         help="precision of the programs, one or both (default: fp32)",
     )
-    parser.add_argument("--classes", type=Path, help="class names: a JSON list, or a text file with one name per line")
+    class_names.add_argument(parser)
     preprocess_options.add_arguments(parser)
     parser.add_argument("--output", help="the output, attribute or key that holds the logits, if there are several")
     parser.add_argument(
@@ -51,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         "precision": options.precision,
         "activation": options.activation,
         "name": options.name,
-        "classes": None if options.classes is None else _class_names(options.classes),
+        "classes": None if options.classes is None else class_names.read_class_names(options.classes),
         "shuffle_weights": options.shuffle_weights,
         "overwrite": options.force,
     }
@@ -112,14 +111,3 @@ def _print_written(path: Path) -> None:
     if manifest.assumes_softmax:
         print(f"Its probabilities are assumed to be a softmax. If not: camrt recipe {path} --activation sigmoid")
     print(f"Next: camrt verify {path}, camrt explain {path} IMAGE ...")
-
-
-def _class_names(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        names = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no class names ({error})") from None
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"{path}: expected a JSON list of names, or a text file with one name per line")
-    return names

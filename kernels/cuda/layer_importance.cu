@@ -1,9 +1,9 @@
 // importance[b,l] = ReLU(aggregate_k alphas[b,k]), relative[b,l] = aggregate_k / mean_k |alphas[b,k]|, k over the channels
-// of layer l
+// of layer l, infinite where all alphas are 0
 // alphas (B, sum K) f32   offsets (L+1) i32, where each layer's channels begin   zero (L) f64
 //   -> importance (B,L) f32   relative (B,L) f32
 // kind: 0 mean (0 where |mean| <= zero[l] mean |alpha|), 1 max, 2 min, 3 absmean, 4 absmax, 5 l2; all are 0 where
-// zero[l] >= 1. One block per image and layer; sums in float64. The results are NaN if an alpha is NaN.
+// zero[l] >= 2. One block per image and layer; sums in float64. The results are NaN if an alpha is NaN.
 #include "common.cuh"
 
 enum Aggregation { MEAN, MAX, MIN, ABSMEAN, ABSMAX, L2 };
@@ -35,14 +35,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (threadIdx.x != 0) continue;
         const int channels = end - begin;
         double found = 0;
-        if (kind == MEAN) found = fabs(sum) <= zero[layer] * magnitude ? 0 : sum / channels;
+        if (kind == MEAN) found = sum / channels;
         if (kind == MAX) found = most;
         if (kind == MIN) found = least;
         if (kind == ABSMEAN) found = magnitude / channels;
         if (kind == ABSMAX) found = Greatest()(most, -least);
         if (kind == L2) found = sqrt(squares);
-        if (zero[layer] >= 1 && magnitude == magnitude) found = 0;  // NaN stays
+        relative[task] = static_cast<float>(magnitude == 0 ? INFINITY : found * channels / magnitude);
+        const bool cancelled = zero[layer] >= 2 || (kind == MEAN && fabs(sum) <= zero[layer] * magnitude);
+        if (cancelled && magnitude == magnitude) found = 0;  // NaN stays
         importance[task] = static_cast<float>(found < 0 ? 0 : found);
-        relative[task] = static_cast<float>(magnitude > 0 ? found * channels / magnitude : found);
     }
 }

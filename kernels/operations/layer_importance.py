@@ -24,11 +24,13 @@ def layer_importance(
 ) -> tuple[Any, Any]:
     """(ReLU(aggregate_k alpha_k), aggregate_k alpha_k / mean_k |alpha_k|) of each layer, (B, L) float32 each.
 
+    The second is infinite where all alphas are 0.
+
     alphas (B, sum K) float32, layers concatenated; channels: K of each layer. kind: mean, max, min, absmean, absmax,
-    l2. zero: for each layer the largest |mean_k alpha_k| / mean_k |alpha_k| that counts as 0, by default 0; where it is
-    1 or more the layer's alphas count as 0. Gradients in front of a layer norm sum to zero over the channels
-    (ConvNeXt): rounding would decide the sign of the mean, and so the layers that Winsor-CAM keeps. ValueError for what
-    does not fit; DeviceError.
+    l2. zero: for each layer the largest |mean_k alpha_k| / mean_k |alpha_k| that counts as 0, by default 0: at 1 every
+    mean does, and at 2 all alphas. Gradients in front of a layer norm sum to zero over the channels (ConvNeXt):
+    rounding would decide the sign of the mean, and so the layers that Winsor-CAM keeps. ValueError for what does not
+    fit; DeviceError.
     """
     with prepared("layer_importance", stream, alphas=alphas) as (queue, (alphas,)):
         expect_choice("layer_importance", "aggregation", kind, AGGREGATIONS)
@@ -63,8 +65,8 @@ def _by_numpy(
     aggregates = np.stack([_aggregated(part, kind) for part in parts], axis=1)
     magnitudes = np.stack([np.abs(part).mean(axis=1) for part in parts], axis=1)
     cancelled = (np.abs(aggregates) <= limits * magnitudes) if kind == "mean" else np.zeros(aggregates.shape, bool)
-    aggregates = np.where(cancelled | (limits >= 1), 0, aggregates)
-    relative = aggregates / np.where(magnitudes > 0, magnitudes, 1)
+    relative = np.where(magnitudes == 0, np.inf, aggregates / np.where(magnitudes == 0, 1, magnitudes))
+    aggregates = np.where(cancelled | (limits >= 2), 0, aggregates)
     return np.maximum(aggregates, 0).astype(np.float32), relative.astype(np.float32)
 
 

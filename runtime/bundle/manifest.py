@@ -34,8 +34,8 @@ class Noise:
     on images that differ in their last bits. Fractions of mean_k |alpha_k|.
 
     mean: the largest change of mean_k alpha_k; extreme: of a single alpha_k. An importance that is no larger is
-    undetermined: rounding decides its sign. zero: a mean up to this is zero by construction, but for rounding; 0 where
-    it is not; 1 where every alpha is rounding noise, because the gradient's mean over the grid is zero by construction.
+    undetermined: rounding decides its sign. zero: a mean up to this counts as zero: 0 in ordinary layers; 1, that is
+    any mean, where it is zero by construction, but for rounding; 2 where each alpha is, not only their mean.
     """
 
     mean: float
@@ -45,7 +45,7 @@ class Noise:
     @property
     def alone(self) -> bool:
         """Whether every alpha is rounding noise."""
-        return self.zero >= 1
+        return self.zero >= 2
 
 
 UNMEASURED = Noise(0.0, 0.0, 1e-6)  # of bundles without measurements; float32 leaves about 1e-8 of a mean of zero

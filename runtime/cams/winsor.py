@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...kernels import AGGREGATIONS, fuse_layers, layer_importance, normalize_layers, winsorize
-from ..errors import InputError
+from ..bundle.manifest import Noise
+from ..errors import InputError, warn
 from .data import LayerMaps
 from .registry import Result, cam, chosen, is_number
 
@@ -73,36 +73,40 @@ class _Fusion:
         weights = winsorize(importance, *bounds, stream=stream)
         sizes, on_gpu = (layers.size, options["interpolation"]), stream is not None
         maps = fuse_layers(self.normalized, layers.grids, weights, *sizes, normalize=on_gpu, stream=stream)
-        noise = {"mean": [n.mean for n in layers.noise], "max": [n.extreme for n in layers.noise]}
-        noise["min"] = noise["max"]
-        names = tuple(t.name for t in layers.taps)
-        check = functools.partial(_check, aggregation, names, noise.get(aggregation, [0.0] * len(names)))
+        check = functools.partial(_check, aggregation, tuple(t.name for t in layers.taps), layers.noise)
         return Result(maps, weights, retune=replace(self, options=options), evidence=relative, check=check)
 
 
-def _check(aggregation: str, layers: Sequence[str], noise: Sequence[float], result: Result) -> dict[str, np.ndarray]:
-    """The details: per explanation the layers whose importance is within its noise. Warns of them, and of maps without
-    a layer. result.evidence: importances relative to the magnitude of their alphas.
+def _check(aggregation: str, layers: Sequence[str], noise: Sequence[Noise], result: Result) -> dict[str, np.ndarray]:
+    """The details: per explanation the layers whose weight rounding decides. Warns of them and of maps without a layer.
+
+    result.evidence: importances relative to the magnitude of their alphas, before those near zero counted as zero.
     """
-    relative = np.abs(result.evidence)
-    within = (relative > 0) & (relative <= np.array(noise))
+    within = _undetermined(np.abs(result.evidence), aggregation, noise)
     undetermined = np.empty(len(within), object)
     undetermined[:] = [[name for name, found in zip(layers, row, strict=True) if found] for row in within]
     if within.any():
         names = [name for name, found in zip(layers, within.any(axis=0), strict=True) if found]
-        warnings.warn(
-            f"winsor_cam: for some image rounding decides whether {', '.join(names[:5])}"
+        warn(
+            f"winsor_cam: for some image rounding may decide whether {', '.join(names[:5])}"
             f"{', ...' if len(names) > 5 else ''} counts: the importance there is zero within its noise, so that "
-            "another machine may draw another map (details['undetermined'])",
-            stacklevel=5,
+            "another machine may draw another map (details['undetermined'])"
         )
     if not result.layer_weights.any(axis=1).all():
-        warnings.warn(
+        warn(
             f"winsor_cam: no layer has positive {aggregation} importance for some image, so its map is zero: "
-            "try layer_aggregation='max'",
-            stacklevel=5,
+            "try layer_aggregation='max'"
         )
     return {"undetermined": undetermined}
+
+
+def _undetermined(relative: np.ndarray, aggregation: str, noise: Sequence[Noise]) -> np.ndarray:
+    """Whether rounding decides a layer's weight, of relative importances (S, L): they are within the noise of zero."""
+    if aggregation not in ("mean", "max", "min"):
+        return np.zeros(relative.shape, bool)
+    counted = np.array([n.zero < (1 if aggregation == "mean" else 2) for n in noise])
+    change = np.array([n.mean if aggregation == "mean" else n.extreme for n in noise])
+    return (relative <= change) & counted & (change > 0)
 
 
 def check_options(percentile: float, layer_aggregation: str, interpolation: str, low: float, high: float) -> None:
@@ -110,7 +114,7 @@ def check_options(percentile: float, layer_aggregation: str, interpolation: str,
     if not is_number(percentile) or not 0 <= percentile <= 100:
         raise InputError(f"percentile {percentile!r} is outside 0..100")
     if 0 < percentile < 1:
-        warnings.warn(f"percentile {percentile} is of 0..100: did you mean {100 * percentile:g}?", stacklevel=6)
+        warn(f"percentile {percentile} is of 0..100: did you mean {100 * percentile:g}?")
     chosen(layer_aggregation, AGGREGATIONS, "layer_aggregation")
     chosen(interpolation, ("bilinear", "nearest"), "interpolation")
     if not all(is_number(bound) for bound in (low, high)) or not 0 < low <= high:

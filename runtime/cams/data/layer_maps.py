@@ -91,7 +91,7 @@ class LayerMaps(MethodData):
         program = session.program(Kind.LAYER_MAPS if mean else Kind.GRADIENTS, layers)
         out = session.run(program, batch, session.manifest.seeds_share_image, on_gpu)
         taps = session.taps(program.taps)
-        noise = tuple(_noise(t, program.precision, aggregation) for t in taps)
+        noise = tuple(noise_of(t, program.precision, aggregation) for t in taps)
         if on_gpu:
             seeds, memory = batch.seeds, session.memory
             return cls(taps, out["logits"], seeds, out["alphas"], out["maps"], session.size, noise, memory)
@@ -112,7 +112,7 @@ class LayerMaps(MethodData):
         return options.get("gradient_aggregation", "mean") == "mean"
 
 
-def _noise(tap: Tap, precision: str, aggregation: str) -> Noise:
+def noise_of(tap: Tap, precision: str, aggregation: str) -> Noise:
     """Of the alphas under a gradient_aggregation: what was measured of means says nothing of maxima and magnitudes."""
     if aggregation not in ("mean", "sum"):
         return Noise(0.0, 0.0, 0.0)
