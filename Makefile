@@ -65,6 +65,7 @@ interop: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py
 
 docs: .venv/docs-ready
+	rm -rf build/package build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 .venv/docs-ready: .venv/demo-ready

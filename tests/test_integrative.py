@@ -182,6 +182,36 @@ class WrittenOut(nn.Module):
         return centred / ((centred**2).mean(1, keepdim=True) + 1e-5).sqrt() * self.scale + self.shift
 
 
+class ByReciprocal(WrittenOut):
+    """The same from variance and reciprocal root."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        return (x - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
+
+
+class RootMeanSquare(WrittenOut):
+    """Divides by the root mean square over the channels, and has no mean."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * ((x * x).mean(1, keepdim=True) + 1e-6).rsqrt() * self.scale
+
+
+class Moments(WrittenOut):
+    """An instance norm from the first two moments."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, square = x.mean((2, 3), keepdim=True), (x * x).mean((2, 3), keepdim=True)
+        return (x - mean) / (square - mean * mean + 1e-5).sqrt() * self.scale + self.shift
+
+
+class Frozen(WrittenOut):
+    """A batch norm as a product and a sum, as detection networks freeze it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.shift
+
+
 class ChannelsLast(nn.Module):
     """A layer norm over the channels, between permutations."""
 
@@ -207,6 +237,10 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "layer": lambda: random_affine(nn.GroupNorm(1, 8)),
     "channels last": lambda: random_affine(ChannelsLast()),
     "written out": WrittenOut,
+    "by reciprocal": ByReciprocal,
+    "root mean square": RootMeanSquare,
+    "moments": Moments,
+    "frozen": Frozen,
 }
 
 
@@ -239,6 +273,34 @@ def test_layers_are_seen_behind_their_norm(kind: str, precision: str, tmp_path: 
     assert cosine_distance(got.maps, want.numpy().astype(np.float32)) < 1e-3
     if precision == "fp32":
         np.testing.assert_allclose(got.maps, want, atol=1e-4)
+
+
+class Scaled(nn.Module):
+    """A convolution whose output is multiplied by what depends on it: a gate, which is no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.second = nn.Conv2d(8, 6, 3, 2, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.fc(self.second(x.relu()).relu().mean((2, 3)))
+
+
+def test_a_gate_is_no_norm(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    explainer = camrt.load(
+        camrt.export_model(model, f"{tmp_path}/model.camrt", (3, 32, 32), layers=["first", "second"])
+    )
+    got = explainer.explain(IMAGES, "integrative_cam", [1, 4, 0], layers=["first"])
+    recorded = record(model.double(), torch.from_numpy(IMAGES).double(), torch.from_numpy(SEEDS), ["first"])
+    want, _ = integrative_reference(recorded, torch.from_numpy(SEEDS), (32, 32))
+    np.testing.assert_allclose(got.maps, want, atol=1e-4)
 
 
 def test_a_class_without_evidence_has_a_map_of_zeros() -> None:

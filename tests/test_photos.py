@@ -317,6 +317,8 @@ def test_what_a_result_says_of_itself(explainers: dict[str, camrt.Explainer], tm
 @pytest.mark.parametrize("method", ["winsor_cam", "score_cam_pp", "integrative_cam"])
 def test_results_and_explainers_pickle(method: str, explainers: dict[str, camrt.Explainer]) -> None:
     explainer = pickle.loads(pickle.dumps(explainers["crop"]))
+    several = camrt.load(explainer.bundle.path, threads=3)
+    assert str(pickle.loads(pickle.dumps(several)).backend) == str(several.backend) != str(explainer.backend)
     result = explainer.explain([PHOTO, PHOTO[::-1]], method, target=[[1, 2], [0, 3]])
     again = pickle.loads(pickle.dumps(result))
     np.testing.assert_array_equal(again.maps, result.maps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,15 @@ def test_the_odd_row_of_a_letterbox_is_filled_below() -> None:
     told = Preprocess((32, 32), (0.0,) * 3, (1.0,) * 3, fit="letterbox")
     assert placed((32, 25), told) == Placement((25, 32), (25, 32), -3, 0, (32, 32))
     assert placed((25, 32), told) == Placement((32, 25), (32, 25), 0, -3, (32, 32))
+
+
+def test_class_names_are_set_later(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, names = tmp_path / "net.camrt", tmp_path / "names.txt"
+    shutil.copytree(exported, path)
+    names.write_text("a\nb\nc\nd\ne\n")
+    assert main(["recipe", str(path), "--classes", str(names)]) == 0
+    assert "classes        a, b, c, ...\n" in capsys.readouterr().out
+    assert camrt.load(path).manifest.classes == ("a", "b", "c", "d", "e")
+    names.write_text("a\n")
+    assert main(["recipe", str(path), "--classes", str(names)]) == 2
+    assert "1 names, the network has 5 classes" in capsys.readouterr().err

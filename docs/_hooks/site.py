@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert  # pyright: ignore[reportMissingImports]
+from mkdocs.plugins import event_priority  # pyright: ignore[reportMissingImports]
 from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
 PLACE = "<!-- programs -->"  # in docs/programs.md
@@ -25,13 +26,14 @@ SCENES = (1, 6)  # of the demo
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
 
 
+@event_priority(100)  # before mkdocstrings looks for the folder
 def on_config(config: Any) -> Any:
     """Lays the package out as it is imported: copies in build/package of the folders that pyproject.toml maps."""
     package, skipped = ROOT / "build" / "package" / "camrt", shutil.ignore_patterns("__pycache__", "*.camrt")
     shutil.rmtree(package, ignore_errors=True)
     for name in ("camrt", "export", "runtime", "kernels"):
         target = package if name == "camrt" else package / name
-        shutil.copytree(ROOT / name, target, ignore=skipped)
+        shutil.copytree(ROOT / name, target, ignore=skipped, dirs_exist_ok=True)
     return config
 
 

@@ -27,7 +27,7 @@ def integrative_cam(
     """sum_l lambda_l minmax(up(ReLU(M_l))): a reconstruction, the paper's text is not public.
 
     Y = f(S) for a smooth f (identity, exp, softmax: the class's probability, softplus, or camrt.Smooth); r = f'''/f''.
-    y_k are the outputs of a convolution, behind its norm (batch, layer, group, instance) if one follows, and G = dS/dy.
+    y_k are the outputs of a convolution, behind its norm if one follows, and G = dS/dy.
 
     reading="signed": M = sum_k u_k y_k with u = sign(f') alpha G and alpha = 1 / (2 + |r| |G| sum_mn |y_k,mn|) at each
     position. lambda_l is proportional to P / (P + N), the part of M's absolute sum that speaks for the class: P and N

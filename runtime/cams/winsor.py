@@ -86,7 +86,7 @@ def _check(aggregation: str, layers: Sequence[str], noise: Sequence[Noise], resu
     undetermined = np.empty(len(within), object)
     undetermined[:] = [[name for name, found in zip(layers, row, strict=True) if found] for row in within]
     if within.any():
-        names = [name for name, found in zip(layers, within.any(axis=0), strict=True) if found]
+        names = [layers[int(i)] for i in np.flatnonzero(within.any(axis=0))]
         warn(
             f"winsor_cam: for some image rounding may decide whether {', '.join(names[:5])}"
             f"{', ...' if len(names) > 5 else ''} counts: the importance there is zero within its noise, so that "
