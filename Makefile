@@ -62,7 +62,7 @@ lowest: .venv-lowest/ready
 
 interop: .venv/test-ready
 	$(PIP) --editable '.[cpu,interop]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py tests/test_compile.py
 
 docs: .venv/docs-ready
 	rm -rf build/package build/site

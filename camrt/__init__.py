@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compiling.api import compile
     from .explaining import explain_files
     from .export.api import export_model, export_onnx
     from .runtime.bundle.manifest import Preprocess
@@ -25,6 +26,7 @@ __all__ = [
     "Explanation",
     "Preprocess",
     "Smooth",
+    "compile",
     "explain_files",
     "export_model",
     "export_onnx",
@@ -37,6 +39,7 @@ _HOME = {
     "Explanation": "runtime.explanation",
     "Preprocess": "runtime.bundle.manifest",
     "Smooth": "runtime.cams",
+    "compile": "compiling.api",
     "explain_files": "explaining",
     "export_model": "export.api",
     "export_onnx": "export.api",

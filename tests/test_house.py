@@ -31,6 +31,7 @@ ALLOWED = {
     "camrt/commands": ("",),
     "camrt/cli.py": ("commands", "runtime.errors", "__version__"),
     "camrt/__main__.py": ("cli",),
+    "camrt/compiling": ("compiling", "export", "runtime", "kernels", "method_choice", "__version__"),
     "camrt/demo": ("demo", "runtime", "install"),
     "camrt/evaluation": ("evaluation", "method_choice", "runtime", "__version__"),
     "camrt/verification": ("verification", "export", "runtime", "kernels"),
@@ -41,7 +42,7 @@ ALLOWED = {
     "camrt/explaining.py": ("image_files", "results_folder", "runtime"),
     "camrt/methods.py": ("runtime.cams",),
     "camrt/notebook.py": ("install", "runtime"),
-    "camrt/__init__.py": ("explaining", "export.api", "runtime"),
+    "camrt/__init__.py": ("compiling.api", "explaining", "export.api", "runtime"),
     "camrt/bench.py": ("verification.distances", "method_choice", "runtime", "kernels"),
     "export": (
         "export",
@@ -158,8 +159,8 @@ def test_every_command_is_listed() -> None:
 
 
 def light_modules() -> list[str]:
-    """Every module of the runtime, the kernels and the front door, but for the references in PyTorch."""
-    references = {"methods.py", "method_runs.py"}
+    """Every module of the runtime, the kernels and the front door, but for those that build on torch or onnx."""
+    heavy = {"verification": {"methods.py", "method_runs.py"}, "compiling": {"build.py", "maps.py", "methods.py"}}
     return [
         ".".join(["camrt", *file.relative_to(folder if name == "camrt" else ROOT).with_suffix("").parts]).removesuffix(
             ".__init__"
@@ -167,7 +168,7 @@ def light_modules() -> list[str]:
         for name, folder in PACKAGES.items()
         if name != "export"
         for file in sorted(folder.rglob("*.py"))
-        if file.name != "__main__.py" and not (file.parent.name == "verification" and file.name in references)
+        if file.name != "__main__.py" and file.name not in heavy.get(file.parent.name, ())
     ]
 
 

@@ -1,0 +1,216 @@
+"""One ONNX file for a method: in ONNX Runtime and elsewhere it gives what `explain` gives, without camrt."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from families import network
+from support import small_net
+from torch import nn
+
+import camrt
+from camrt.cli import main
+from camrt.compiling.methods import COMPILED
+from camrt.export.probes import smooth_images
+from camrt.kernels import minmax
+from camrt.method_choice import parse_method
+from camrt.runtime.errors import UnknownLayer, UnknownMethod
+
+IMAGES = smooth_images((3, 32, 32), 5)
+TARGETS = np.array([1, -1, 4, 0, -1])
+PERCENTILES = np.array([0, 30, 62.5, 90, 100], np.float32)
+CHOICES = [*COMPILED, "integrative_cam:smooth=exp", "winsor_cam:layer_aggregation=max", "winsor_cam:low=0.3,high=2.0"]
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is missing: make interop installs it"
+)
+
+
+def by_onnxruntime(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, map(np.asarray, session.run(names, feeds)), strict=True))
+
+
+def by_reference(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(str(path))
+    return dict(zip(names_of(path), map(np.asarray, evaluator.run(None, feeds)), strict=True))
+
+
+def by_openvino(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    results = compiled(feeds)
+    return {name: np.array(results[name]) for name in ("map", "logits", "layer_weights") if name in names_of(path)}
+
+
+def names_of(path: Path) -> list[str]:
+    return [o.name for o in onnx.load(path).graph.output]
+
+
+def feeds_of(path: Path, images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    feeds: dict[str, np.ndarray] = {"image": images, "target": targets}
+    if any(i.name == "percentile" for i in onnx.load(path).graph.input):
+        feeds["percentile"] = PERCENTILES[: len(images)]
+    return feeds
+
+
+def explained(explainer: camrt.Explainer, text: str, images: np.ndarray, targets: np.ndarray, layers: Any) -> Any:
+    """Maps (B, H, W) and layer weights (B, L) of `explain`, one image at a time."""
+    choice, logits = parse_method(text), explainer.classify(images)
+    maps, weights = [], []
+    for i, image in enumerate(images):
+        options = dict(choice.options)
+        if choice.name == "winsor_cam":
+            options["percentile"] = float(PERCENTILES[i])
+        target = int(logits[i].argmax()) if targets[i] < 0 else int(targets[i])
+        result = explainer.explain(image[None], choice.name, target, layers, **options)
+        maps.append(result.maps[0])
+        weights.append(result.layer_weights[0])
+    return np.stack(maps), np.stack(weights), logits
+
+
+def assert_same(
+    path: Path,
+    explainer: camrt.Explainer,
+    text: str,
+    run: Any,
+    images: np.ndarray,
+    layers: Any = None,
+    atol: float = 1e-4,
+) -> None:
+    targets = TARGETS[: len(images)]
+    out = run(path, feeds_of(path, images, targets))
+    maps, weights, logits = explained(explainer, text, images, targets, layers)
+    assert {str(a.dtype) for a in out.values()} == {"float32"}
+    assert out["map"].shape == maps.shape and np.ptp(maps, axis=(1, 2)).max() > 0.1
+    np.testing.assert_allclose(minmax(out["map"]), minmax(maps), atol=atol)
+    np.testing.assert_allclose(out["logits"], logits, rtol=1e-3, atol=1e-4)
+    if weights.size:
+        np.testing.assert_allclose(out["layer_weights"], weights, atol=atol)
+    else:
+        assert "layer_weights" not in out
+
+
+ENGINES = [by_onnxruntime, by_reference, pytest.param(by_openvino, marks=needs_openvino)]
+
+
+@pytest.mark.parametrize("run", ENGINES)
+@pytest.mark.parametrize("text", CHOICES)
+def test_one_file_gives_what_explain_gives(
+    text: str, run: Any, exported: Path, explainer: camrt.Explainer, tmp_path: Path
+) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx", text)
+    assert_same(path, explainer, text, run, IMAGES)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny", "vit", "swin_v2"])
+def test_networks(name: str, tmp_path: Path) -> None:
+    """Of every layout: channels first, channels last, tokens; and layers whose mean is zero by construction."""
+    model, shape = network(name)
+    bundle = camrt.export_model(model, tmp_path / "m.camrt", shape)
+    explainer, images = camrt.load(bundle), smooth_images(shape, 2)
+    for text in ("winsor_cam", "grad_cam", "integrative_cam", "layer_cam"):
+        layers = "last" if name in ("vit", "swin_v2") and text == "winsor_cam" else None
+        path = camrt.compile(bundle, tmp_path / "m.onnx", text, layers)
+        assert_same(path, explainer, text, by_onnxruntime, images, layers, atol=2e-3)
+
+
+class Instance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1)
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+        self.second = nn.Conv2d(8, 6, 3, 2, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3)))
+
+
+def test_layers_of_rounding_noise_count_as_zero(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bundle = camrt.export_model(Instance().eval(), tmp_path / "m.camrt", (3, 32, 32), "conv")
+    path = camrt.compile(bundle, tmp_path / "m.onnx")
+    assert_same(path, camrt.load(bundle), "winsor_cam", by_onnxruntime, IMAGES)
+    assert not by_onnxruntime(path, feeds_of(path, IMAGES, TARGETS))["layer_weights"][:, 0].any()
+
+
+def test_float16_and_a_fixed_batch(tmp_path: Path) -> None:
+    bundle = camrt.export_model(small_net(), tmp_path / "m.camrt", (3, 32, 32), precision=["fp32", "fp16"])
+    half = camrt.compile(bundle, tmp_path / "half.onnx", precision="fp16", batch=2)
+    assert [d.dim_value for d in onnx.load(half).graph.input[0].type.tensor_type.shape.dim] == [2, 3, 32, 32]
+    assert any(n.op_type == "Cast" for n in onnx.load(half).graph.node)
+    assert_same(half, camrt.load(bundle, precision="fp16"), "winsor_cam", by_onnxruntime, IMAGES[:2], atol=2e-2)
+
+
+def test_the_file_is_whole_and_describes_itself(exported: Path, tmp_path: Path) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx", "winsor_cam:layer_aggregation=max", ["stem", "head.0"])
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    used = {name for node in model.graph.node for name in node.input}
+    assert {t.name for t in model.graph.initializer} <= used, "unused initializers"
+    assert all(t.data_location == onnx.TensorProto.DEFAULT for t in model.graph.initializer)
+    said = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert said["camrt.layers"] == ["stem", "head.0"] and said["camrt.method"] == "winsor_cam"
+    assert said["camrt.options"] == {"layer_aggregation": "max"} and said["camrt.version"] == camrt.__version__
+    assert [f.name for f in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_consumer_needs_onnxruntime_and_numpy_alone(exported: Path, tmp_path: Path) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx")
+    code = (
+        "import sys, numpy as np, onnxruntime as ort\n"
+        f"s = ort.InferenceSession({str(path)!r}, providers=['CPUExecutionProvider'])\n"
+        "x = np.ones((1, 3, 32, 32), np.float32)\n"
+        "m, = s.run(['map'], {'image': x, 'target': np.array([-1]), 'percentile': np.array([90], np.float32)})\n"
+        "assert m.shape == (1, 32, 32) and not {'camrt', 'torch', 'onnx'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "error", "message"),
+    [
+        ("score_cam_pp", {}, UnknownMethod, "score_cam_pp cannot be compiled to one file: use winsor_cam, grad_cam"),
+        ("winsor_cam:percentile=50", {}, UnknownMethod, "winsor_cam in one file cannot have percentile=50"),
+        ("winsor_cam:layer_aggregation=l2", {}, UnknownMethod, "cannot have layer_aggregation='l2'"),
+        ("integrative_cam:smooth=softmax", {}, UnknownMethod, "cannot have smooth='softmax'"),
+        ("integrative_cam:reading=residual", {}, UnknownMethod, "cannot have reading='residual'"),
+        ("grad_cams", {}, UnknownMethod, "did you mean 'grad_cam'"),
+        ("grad_cam", {"layers": ["stme"]}, UnknownLayer, "did you mean 'stem'"),
+        ("grad_cam", {"batch": 0}, camrt.CamrtError, "batch 0: use 1 or more"),
+        ("grad_cam", {"precision": "fp8"}, camrt.CamrtError, "precision 'fp8': use fp32, fp16"),
+        ("grad_cam", {"precision": "fp16"}, camrt.CamrtError, "no fp16 programs"),
+    ],
+)
+def test_what_one_file_cannot_hold(
+    text: str, options: dict[str, Any], error: type[Exception], message: str, exported: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as raised:
+        camrt.compile(exported, tmp_path / "m.onnx", text, **options)
+    assert message in str(raised.value) and not list(tmp_path.iterdir())
+
+
+def test_the_command(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.onnx"
+    assert main(["compile", str(exported), str(path), "--method", "grad_cam", "--layers", "stem", "--batch", "1"]) == 0
+    assert str(path) in capsys.readouterr().out and path.exists()
+    assert main(["compile", str(exported), str(path), "--batch", "many"]) == 2
+    assert main(["compile", str(exported), str(tmp_path / "no" / "m.onnx")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
