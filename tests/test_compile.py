@@ -24,6 +24,11 @@ from camrt.compiling.methods import COMPILED
 from camrt.export.probes import smooth_images
 from camrt.kernels import minmax
 from camrt.method_choice import parse_method
+from camrt.runtime.backends.tensorrt.bindings import find_library
+from camrt.runtime.backends.tensorrt.build import build_engine
+from camrt.runtime.backends.tensorrt.target import Shapes, Target
+from camrt.runtime.bundle.kinds import Kind
+from camrt.runtime.bundle.manifest import PRECISIONS, Program
 from camrt.runtime.errors import UnknownLayer, UnknownMethod
 
 IMAGES = smooth_images((3, 32, 32), 5)
@@ -157,6 +162,20 @@ def test_float16_and_a_fixed_batch(tmp_path: Path) -> None:
     assert [d.dim_value for d in onnx.load(half).graph.input[0].type.tensor_type.shape.dim] == [2, 3, 32, 32]
     assert any(n.op_type == "Cast" for n in onnx.load(half).graph.node)
     assert_same(half, camrt.load(bundle, precision="fp16"), "winsor_cam", by_onnxruntime, IMAGES[:2], atol=2e-2)
+
+
+@pytest.mark.parametrize("text", ["winsor_cam", "integrative_cam", "grad_cam_pp", "full_grad"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_for_rtx_builds_an_engine(text: str, precision: str, tmp_path: Path) -> None:
+    bundle = camrt.export_model(small_net(), tmp_path / "m.camrt", (3, 32, 32), precision=["fp32", "fp16"])
+    path = camrt.compile(bundle, tmp_path / "m.onnx", text, precision=precision)
+    inputs = {"image": ["batch", 3, 32, 32], "target": ["batch"]}
+    inputs |= {"percentile": ["batch"]} if text == "winsor_cam" else {}
+    program = Program(Kind.LAYER_MAPS, path.name, "", (), inputs, {"map": ["batch", 32, 32]}, PRECISIONS[precision])
+    library = find_library("tensorrt_rtx")
+    made = build_engine(library, path, program, Target((8, 9), None), Shapes("batch", 4))
+    assert len(made.engine) > 100_000
+    assert all("Int64 binding" in warning for warning in made.warnings)  # which is what the target is
 
 
 def test_the_file_is_whole_and_describes_itself(exported: Path, tmp_path: Path) -> None:
