@@ -31,6 +31,7 @@ SOURCE_LIMIT = 1e-3  # relative L2 of logits from the source's: two float32 prog
 ROWS_LIMIT = 1e-3  # relative L2 of a batch's logits from those of its images alone
 # both limits, where the source computes in float16 or is quantised: one different rounding changes all later values
 ROUNDED_LIMIT = 5e-2
+HALF_LIMIT = 1e-2  # both limits, where the bundle itself computes in float16
 LARGE = 32e6  # bytes of a program's outputs for one image; above this the images are run one after another
 GRADIENT_LIMIT = 0.1  # relative L2 of a gradient from PyTorch's; above this float64 decides
 WRONG_GRADIENT = 0.5  # relative L2, of a model that does not run in float64: rounding alone does not reach it
@@ -71,7 +72,7 @@ class Checker:
         self._graph = graph
         self._source = source
         self._accepts_zeros = accepts_zeros
-        self._limits = (ROUNDED_LIMIT, ROUNDED_LIMIT) if rounded else (SOURCE_LIMIT, ROWS_LIMIT)
+        self._limits: tuple[float, ...] = (ROUNDED_LIMIT,) * 2 if rounded else (SOURCE_LIMIT, ROWS_LIMIT)
         self.images = images
         self.gradients: dict[str, np.ndarray] = {}  # (1, K, h, w) of the first image, by layer
         self.cotangent: np.ndarray | None = None  # (B, classes), of the source's scores
@@ -83,6 +84,8 @@ class Checker:
         """
         images = self.images[:1] if manifest.batch == 1 else self.images
         classify = next(p for p in manifest.programs if p.kind == Kind.CLASSIFY)
+        if classify.precision != "float32":
+            self._limits = tuple(max(limit, HALF_LIMIT) for limit in self._limits)
         run = open_file(folder / classify.file)
         logits = self._outputs(classify, {"image": images}, run)["logits"]
         self._compare_rows(run, images, logits)

