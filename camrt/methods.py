@@ -31,6 +31,7 @@ from .runtime.cams import (
     LayerMaps,
     MaskedRuns,
     Result,
+    SignedMaps,
     all_methods,
     cam,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "LayerMaps",
     "MaskedRuns",
     "Result",
+    "SignedMaps",
     "all_methods",
     "cam",
 ]

@@ -47,9 +47,10 @@ def _alphas(run: Run, taps: Sequence[Tap], classes: int, images: np.ndarray) -> 
     """Per tap its alphas (images, COPIES, K) float64 of each image's top class; the first copy is the image itself."""
     rows = []
     for image in images:
-        logits = run({"image": image[None], "seed": np.zeros((1, classes), np.float32)})["logits"]
-        seed = np.eye(classes, dtype=np.float32)[logits.argmax(axis=1)]
-        rows += [run({"image": copy, "seed": seed})["alphas"][0] for copy in last_bits(image[None], COPIES)]
+        first, *others = last_bits(image[None], COPIES)
+        out = run({"image": first, "seed": np.zeros((1, classes), np.float32)})  # zeros: of the top class
+        seed = np.eye(classes, dtype=np.float32)[out["logits"].argmax(axis=1)]
+        rows += [out["alphas"][0], *(run({"image": copy, "seed": seed})["alphas"][0] for copy in others)]
     together = np.stack(rows).astype(np.float64).reshape(len(images), COPIES, -1)
     return np.split(together, np.cumsum([t.channels for t in taps])[:-1], axis=2)
 

@@ -19,9 +19,10 @@ from .bundle.manifest import MANIFEST, Manifest
 from .bundle.reading import Bundle, read_bundle
 from .cams import GRADIENT_AGGREGATIONS, LayerMaps, Method, Result, join, method_named
 from .cams.data.layer_maps import noise_of
-from .errors import CamrtError, InputError, UnknownLayer, UnknownMethod, near, warn
+from .errors import CamrtError, InputError, UnknownMethod, warn
 from .explanation import Explanation
 from .images.image_batch import ImageBatch
+from .layer_choice import chosen_layers
 from .scores import probabilities
 from .session.batches import batches, top_class_where_zero
 from .session.explaining import explain_batch
@@ -41,15 +42,10 @@ class Explainer:
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16, precision: str | None = None):
         if max_batch < 1:
             raise InputError(f"max_batch {max_batch}: use 1 or more")
-        if precision is not None and precision not in bundle.precisions:
-            raise InputError(
-                f"{bundle.path} has no {precision} programs, it has {' and '.join(bundle.precisions)}: export it with "
-                f"precision={precision!r} (--precision {precision})"
-            )
         self.bundle = bundle
         self.backend = backend
         self.manifest: Manifest = bundle.manifest
-        self.precision = precision or bundle.precisions[0]
+        self.precision = bundle.chosen_precision(precision)
         self.session = Session(bundle, backend, max_batch, self.precision)
         self._settings: tuple[int | None, int] = (None, 0)  # threads and device, as `load` took them
 
@@ -108,7 +104,7 @@ class Explainer:
         aggregation = str(options.get("gradient_aggregation", "mean"))
         if aggregation not in GRADIENT_AGGREGATIONS:
             raise UnknownMethod(f"gradient_aggregation {aggregation!r}: use {', '.join(GRADIENT_AGGREGATIONS)}")
-        return chosen, self._layers(chosen, layers)
+        return chosen, chosen_layers(self.manifest, chosen, layers)
 
     def _explained(
         self, pictures: ImageBatch, method: Method, targets: Targets, names: Sequence[str], options: dict[str, Any]
@@ -237,45 +233,6 @@ class Explainer:
         logits = np.repeat(self.session.logits(images), seeds.shape[1], axis=0)
         given = top_class_where_zero(seeds.reshape(logits.shape), logits)
         return method.seeds(logits, given, **options).reshape(seeds.shape)
-
-    def _layers(self, method: Method, layers: Sequence[str] | str | None) -> tuple[str, ...]:
-        if method.layers is None:
-            if layers is not None:
-                raise InputError(f"{method.name} reads the whole network: leave layers out")
-            return ()
-        wanted = method.layers if layers is None else layers
-        if isinstance(wanted, str) and wanted in ("conv", "last"):
-            names = tuple(t.name for t in self.manifest.taps if wanted in t.roles)
-            if not names:
-                own = self.manifest.last_layer
-                if wanted == "conv":
-                    add = "export it with --layers conv"
-                elif own is None:
-                    add = "export it with --layers last, which fails with a reason if the network has no such layer"
-                else:
-                    add = f"export it with layer {own!r} as well"
-                raise UnknownLayer(
-                    f"{method.name} needs the layers {wanted!r}, which this bundle lacks: {add}, or name layers, it "
-                    f"has {', '.join(self.layers[:5])}"
-                )
-            return names
-        names = (wanted,) if isinstance(wanted, str) else tuple(wanted) if isinstance(wanted, list | tuple) else None
-        if names is None or not all(isinstance(name, str) for name in names):
-            raise UnknownLayer(f"layers {layers!r}: pass names, 'conv' or 'last'; 'camrt info' lists the names")
-        names = tuple(dict.fromkeys(names))
-        for name in names:
-            if name not in self.layers:
-                raise UnknownLayer(
-                    f"the bundle has no layer {name!r}{near(name, self.layers)}; 'camrt info' lists them"
-                )
-        if not names:
-            raise UnknownLayer("layers is empty: name layers, or leave the argument out for the method's own")
-        for name in names:
-            if method.layers == "last" and self.manifest.tap(name).grid == (1, 1):
-                raise UnknownLayer(
-                    f"layer {name!r} has no grid, it is 1 x 1, so its map would be constant: name another layer"
-                )
-        return names
 
 
 def _warn_of_constant_maps(method: str, result: Result, targets: int) -> None:

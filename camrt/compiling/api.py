@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..export.api import check_packages
-from ..method_choice import MethodChoice
+from ..method_choice import MethodChoice, parse_method
+from ..runtime.bundle.manifest import PRECISIONS
+from ..runtime.bundle.reading import read_bundle
+from ..runtime.cams import method_named
+from ..runtime.errors import InputError
+from ..runtime.layer_choice import chosen_layers
 
 
 def compile(
@@ -30,6 +35,18 @@ def compile(
     without the export extra.
     """
     check_packages("onnx", "onnxscript")
-    from .build import compile_bundle
+    from . import build
 
-    return compile_bundle(bundle, out, method, layers, precision, batch)
+    opened, choice = read_bundle(bundle), parse_method(method) if isinstance(method, str) else method
+    manifest, compiled = opened.manifest, build.compiled_method(choice)
+    if batch is not None and (batch < 1 or (manifest.batch == 1 and batch != 1)):
+        raise InputError(f"batch {batch}: {'the bundle takes one image at a time' if batch > 1 else 'use 1 or more'}")
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}: use {', '.join(PRECISIONS)}")
+    names = chosen_layers(manifest, method_named(choice.name), layers)
+    program = opened.program(compiled.kind, names, opened.chosen_precision(precision))
+    model = build.continued(opened, program, compiled, choice, [t for t in manifest.taps if t.name in names])
+    build.describe(model, manifest, choice, names, program.precision)
+    if batch is not None:
+        build.rename_size(model.graph, "batch", batch)
+    return build.write(model, Path(out))

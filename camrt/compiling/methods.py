@@ -14,17 +14,19 @@ from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import UNMEASURED, Tap
 from .maps import Size, combined, minmax, resize, scale, split, sum_channels
 
+RATIOS = {"identity": 0.0, "exp": 1.0}  # of the third over the second derivative, where it is the same at any score
 Finished = tuple[ir.Value, ir.Value | None]  # map (batch, H, W), layer weights (batch, layers)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a method continues. outputs: the program's, by name; taps: its layers; chosen: those that the method
-    explains, in the same order; precision: the program's; inputs: further inputs of the file, by name; size: of the
-    network's input.
+    """What a method continues. program_inputs, outputs: the program's, by name; taps: its layers; chosen: those that
+    the method explains, in the same order; precision: the program's; inputs: further inputs of the file, by name; size:
+    of the network's input.
     """
 
     tape: Tape
+    program_inputs: Mapping[str, ir.Value]
     outputs: Mapping[str, ir.Value]
     taps: Sequence[Tap]
     chosen: Sequence[Tap]
@@ -175,9 +177,11 @@ def _x_grad_cam(tape: Tape, activation: ir.Value, gradient: ir.Value) -> ir.Valu
     return sum_channels(tape, tape.Mul(weight, activation))
 
 
-def integrative_cam(source: Source) -> Finished:
+def integrative_cam(source: Source, smooth: str = "identity", reading: str = "signed") -> Finished:
     """sum_l lambda_l minmax(up(ReLU(M_l))), lambda_l proportional to P_l / (P_l + N_l)."""
+    del reading  # the program's
     tape, shares, resized = source.tape, [], []
+    source.program_inputs["ratio"].replace_all_uses_with(tape.floats(np.full((1, 1), RATIOS[smooth])))
     magnitudes = tape.Gather(
         source.outputs["magnitudes"], [i for i, t in enumerate(source.taps) if t in source.chosen], axis=1
     )
@@ -233,7 +237,7 @@ COMPILED: dict[str, Compiled] = {
         integrative_cam,
         (),
         ("smooth", "reading"),
-        {"smooth": ("identity", "exp"), "reading": ("signed",)},
+        {"smooth": tuple(RATIOS), "reading": ("signed",)},
     ),
     "full_grad": Compiled(Kind.FULL_GRAD, full_grad),
 }

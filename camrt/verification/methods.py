@@ -153,7 +153,7 @@ def integrative_cam(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrative CAM, reconstructed (arXiv 2412.01354), reading "signed": maps (B, *size) and layer weights (B, L).
 
-    behind_norms: per convolution the output of the batch norm behind it, or its own where there is none. smooth: score
+    behind_norms: per convolution the output of the norm behind it, or its own where there is none. smooth: score
     (B,) -> Y (B,); its derivatives are autograd's.
     """
     _, first, ratio = (d[:, None, None, None] for d in derivatives(behind_norms, seed, smooth))

@@ -65,8 +65,9 @@ def _readers(value: ir.Value) -> list[ir.Node]:
 
 
 def _is_per_channel(node: ir.Node, channels: int | None) -> bool:
-    """Whether the other operand is a constant with one number, or one for each channel."""
-    constants = [c for x in node.inputs if (c := constant_of(x)) is not None]
+    """Whether the node scales or shifts by a constant with one number, or one for each channel."""
+    operands = node.inputs[1:] if node.op_type == "Div" else node.inputs
+    constants = [c for x in operands if (c := constant_of(x)) is not None]
     return any(np.size(c) in (1, channels) and max(np.shape(c), default=1) == np.size(c) for c in constants)
 
 

@@ -30,6 +30,15 @@ class Bundle:
         classify = {p.precision for p in self.manifest.programs if p.kind == Kind.CLASSIFY}
         return [name for name, recorded in PRECISIONS.items() if recorded in classify]
 
+    def chosen_precision(self, precision: str | None) -> str:
+        """The precision, by default the bundle's first. InputError if the bundle does not have it."""
+        if precision is not None and precision not in self.precisions:
+            raise InputError(
+                f"{self.path} has no {precision} programs, it has {' and '.join(self.precisions)}: export it with "
+                f"precision={precision!r} (--precision {precision})"
+            )
+        return precision or self.precisions[0]
+
     def file(self, program: Program) -> Path:
         """The path of a program's file, checked on first use. BundleError if it holds what camrt does not write."""
         path = self.path / program.file
