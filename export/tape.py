@@ -87,11 +87,19 @@ def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
 class Tape:
     """Appends nodes to one graph; arrays and numbers become initializers, equal ones a single initializer.
 
-    `needed`: the values whose cotangents are needed, None for all; rules emit no nodes for others.
+    `needed`: the values whose cotangents are needed, None for all; rules emit no nodes for others. outer: for the body
+    of a loop, the tape of the graph around it, which keeps the constants.
     """
 
-    def __init__(self, graph: ir.Graph, dtype: np.dtype | type = np.float32, needed: set[ir.Value] | None = None):
+    def __init__(
+        self,
+        graph: ir.Graph,
+        dtype: np.dtype | type = np.float32,
+        needed: set[ir.Value] | None = None,
+        outer: Tape | None = None,
+    ):
         self.graph = graph
+        self.outer = outer
         self.dtype = np.dtype(dtype)
         self.needed = needed
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -118,6 +126,8 @@ class Tape:
         return self.constant(np.array(operand, np.int64))
 
     def constant(self, array: np.ndarray) -> ir.Value:
+        if self.outer is not None:
+            return self.outer.constant(array)
         array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar one-dimensional
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
@@ -161,8 +171,10 @@ class Tape:
         return self.Reshape(g, list(open_dims(value, -1)))
 
 
-def output(tape: Tape, value: ir.Value, name: str, shape: Sequence[str | int | None]) -> ir.Value:
+def output(
+    tape: Tape, value: ir.Value, name: str, shape: Sequence[Any], kind: ir.DataType = ir.DataType.FLOAT
+) -> ir.Value:
     """`value` under an output's name, type and shape."""
     named = tape.Identity(value)
-    named.name, named.shape, named.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+    named.name, named.shape, named.type = name, ir.Shape(shape), ir.TensorType(kind)
     return named

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from engines import in_onnxruntime, in_openvino, in_reference, needs_openvino
 from families import network
 from support import small_net
 from torch import nn
@@ -34,38 +33,17 @@ from camrt.runtime.errors import UnknownLayer, UnknownMethod
 IMAGES = smooth_images((3, 32, 32), 5)
 TARGETS = np.array([1, -1, 4, 0, -1])
 PERCENTILES = np.array([0, 30, 62.5, 90, 100], np.float32)
-CHOICES = [*COMPILED, "integrative_cam:smooth=exp", "winsor_cam:layer_aggregation=max", "winsor_cam:low=0.3,high=2.0"]
-needs_openvino = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="OpenVINO is missing: make interop installs it"
-)
-
-
-def by_onnxruntime(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, map(np.asarray, session.run(names, feeds)), strict=True))
-
-
-def by_reference(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator = ReferenceEvaluator(str(path))
-    return dict(zip(names_of(path), map(np.asarray, evaluator.run(None, feeds)), strict=True))
-
-
-def by_openvino(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    import openvino  # pyright: ignore[reportMissingImports]
-
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    results = compiled(feeds)
-    return {name: np.array(results[name]) for name in ("map", "logits", "layer_weights") if name in names_of(path)}
-
-
-def names_of(path: Path) -> list[str]:
-    return [o.name for o in onnx.load(path).graph.output]
+CHOICES = [
+    *COMPILED,
+    "finer_cam:alpha=0.6,comparisons=9",
+    "integrative_cam:smooth=exp",
+    "recipro_cam:gaussian=true",
+    "recipro_cam:variant=openvino_xai",
+    "score_cam_pp:variant=sigmoid_relu",
+    "score_cam_pp:variant=tanh_mask_only",
+    "winsor_cam:layer_aggregation=max",
+    "winsor_cam:low=0.3,high=2.0",
+]
 
 
 def feeds_of(path: Path, images: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -100,7 +78,7 @@ def assert_same(
     atol: float = 1e-4,
 ) -> None:
     targets = TARGETS[: len(images)]
-    out = run(path, feeds_of(path, images, targets))
+    out = run(path)(feeds_of(path, images, targets))
     maps, weights, logits = explained(explainer, text, images, targets, layers)
     assert {str(a.dtype) for a in out.values()} == {"float32"}
     assert out["map"].shape == maps.shape and np.ptp(maps, axis=(1, 2)).max() > 0.1
@@ -112,7 +90,7 @@ def assert_same(
         assert "layer_weights" not in out
 
 
-ENGINES = [by_onnxruntime, by_reference, pytest.param(by_openvino, marks=needs_openvino)]
+ENGINES = [in_onnxruntime, in_reference, pytest.param(in_openvino, marks=needs_openvino)]
 
 
 @pytest.mark.parametrize("run", ENGINES)
@@ -133,7 +111,7 @@ def test_networks(name: str, tmp_path: Path) -> None:
     for text in ("winsor_cam", "grad_cam", "integrative_cam", "layer_cam"):
         layers = "last" if name in ("vit", "swin_v2") and text == "winsor_cam" else None
         path = camrt.compile(bundle, tmp_path / "m.onnx", text, layers)
-        assert_same(path, explainer, text, by_onnxruntime, images, layers, atol=2e-3)
+        assert_same(path, explainer, text, in_onnxruntime, images, layers, atol=2e-3)
 
 
 class Instance(nn.Module):
@@ -152,8 +130,72 @@ def test_layers_of_rounding_noise_count_as_zero(tmp_path: Path) -> None:
     torch.manual_seed(0)
     bundle = camrt.export_model(Instance().eval(), tmp_path / "m.camrt", (3, 32, 32), "conv")
     path = camrt.compile(bundle, tmp_path / "m.onnx")
-    assert_same(path, camrt.load(bundle), "winsor_cam", by_onnxruntime, IMAGES)
-    assert not by_onnxruntime(path, feeds_of(path, IMAGES, TARGETS))["layer_weights"][:, 0].any()
+    assert_same(path, camrt.load(bundle), "winsor_cam", in_onnxruntime, IMAGES)
+    assert not in_onnxruntime(path)(feeds_of(path, IMAGES, TARGETS))["layer_weights"][:, 0].any()
+
+
+def test_a_class_that_does_not_exist_and_percentiles_out_of_range(exported: Path, tmp_path: Path) -> None:
+    run = in_onnxruntime(camrt.compile(exported, tmp_path / "m.onnx"))
+    percentiles = np.array([50, 50, 130, -4, np.nan], np.float32)
+    out = run({"image": IMAGES, "target": np.array([-2, 5, 1, 1, 1]), "percentile": percentiles})
+    within = run(
+        {"image": IMAGES, "target": np.ones(5, np.int64), "percentile": np.array([0, 0, 100, 0, 0], np.float32)}
+    )
+    for name in ("map", "layer_weights"):
+        assert not out[name][[0, 1, 4]].any() and out[name][2:4].any()
+        np.testing.assert_array_equal(out[name][2:4], within[name][2:4])
+    for text in ("layer_cam", "finer_cam", "recipro_cam", "score_cam_pp"):
+        run = in_onnxruntime(camrt.compile(exported, tmp_path / "m.onnx", text))
+        out = run({"image": IMAGES[:3], "target": np.array([5, -7, 1])})
+        assert not out["map"][:2].any() and not out["layer_weights"][:2].any() and out["map"][2].any()
+
+
+@pytest.mark.parametrize("masks", [1, 5, 16, 100])
+def test_masks_of_one_run_change_nothing(
+    masks: int, exported: Path, explainer: camrt.Explainer, tmp_path: Path
+) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx", "score_cam", masks=masks)
+    assert any(n.op_type == "Loop" for n in onnx.load(path).graph.node) == (
+        masks < explainer.manifest.taps[-1].channels
+    )
+    assert_same(path, explainer, "score_cam", in_onnxruntime, IMAGES)
+
+
+@pytest.mark.parametrize("text", ["grad_cam", "score_cam_pp"])
+def test_opset_17(text: str, exported: Path, explainer: camrt.Explainer, tmp_path: Path) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx", text, opset=17)
+    model = onnx.load(path)
+    assert [o.version for o in model.opset_import if not o.domain] == [17]
+    onnx.checker.check_model(model, full_check=True)
+    assert_same(path, explainer, text, in_onnxruntime, IMAGES)
+
+
+def test_a_bundle_for_one_image_at_a_time(tmp_path: Path) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x - x.mean((0, 2, 3), keepdim=True))
+
+    bundle = camrt.export_model(Mixing().eval(), tmp_path / "m.camrt", (3, 32, 32))
+    explainer = camrt.load(bundle)
+    assert explainer.manifest.batch == 1
+    for text in ("winsor_cam", "score_cam_pp"):
+        assert_same(camrt.compile(bundle, tmp_path / "m.onnx", text), explainer, text, in_onnxruntime, IMAGES[:1])
+    with pytest.raises(camrt.CamrtError, match="one image at a time"):
+        camrt.compile(bundle, tmp_path / "m.onnx", "recipro_cam")
+
+
+def test_weights_past_the_limit_lie_beside_the_file(
+    exported: Path, explainer: camrt.Explainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("camrt.compiling.build.LARGEST", 1000)
+    path = camrt.compile(exported, tmp_path / "m.onnx")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert path.stat().st_size < 200_000 < (tmp_path / "m.onnx.data").stat().st_size + 200_000
+    assert_same(path, explainer, "winsor_cam", in_onnxruntime, IMAGES)
 
 
 def test_float16_and_a_fixed_batch(tmp_path: Path) -> None:
@@ -161,14 +203,19 @@ def test_float16_and_a_fixed_batch(tmp_path: Path) -> None:
     half = camrt.compile(bundle, tmp_path / "half.onnx", precision="fp16", batch=2)
     assert [d.dim_value for d in onnx.load(half).graph.input[0].type.tensor_type.shape.dim] == [2, 3, 32, 32]
     assert any(n.op_type == "Cast" for n in onnx.load(half).graph.node)
-    assert_same(half, camrt.load(bundle, precision="fp16"), "winsor_cam", by_onnxruntime, IMAGES[:2], atol=2e-2)
+    assert_same(half, camrt.load(bundle, precision="fp16"), "winsor_cam", in_onnxruntime, IMAGES[:2], atol=2e-2)
 
 
-@pytest.mark.parametrize("text", ["winsor_cam", "integrative_cam", "grad_cam_pp", "full_grad"])
+@pytest.fixture(scope="module")
+def in_both_precisions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("both") / "m.camrt"
+    return camrt.export_model(small_net(), path, (3, 32, 32), precision=["fp32", "fp16"])
+
+
+@pytest.mark.parametrize("text", COMPILED)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_tensorrt_for_rtx_builds_an_engine(text: str, precision: str, tmp_path: Path) -> None:
-    bundle = camrt.export_model(small_net(), tmp_path / "m.camrt", (3, 32, 32), precision=["fp32", "fp16"])
-    path = camrt.compile(bundle, tmp_path / "m.onnx", text, precision=precision)
+def test_tensorrt_for_rtx_builds_an_engine(text: str, precision: str, in_both_precisions: Path, tmp_path: Path) -> None:
+    path = camrt.compile(in_both_precisions, tmp_path / "m.onnx", text, precision=precision)
     inputs = {"image": ["batch", 3, 32, 32], "target": ["batch"]}
     inputs |= {"percentile": ["batch"]} if text == "winsor_cam" else {}
     program = Program(Kind.LAYER_MAPS, path.name, "", (), inputs, {"map": ["batch", 32, 32]}, PRECISIONS[precision])
@@ -206,13 +253,29 @@ def test_a_consumer_needs_onnxruntime_and_numpy_alone(exported: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "options", "error", "message"),
     [
-        ("score_cam_pp", {}, UnknownMethod, "score_cam_pp cannot be compiled to one file: use winsor_cam, grad_cam"),
+        ("eigen_cam", {}, UnknownMethod, "eigen_cam cannot be compiled to one file: it decomposes a matrix, for which"),
+        (
+            "ablation_cam",
+            {},
+            UnknownMethod,
+            "ablation_cam cannot be compiled to one file: it runs the network",
+        ),
         ("winsor_cam:percentile=50", {}, UnknownMethod, "winsor_cam in one file cannot have percentile=50"),
         ("winsor_cam:layer_aggregation=l2", {}, UnknownMethod, "cannot have layer_aggregation='l2'"),
         ("integrative_cam:smooth=softmax", {}, UnknownMethod, "cannot have smooth='softmax'"),
         ("integrative_cam:reading=residual", {}, UnknownMethod, "cannot have reading='residual'"),
         ("grad_cams", {}, UnknownMethod, "did you mean 'grad_cam'"),
         ("grad_cam", {"layers": ["stme"]}, UnknownLayer, "did you mean 'stem'"),
+        ("finer_cam:comparisons=0", {}, camrt.CamrtError, "comparisons 0 a whole one from 1"),
+        ("winsor_cam:low=2", {}, camrt.CamrtError, "0 < low <= high"),
+        ("score_cam:variant=pytorch_grad_cam", {}, UnknownMethod, "cannot have variant='pytorch_grad_cam'"),
+        ("score_cam_pp:baseline=zero", {}, UnknownMethod, "cannot have baseline='zero'"),
+        ("score_cam", {"masks": 0}, camrt.CamrtError, "masks 0: use 1 or more"),
+        ("grad_cam", {"masks": 4}, camrt.CamrtError, "grad_cam has no masks: leave masks out"),
+        ("grad_cam", {"opset": 16}, camrt.CamrtError, "opset 16: use 17 to 18"),
+        ("grad_cam", {"overlay": "turbos"}, camrt.CamrtError, "did you mean 'turbo'"),
+        ("grad_cam", {"overlay": "turbo", "opacity": 2.0}, camrt.CamrtError, "opacity 2.0: use a number from 0 to 1"),
+        ("grad_cam", {"picture": (480, 0)}, camrt.CamrtError, "picture (480, 0): use (height, width)"),
         ("grad_cam", {"batch": 0}, camrt.CamrtError, "batch 0: use 1 or more"),
         ("grad_cam", {"precision": "fp8"}, camrt.CamrtError, "precision 'fp8': use fp32, fp16"),
         ("grad_cam", {"precision": "fp16"}, camrt.CamrtError, "no fp16 programs"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engines import OpenVino, Reference
+from engines import Engine, in_openvino, in_reference, needs_openvino
 from families import network
 from support import SmallNet, small_net
 from torch import nn
@@ -24,9 +24,6 @@ from camrt.verification.oracle import module_oracle
 from camrt.verification.rounding import RoundingBackend
 from camrt.verification.verify import verify_bundle
 
-needs_openvino = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="OpenVINO is missing: make interop installs it"
-)
 NETWORKS = ["resnet18", "mobilenet_v2", "densenet", "efficientnet_b0", "vit", "swin_v2"]
 
 
@@ -39,12 +36,16 @@ def verified(bundle: Bundle, model: nn.Module, engine: Any) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_programs_in_openvino(name: str, tmp_path: Path) -> None:
     model, shape = network(name)
-    verified(read_bundle(camrt.export_model(model, tmp_path / "m.camrt", shape)), model, OpenVino())
+    verified(read_bundle(camrt.export_model(model, tmp_path / "m.camrt", shape)), model, Engine(in_openvino))
 
 
 def test_programs_in_the_reference_evaluator(tmp_path: Path) -> None:
     model = small_net()
-    verified(read_bundle(camrt.export_model(model, tmp_path / "m.camrt", (3, 32, 32))), model, Reference())
+    verified(
+        read_bundle(camrt.export_model(model, tmp_path / "m.camrt", (3, 32, 32))),
+        model,
+        Engine(in_reference),
+    )
 
 
 class AtZero(SmallNet):
@@ -65,7 +66,11 @@ def test_rectifiers_at_exactly_zero(engine: str, precision: str, tmp_path: Path)
     torch.manual_seed(0)
     model = AtZero().eval()
     path = camrt.export_model(model, tmp_path / "m.camrt", (3, 32, 32), precision=precision)
-    backend = {"rounding": RoundingBackend, "reference": Reference, "openvino": OpenVino}.get(engine)
+    backend = {
+        "rounding": RoundingBackend,
+        "reference": partial(Engine, in_reference),
+        "openvino": partial(Engine, in_openvino),
+    }.get(engine)
     explainer = camrt.load(path) if backend is None else Explainer(read_bundle(path), backend())
     image = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     image[..., :16] = 0

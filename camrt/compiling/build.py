@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,21 @@ from .. import __version__
 from ..export.graph import tidy
 from ..export.tape import Tape, output
 from ..method_choice import MethodChoice
-from ..runtime.bundle.manifest import Manifest, Program, Tap
+from ..runtime.bundle.kinds import Kind
+from ..runtime.bundle.manifest import Manifest, Tap
 from ..runtime.bundle.reading import Bundle
 from ..runtime.cams import method_named
 from ..runtime.errors import BundleError, UnknownMethod
-from .methods import COMPILED, Compiled, Source
+from .inlining import Inliner
+from .methods import COMPILED
+from .opset import convert
+from .pictures import network_input, overlay_of_input, overlay_of_picture, picture_of
+from .source import Compiled, Source, top_class
 
+WHY_NOT = {
+    "eigen_cam": "it decomposes a matrix, for which ONNX has no operator",
+    "ablation_cam": "it runs the network once for each channel that is not zero, and a file would run it for all",
+}
 LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, with room for the graph
 
 
@@ -28,7 +39,8 @@ def compiled_method(choice: MethodChoice) -> Compiled:
     registered = method_named(choice.name)
     registered.check_options(choice.options)
     if choice.name not in COMPILED:
-        raise UnknownMethod(f"{choice.name} cannot be compiled to one file: use {', '.join(COMPILED)}")
+        why = f": {WHY_NOT[choice.name]}" if choice.name in WHY_NOT else ""
+        raise UnknownMethod(f"{choice.name} cannot be compiled to one file{why}: use {', '.join(COMPILED)}")
     compiled = COMPILED[choice.name]
     for option, value in choice.options.items():
         if option not in compiled.options or value not in compiled.values.get(option, (value,)):
@@ -37,41 +49,107 @@ def compiled_method(choice: MethodChoice) -> Compiled:
     return compiled
 
 
-def continued(
-    bundle: Bundle, program: Program, compiled: Compiled, choice: MethodChoice, chosen: Sequence[Tap]
+@dataclass(frozen=True)
+class Form:
+    """What a file takes and gives, beside its method. picture: None for preprocessed images; (H, W) for uint8 pictures
+    of this size; "free" for those of any size. overlay: None, or the colour map of a drawn picture, with its opacity.
+    masks: of one run of the network; batch: None if the number of images is free; opset: None for the bundle's own.
+    """
+
+    picture: tuple[int, int] | str | None = None
+    overlay: str | None = None
+    opacity: float = 0.5
+    masks: int = 16
+    batch: int | None = None
+    opset: int | None = None
+
+
+def one_file(
+    bundle: Bundle, compiled: Compiled, choice: MethodChoice, chosen: Sequence[Tap], precision: str, form: Form
 ) -> ir.Model:
-    """The program with the method's arithmetic behind it, and the finished map as its output. chosen: the layers."""
+    """The method's program, with its arithmetic behind it and the finished map as its output. chosen: the layers."""
+    names, manifest = [t.name for t in chosen], bundle.manifest
+    program = bundle.program(compiled.kind, names[:1] if compiled.kind == Kind.TRUNK else names, precision)
     model = ir.load(bundle.file(program))
     graph = model.graph
     rename_size(graph, "seeds", "batch")  # one row of the seed for each image
-    tape, manifest = Tape(graph), bundle.manifest
-    inputs = {str(v.name): v for v in graph.inputs}
-    target = _input("target", ir.DataType.INT64, inputs["image"])
-    extra = {name: _input(name, ir.DataType.FLOAT, inputs["image"]) for name in compiled.inputs}
-    classes = tape.constant(np.arange(manifest.num_classes, dtype=np.int64)[None])
-    seed = tape.Cast(tape.Equal(tape.Unsqueeze(target, [1]), classes), to=ir.DataType.FLOAT)
-    inputs["seed"].replace_all_uses_with(seed)  # no class is -1: a row of zeros, which means the top class
-    outputs = {str(v.name): v for v in graph.outputs}
-    taps = [manifest.tap(name) for name in program.taps]
-    size = manifest.input_shape[1:]
-    source = Source(tape, inputs, outputs, taps, chosen, program.precision, extra, size)
+    tape, inputs = Tape(graph), {str(v.name): v for v in graph.inputs}
+    image, outputs = inputs["image"], {str(v.name): v for v in graph.outputs}
+    assert image.shape is not None
+    batch = image.shape[0]
+
+    def new_input(name: str, kind: ir.DataType, *sizes: int | str) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape([batch, *sizes]), type=ir.TensorType(kind))
+
+    target = new_input("target", ir.DataType.INT64)
+    extra = {name: new_input(name, ir.DataType.FLOAT) for name in compiled.inputs}
+    picture = None
+    entry = image
+    if form.picture is not None:
+        size = None if form.picture == "free" else form.picture
+        assert not isinstance(size, str)
+        entry = new_input("picture", ir.DataType.UINT8, *(size or ("height", "width")), 3)
+        picture = picture_of(tape, entry, size, manifest, f"{bundle.path}")
+        ready = network_input(tape, picture, manifest)
+        image.replace_all_uses_with(ready)
+        image = ready
+    numbers = tape.constant(np.arange(manifest.num_classes, dtype=np.int64)[None])
+    named = tape.Cast(tape.Equal(tape.Unsqueeze(target, [1]), numbers), to=ir.DataType.FLOAT)
+    is_named = tape.Greater(tape.ReduceMax(named, [1], keepdims=1), tape.floats(0))
+    explained = tape.Where(is_named, named, top_class(tape, outputs["logits"], manifest.num_classes))
+    inline = Inliner(graph)
+
+    def run(
+        kind: Kind, feeds: Mapping[str, ir.Value], layers: Sequence[str] = (), into: ir.Graph = graph
+    ) -> dict[str, ir.Value]:
+        other = ir.load(bundle.file(bundle.program(kind, layers, precision)))
+        rename_size(other.graph, "batch", "runs")
+        return inline(other, feeds, into)
+
+    source = Source(
+        tape=tape,
+        manifest=manifest,
+        outputs=outputs,
+        taps=[manifest.tap(name) for name in program.taps],
+        chosen=chosen,
+        precision=program.precision,
+        inputs={"image": image} | extra,
+        explained=explained,
+        masks=form.masks,
+        run=run,
+    )
+    feeds = {"seed": explained} | ({} if compiled.feeds is None else compiled.feeds(source, **choice.options))
+    for name, value in feeds.items():
+        if name in inputs:
+            inputs[name].replace_all_uses_with(value)
     maps, weights = compiled.build(source, **choice.options)
-    rows = inputs["image"].shape[0]  # type: ignore[index]
-    rows = rows if isinstance(rows, int) else str(rows.value)
-    finished = [output(tape, maps, "map", [rows, *size]), outputs["logits"]]
+    # a class that does not exist, or a percentile that is no number, gives zeros: no map is better than a wrong one
+    exists = tape.Or(is_named, tape.Unsqueeze(tape.Equal(target, tape.value(-1)), [1]))
+    for number in extra.values():
+        exists = tape.And(exists, tape.Unsqueeze(tape.Equal(number, number), [1]))
+    maps = tape.Where(tape.Unsqueeze(exists, [2]), maps, tape.floats(0))
+    finished = [output(tape, maps, "map", [batch, *source.size]), outputs["logits"]]
     if weights is not None:
-        finished.append(output(tape, weights, "layer_weights", [rows, len(chosen)]))
+        weights = tape.Where(exists, weights, tape.floats(0))
+        finished.append(output(tape, weights, "layer_weights", [batch, len(chosen)]))
+    if form.overlay is not None:
+        if picture is None:
+            sizes, over = source.size, overlay_of_input(tape, image, maps, manifest, form.overlay, form.opacity)
+        else:
+            assert entry.shape is not None
+            sizes = entry.shape[1:3]
+            over = overlay_of_picture(tape, picture, maps, form.overlay, form.opacity)
+        finished.append(output(tape, over, "overlay", [batch, *sizes, 3], ir.DataType.UINT8))
     graph.inputs.clear()
-    graph.inputs.extend([inputs["image"], target, *extra.values()])
+    graph.inputs.extend([entry, target, *extra.values()])
     graph.outputs.clear()
     graph.outputs.extend(finished)
-    return tidy(model)
-
-
-def _input(name: str, kind: ir.DataType, image: ir.Value) -> ir.Value:
-    """One number for each image."""
-    assert image.shape is not None
-    return ir.Value(name=name, shape=ir.Shape([image.shape[0]]), type=ir.TensorType(kind))
+    if form.batch is not None:
+        rename_size(graph, "batch", form.batch)
+    tidy(model)
+    if form.opset is not None:
+        convert(model, form.opset)
+    return model
 
 
 def rename_size(graph: ir.Graph, old: str, new: str | int) -> None:
@@ -81,39 +159,50 @@ def rename_size(graph: ir.Graph, old: str, new: str | int) -> None:
             value.shape = ir.Shape(new if str(d) == old else d for d in value.shape)
 
 
-def describe(model: ir.Model, manifest: Manifest, choice: MethodChoice, layers: Sequence[str], precision: str) -> None:
+def describe(
+    model: ir.Model, manifest: Manifest, choice: MethodChoice, chosen: Sequence[Tap], precision: str, form: Form
+) -> None:
     """What a consumer must know: layers, classes, preprocessing, method, precision, version, as JSON."""
     recipe = json.loads(manifest.to_json())["preprocess"]
     described: dict[str, Any] = {
         "method": choice.name,
         "options": choice.options,
-        "layers": [t.name for t in manifest.taps if t.name in layers],
+        "layers": [t.name for t in chosen],
         "classes": manifest.classes,
         "preprocess": recipe,
         "probabilities": manifest.probability,
         "model": manifest.name,
         "precision": precision,
         "version": __version__,
+        "input": "image: preprocessed, float32" if form.picture is None else "picture: RGB, uint8, preprocessed inside",
+        "target": "a class number, -1 for the top class; the map of any other number is zero",
     }
+    if "percentile" in (v.name for v in model.graph.inputs):
+        described["percentile"] = "0 to 100; values outside are clamped; not a number gives a map of zeros"
+    if form.overlay is not None:
+        described["overlay"] = f"{form.overlay}, opacity {form.opacity}"
     for name, value in described.items():
         model.metadata_props[f"camrt.{name}"] = json.dumps(value)
     model.producer_name, model.producer_version = "camrt", __version__
 
 
 def write(model: ir.Model, out: Path) -> Path:
-    """In one step: a killed run leaves the old file or the new one."""
+    """In one step: a killed run leaves the old file, the new one, or none. BundleError if it cannot be written."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    beside = out.with_name(f".{out.name}.new")
+    data = out.with_name(f"{out.name}.data")
     try:
-        if size > LARGEST:
-            ir.save(model, beside, external_data=f"{out.name}.data")
-        else:
-            for name, value in model.graph.initializers.items():
-                if isinstance(value.const_value, ir.ExternalTensor):
-                    value.const_value = ir.tensor(value.const_value.numpy(), name=name)
-            ir.save(model, beside)
-        beside.replace(out)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            beside = Path(folder) / out.name
+            if size > LARGEST:
+                ir.save(model, beside, external_data=data.name)
+                out.unlink(missing_ok=True)  # it must not stand beside weights that are not its own
+                beside.with_name(data.name).replace(data)
+            else:
+                for name, value in model.graph.initializers.items():
+                    if isinstance(value.const_value, ir.ExternalTensor):
+                        value.const_value = ir.tensor(value.const_value.numpy(), name=name)
+                ir.save(model, beside)
+            beside.replace(out)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise BundleError(f"{out}: cannot be written ({error.strerror or error})") from None
     return out

@@ -2,79 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ..export.tape import Tape
 from ..runtime.bundle.kinds import Kind
-from ..runtime.bundle.manifest import UNMEASURED, Tap
-from .maps import Size, combined, minmax, resize, scale, split, sum_channels
+from ..runtime.bundle.manifest import UNMEASURED
+from ..runtime.cams.masking import VARIANTS
+from ..runtime.cams.perturbing import RECIPRO_CAM_VARIANTS
+from ..runtime.cams.registry import is_number
+from ..runtime.cams.winsor import check_options
+from ..runtime.errors import InputError, UnknownMethod
+from .maps import combined, minmax, resize, scale, sum_channels
+from .perturbing import recipro_cam, score_cam, score_cam_pp
+from .source import Compiled, Finished, Source
 
 RATIOS = {"identity": 0.0, "exp": 1.0}  # of the third over the second derivative, where it is the same at any score
-Finished = tuple[ir.Value, ir.Value | None]  # map (batch, H, W), layer weights (batch, layers)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a method continues. program_inputs, outputs: the program's, by name; taps: its layers; chosen: those that
-    the method explains, in the same order; precision: the program's; inputs: further inputs of the file, by name; size:
-    of the network's input.
-    """
-
-    tape: Tape
-    program_inputs: Mapping[str, ir.Value]
-    outputs: Mapping[str, ir.Value]
-    taps: Sequence[Tap]
-    chosen: Sequence[Tap]
-    precision: str
-    inputs: Mapping[str, ir.Value]
-    size: Size
-
-    def layers(self, name: str) -> list[ir.Value]:
-        """The columns of an output that holds all layers side by side: (batch, width) per chosen layer."""
-        of_maps = name == "maps"
-        widths = [t.grid[0] * t.grid[1] if of_maps else t.channels for t in self.taps]
-        parts = split(self.tape, self.outputs[name], widths)
-        return [p for p, t in zip(parts, self.taps, strict=True) if t in self.chosen]
-
-    def maps(self) -> list[tuple[ir.Value, Size]]:
-        """(batch, h, w) per chosen layer, with its grid."""
-        parts = zip(self.layers("maps"), self.chosen, strict=True)
-        return [(self.tape.Reshape(m, [-1, *t.grid]), t.grid) for m, t in parts]
-
-    def pairs(self) -> list[tuple[ir.Value, ir.Value, Size]]:
-        """Activation and gradient (batch, K, h, w) per chosen layer, with its grid."""
-        return [(self.outputs[f"activation:{t.name}"], self.outputs[f"gradient:{t.name}"], t.grid) for t in self.chosen]
-
-    def even(self) -> ir.Value | None:
-        """Equal weights (batch, layers); None for a method without layers."""
-        count = len(self.chosen)
-        if count == 0:
-            return None
-        ones = self.tape.Mul(self.tape.ReduceSum(self.outputs["logits"], [1], keepdims=1), self.tape.floats(0))
-        return self.tape.Add(ones, self.tape.floats(np.full((1, count), 1 / count)))
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """kind: the program that the method continues. build: Source, options -> (map (batch, H, W), layer weights
-    (batch, layers)). inputs: further inputs of the file, one number for each image; options: names that the file fixes;
-    values: those that an option may have, where not all.
-    """
-
-    kind: Kind
-    build: Callable[..., Finished]
-    inputs: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 def winsor_cam(source: Source, layer_aggregation: str = "mean", low: float = 0.1, high: float = 1.0) -> Finished:
     """sum_l w_l up(minmax(ReLU(M_l))), w the importances winsorized at the input `percentile`."""
+    check_options(0, layer_aggregation, "bilinear", low, high)
     tape, taps = source.tape, source.chosen
     noise = [t.noise.get(source.precision, UNMEASURED) for t in taps]
     kept = tape.floats(np.array([[0.0 if n.alone else 1.0 for n in noise]]))
@@ -114,7 +64,7 @@ def _importance(source: Source, aggregation: str, zero: Sequence[float]) -> ir.V
 def _winsorized(
     tape: Tape, importance: ir.Value, percentile: ir.Value, layers: int, low: float, high: float
 ) -> ir.Value:
-    """Positive importances (batch, layers), clamped at their own percentile (batch,) and rescaled to [low, high].
+    """Positive importances (batch, layers), clamped at their own percentile (batch,), rescaled to [low, high].
 
     Ranks are counted by comparing pairs: it needs no sort, which engines limit, and no index computed from data.
     """
@@ -123,7 +73,8 @@ def _winsorized(
     counted = tape.Cast(positive, to=ir.DataType.FLOAT)
     count = tape.ReduceSum(counted, [1], keepdims=1)
     last = tape.Relu(tape.Sub(count, one))
-    share = tape.Div(tape.Unsqueeze(percentile, [1]), tape.floats(100))
+    percentile = tape.Min(tape.Relu(tape.Unsqueeze(percentile, [1])), tape.floats(100))
+    share = tape.Div(percentile, tape.floats(100))
     position = tape.Mul(share, last)
     below = tape.Floor(position)
     above = tape.Min(tape.Add(below, one), last)
@@ -179,9 +130,8 @@ def _x_grad_cam(tape: Tape, activation: ir.Value, gradient: ir.Value) -> ir.Valu
 
 def integrative_cam(source: Source, smooth: str = "identity", reading: str = "signed") -> Finished:
     """sum_l lambda_l minmax(up(ReLU(M_l))), lambda_l proportional to P_l / (P_l + N_l)."""
-    del reading  # the program's
+    del smooth, reading  # the program's
     tape, shares, resized = source.tape, [], []
-    source.program_inputs["ratio"].replace_all_uses_with(tape.floats(np.full((1, 1), RATIOS[smooth])))
     magnitudes = tape.Gather(
         source.outputs["magnitudes"], [i for i, t in enumerate(source.taps) if t in source.chosen], axis=1
     )
@@ -203,6 +153,44 @@ def integrative_cam(source: Source, smooth: str = "identity", reading: str = "si
         fused = part if fused is None else tape.Add(fused, part)
     assert fused is not None
     return fused, weights
+
+
+def _ratio(source: Source, smooth: str = "identity", **others: object) -> dict[str, ir.Value]:
+    return {"ratio": source.tape.floats(np.full((1, 1), RATIOS[smooth]))}
+
+
+def finer_cam(source: Source, alpha: float = 1.0, comparisons: int = 3) -> Finished:
+    """Grad-CAM of the seed below."""
+    del alpha, comparisons  # _finer_seed used them already
+    return grad_cam(source)
+
+
+def _finer_seed(source: Source, alpha: float = 1.0, comparisons: int = 3) -> dict[str, ir.Value]:
+    """The gradient that runtime.cams.gradient.finer_seeds describes, in the graph."""
+    classes = source.manifest.num_classes
+    if classes < 2:
+        raise UnknownMethod("finer_cam compares classes, and this network has one: use grad_cam")
+    if not is_number(alpha) or isinstance(comparisons, bool) or not isinstance(comparisons, int) or comparisons < 1:
+        raise InputError(f"finer_cam: alpha {alpha!r} must be a number, comparisons {comparisons!r} a whole one from 1")
+    tape, z, target = source.tape, source.outputs["logits"], source.explained
+    own = tape.ReduceSum(tape.Mul(z, target), [1], keepdims=1)
+    distance = tape.Abs(tape.Sub(z, own))
+    behind = tape.Add(tape.ReduceMax(distance, [1], keepdims=1), tape.floats(1))  # the class itself comes last
+    apart = tape.Where(tape.Greater(target, tape.floats(0)), behind, distance)
+    count = min(comparisons, classes - 1)
+    _, nearest = tape.TopK(apart, [count], axis=1, largest=0, sorted=1, outputs=2)
+    numbers = tape.constant(np.arange(classes, dtype=np.int64)[None, None])
+    hits = tape.Cast(tape.Equal(tape.Unsqueeze(nearest, [2]), numbers), to=ir.DataType.FLOAT)
+    p = tape.Softmax(z, axis=1)
+    others = tape.Mul(p, tape.ReduceSum(hits, [1], keepdims=0))  # the probabilities of the other classes
+    mass = tape.ReduceSum(others, [1], keepdims=1)
+    total = tape.Add(mass, tape.floats(1e-9))
+    gaps = tape.Sub(own, tape.Mul(z, tape.floats(alpha)))
+    value = tape.Div(tape.ReduceSum(tape.Mul(others, gaps), [1], keepdims=1), total)
+    pull = tape.Mul(tape.Sub(gaps, value), others)
+    through_gaps = tape.Sub(tape.Mul(target, mass), tape.Mul(others, tape.floats(alpha)))
+    through_p = tape.Sub(pull, tape.Mul(p, tape.ReduceSum(pull, [1], keepdims=1)))
+    return {"seed": tape.Div(tape.Add(through_gaps, through_p), total)}
 
 
 def full_grad(source: Source) -> Finished:
@@ -238,6 +226,17 @@ COMPILED: dict[str, Compiled] = {
         (),
         ("smooth", "reading"),
         {"smooth": tuple(RATIOS), "reading": ("signed",)},
+        _ratio,
     ),
+    "finer_cam": Compiled(Kind.LAYER_MAPS, finer_cam, (), ("alpha", "comparisons"), feeds=_finer_seed),
     "full_grad": Compiled(Kind.FULL_GRAD, full_grad),
+    "recipro_cam": Compiled(
+        Kind.TRUNK,
+        recipro_cam,
+        (),
+        ("gaussian", "variant"),
+        {"gaussian": (False, True), "variant": RECIPRO_CAM_VARIANTS},
+    ),
+    "score_cam_pp": Compiled(Kind.ACTIVATIONS, score_cam_pp, (), ("variant",), {"variant": VARIANTS}),
+    "score_cam": Compiled(Kind.ACTIVATIONS, score_cam, (), ("variant",), {"variant": ("original",)}),
 }

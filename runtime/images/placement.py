@@ -34,8 +34,13 @@ class Placement:
 
     def seen(self) -> np.ndarray:
         """(H, W) bool: the photo's pixels whose centres lie inside the network's input."""
-        rows, columns = (_inside(at, size) for at, size in zip(self._centres(), self.size, strict=True))
+        rows, columns = (_inside(at, size) for at, size, _ in self._axes())
         return rows[:, None] & columns
+
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """Matrices (H, h'), (w', W): rows @ map @ columns is the map on the photo's grid."""
+        rows, columns = (_weights(at, size, scale) for at, size, scale in self._axes())
+        return rows, columns.T
 
     def to_photo(self, scaled: np.ndarray) -> np.ndarray:
         """A map (h', w') on the photo's grid, (H, W) float32: bilinear, half-pixel centres, averaged where the photo is
@@ -43,21 +48,20 @@ class Placement:
         """
         if self.is_whole:
             return scaled.astype(np.float32)
-        rows, columns = (
-            _weights(at, size, resized / photo)
-            for at, size, resized, photo in zip(self._centres(), self.size, self.resized, self.photo, strict=True)
-        )
-        out = rows @ scaled.astype(np.float32) @ columns.T
+        rows, columns = self.weights()
+        out = rows @ scaled.astype(np.float32) @ columns
         out[~self.seen()] = np.nan
         return out
 
-    def _centres(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the photo's rows and columns lie in the input, in its pixels: (H,), (W,)."""
-        rows, columns = (
-            (np.arange(photo) + 0.5) * (resized / photo) - 0.5 - offset
-            for photo, resized, offset in zip(self.photo, self.resized, (self.top, self.left), strict=True)
-        )
-        return rows, columns
+    def _axes(self) -> list[tuple[np.ndarray, int, float]]:
+        """Of rows and of columns: where those of the photo lie in the input, in its pixels; the input's size; pixels of
+        the input for one of the photo.
+        """
+        sizes = zip(self.photo, self.resized, (self.top, self.left), self.size, strict=True)
+        return [
+            ((np.arange(photo) + 0.5) * (resized / photo) - 0.5 - offset, size, resized / photo)
+            for photo, resized, offset, size in sizes
+        ]
 
 
 def _inside(at: np.ndarray, size: int) -> np.ndarray:
