@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import batch_norm_affine, infer_types, tidy
-from .tape import constant_of, initializer
+from .tape import attribute, constant_of, initializer
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -73,6 +73,11 @@ def _unfold_batch_norms(model: ir.Model) -> None:
         total.outputs[0].name, total.outputs[0].shape, total.outputs[0].type = name, shape, kind
 
 
+def _follows(node: ir.Node) -> bool:
+    """Scattered sums stay float32: ONNX Runtime's CPU has no float16 form of them."""
+    return node.op_type in _FOLLOWERS and attribute(node, "reduction", "none") == "none"
+
+
 class _Converter:
     """Converts the nodes that depend on the roots: on the seed, or on all inputs of a program without a seed."""
 
@@ -97,7 +102,7 @@ class _Converter:
             self._cast_of_condition(node)
             return
         small = any(y in self._small for y in node.outputs)
-        half = not small and (node.op_type in _PRODUCTS or (node.op_type in _FOLLOWERS and not self._wide(node)))
+        half = not small and (node.op_type in _PRODUCTS or (_follows(node) and not self._wide(node)))
         kind = HALF if half else FLOAT
         for i, x in enumerate(node.inputs):
             if x is not None and x.dtype in (HALF, FLOAT) and not _stays_float(node, i):

@@ -174,7 +174,7 @@ class Tape:
 def output(
     tape: Tape, value: ir.Value, name: str, shape: Sequence[Any], kind: ir.DataType = ir.DataType.FLOAT
 ) -> ir.Value:
-    """`value` under an output's name, type and shape."""
-    named = tape.Identity(value)
+    """A float32 `value` under an output's name, type and shape."""
+    named = tape.Identity(value) if kind == ir.DataType.FLOAT else tape.Cast(value, to=kind)
     named.name, named.shape, named.type = name, ir.Shape(shape), ir.TensorType(kind)
     return named

@@ -14,7 +14,7 @@ import pytest
 import torch
 from engines import in_onnxruntime, in_openvino, in_reference, needs_openvino
 from families import network
-from support import small_net
+from support import ROOT, small_net
 from torch import nn
 
 import camrt
@@ -287,6 +287,33 @@ def test_what_one_file_cannot_hold(
     with pytest.raises(error) as raised:
         camrt.compile(exported, tmp_path / "m.onnx", text, **options)
     assert message in str(raised.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [*COMPILED, "integrative_cam:smooth=exp", "winsor_cam:low=0.3"])
+def test_verify_compiled(text: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx", text, picture=(50, 40) if text == "winsor_cam" else None)
+    assert main(["verify", str(exported), "--compiled", str(path), "--all"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("ok   explain") >= 2
+    assert ("PyTorch    " in out.split("limit")[1]) == (text.partition("_")[0] not in ("finer", "recipro", "score")) - (
+        text == "winsor_cam:low=0.3"
+    )
+
+
+def test_verify_compiled_finds_a_fault(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = camrt.compile(exported, tmp_path / "m.onnx", "layer_cam")
+    model = onnx.load(path)
+    next(n for n in model.graph.node if n.op_type == "Relu" and "map" not in n.name).op_type = "Abs"
+    onnx.save(model, tmp_path / "fault.onnx")
+    assert main(["verify", str(exported), "--compiled", str(tmp_path / "fault.onnx")]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    for bundle, file, message in (
+        (ROOT / "camrt" / "demo" / "shapes.camrt", path, "compiled from another bundle"),
+        (exported, exported / "classify.onnx", "not a file of camrt compile"),
+        (exported, exported / "manifest.json", "not readable as ONNX"),
+    ):
+        assert main(["verify", str(bundle), "--compiled", str(file)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
+import onnx
 import pytest
 from support import ROOT
 
@@ -32,3 +34,39 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if not target.startswith("http") and not target.startswith("pictures/") and target not in MADE:
             assert (page.parent / target).exists() or Path(target).name in MADE, target
+
+
+def emitted_operators() -> dict[str, set[str]]:
+    """{operator: attributes} of every node that the code adds to a graph: calls of a tape, and ir.node."""
+    found: dict[str, set[str]] = {}
+    for folder in ("export", "camrt/compiling"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                    continue
+                owner, name = ast.unparse(call.func.value), call.func.attr
+                arguments = [k.arg for k in call.keywords if k.arg not in (None, "outputs", "name", "num_outputs")]
+                if (owner, name) == ("ir", "node") and isinstance(call.args[0], ast.Constant):
+                    name, arguments = str(call.args[0].value), []
+                    if len(call.args) > 2 and isinstance(call.args[2], ast.Dict):
+                        arguments = [k.value for k in call.args[2].keys if isinstance(k, ast.Constant)]
+                elif owner.rpartition(".")[2] not in ("tape", "op", "self", "inside") or not name[:1].isupper():
+                    continue
+                found.setdefault(name, set()).update(str(a) for a in arguments)
+    return found
+
+
+def test_the_page_of_operators_is_complete() -> None:
+    """docs/operators.md has a row for each operator that the code writes, with its attributes, and no other row."""
+    rows = {}
+    for line in (ROOT / "docs" / "operators.md").read_text().splitlines():
+        columns = [c.strip() for c in line.strip("|").split("|")]
+        if len(columns) == 9 and columns[0] not in ("operator", "---"):
+            rows[columns[0]] = columns
+            versions = [onnx.defs.get_schema(columns[0], opset).since_version for opset in (17, 18)]
+            assert columns[2] == str(versions[1]) and columns[3].startswith(("same", f"{versions[0]};")), line
+            assert (columns[3] == "same") == (versions[0] == versions[1]), line
+    emitted = emitted_operators()
+    assert set(rows) == set(emitted), set(rows) ^ set(emitted)
+    for name, attributes in emitted.items():
+        assert attributes <= set(re.findall(r"`(\w+)`", rows[name][1])), (name, attributes)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from engines import Engine, in_openvino, in_reference, needs_openvino
@@ -16,7 +18,9 @@ from support import SmallNet, small_net
 from torch import nn
 
 import camrt
+from camrt.export.precision import to_half
 from camrt.export.pytorch.autograd import record
+from camrt.export.tape import Tape, attribute, output
 from camrt.runtime.bundle.kinds import Kind
 from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.runtime.explainer import Explainer
@@ -102,3 +106,25 @@ def test_no_program_rests_on_an_extreme_parameter(tmp_path: Path) -> None:
                 values = onnx.numpy_helper.to_array(tensor)
                 if values.dtype == np.float32:
                     assert np.abs(values).max(initial=0) < 1e4, (file.name, tensor.name)
+
+
+def test_scattered_sums_stay_float32() -> None:
+    """ONNX Runtime's CPU has no float16 form of them."""
+    image, seed = (
+        ir.Value(name=name, shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT)) for name in ("image", "seed")
+    )
+    graph = ir.Graph([image, seed], [], nodes=[], name="scatter", opset_imports={"": 18})
+    tape = Tape(graph)
+    product = tape.MatMul(seed, np.eye(4, dtype=np.float32))
+    for reduction in ("none", "add"):
+        indices = np.zeros((2, 4), np.int64)
+        nothing = tape.floats(np.zeros((2, 4)))
+        scattered = tape.ScatterElements(nothing, indices, product, axis=1, reduction=reduction)
+        graph.outputs.append(output(tape, scattered, reduction, [2, 4]))
+    model = to_half(ir.Model(graph, ir_version=10))
+    scattered = [n for n in graph if n.op_type == "ScatterElements"]
+    kinds = {attribute(n, "reduction"): x.dtype for n in scattered if (x := n.inputs[2]) is not None}
+    assert kinds == {"none": ir.DataType.FLOAT16, "add": ir.DataType.FLOAT}
+    run = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run
+    (summed,) = run(["add"], {"image": np.ones((2, 4), np.float32), "seed": np.ones((2, 4), np.float32)})
+    np.testing.assert_array_equal(np.asarray(summed)[:, 0], 4)

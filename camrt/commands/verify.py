@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="as for export (default: what the bundle records)")
     parser.add_argument("--images", nargs="+", help="files, folders or patterns (default: two random images)")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--compiled", type=Path, metavar="FILE", help="compare this file of camrt compile instead")
     parser.add_argument("--all", action="store_true", help="print every row, not the worst of each kind")
 
 
@@ -26,15 +27,22 @@ def run(options: argparse.Namespace) -> int:
 
     check_packages("torch", "onnx", "onnxscript")
     from ..runtime.bundle.reading import read_bundle
+    from ..runtime.errors import InputError
     from ..runtime.images.image_batch import ImageBatch
+    from ..verification.compiled import verify_compiled
     from ..verification.verify import verify
 
     images = None
+    if options.compiled is not None and (options.images is not None or options.backend != "auto"):
+        raise InputError("--compiled: ONNX Runtime runs the file on its own images: leave --images, --backend out")
     if options.images is not None:
         manifest = read_bundle(options.bundle).manifest
         images = ImageBatch(find_images(options.images), manifest).on_host()
     with Progress() as progress:
-        report = verify(options.bundle, options.source, images, options.backend, progress)
+        if options.compiled is not None:
+            report = verify_compiled(options.bundle, options.compiled, options.source, progress)
+        else:
+            report = verify(options.bundle, options.source, images, options.backend, progress)
     rows = report.rows if options.all else _worst(report.rows)
     print(f"reference: {report.oracle}, in float64")
     print(f"{'':5}{'program':24}{'compared':40}{'distance':>10}{'PyTorch':>10}{'limit':>10}")

@@ -172,6 +172,7 @@ def describe(
         "preprocess": recipe,
         "probabilities": manifest.probability,
         "model": manifest.name,
+        "weights": manifest.weights["sha256"],
         "precision": precision,
         "version": __version__,
         "input": "image: preprocessed, float32" if form.picture is None else "picture: RGB, uint8, preprocessed inside",

@@ -234,8 +234,8 @@ def _inside(tape: Tape, axis: Axis, shape: tuple[int, int]) -> ir.Value:
 
 
 def drawn(tape: Tape, pixels: ir.Value, maps: ir.Value, colormap: str, opacity: float, seen: Any = None) -> ir.Value:
-    """(batch, H, W, 3) uint8. pixels (batch, 3, H, W), 0 to 255; maps (batch, H, W) in [0, 1]; seen (1, 1, H, W) bool:
-    what the network saw; the rest is dark and grey.
+    """(batch, H, W, 3), whole numbers. pixels (batch, 3, H, W), 0 to 255; maps (batch, H, W) in [0, 1]; seen
+    (1, 1, H, W) bool: what the network saw; the rest is dark and grey.
     """
     table = colorize(np.arange(256, dtype=np.float32) / 255, colormap).astype(np.float32)
     levels = tape.Cast(tape.Floor(tape.Add(tape.Mul(maps, tape.floats(255)), tape.floats(0.5))), to=ir.DataType.INT64)
@@ -245,7 +245,7 @@ def drawn(tape: Tape, pixels: ir.Value, maps: ir.Value, colormap: str, opacity: 
     if seen is not None:
         grey = tape.Floor(tape.Mul(tape.ReduceMean(pixels, [1], keepdims=1), tape.floats(UNSEEN)))
         rounded = tape.Where(seen, rounded, grey)
-    return tape.Cast(tape.Transpose(rounded, perm=[0, 2, 3, 1]), to=ir.DataType.UINT8)
+    return tape.Transpose(rounded, perm=[0, 2, 3, 1])
 
 
 def overlay_of_picture(tape: Tape, picture: Picture, maps: ir.Value, colormap: str, opacity: float) -> ir.Value:

@@ -95,7 +95,7 @@ def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, dou
     yield Row(what.label, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
 
 
-def _row(
+def compared(
     program: str,
     subject: str,
     got: np.ndarray,
@@ -134,7 +134,7 @@ def program_rows(
     def row(subject: str, name: str, pick: Callable[[Record], Any], continuous: bool) -> Row:
         runs = singles[:1] if continuous and not steps else singles
         want, own = pick(double).numpy(), [pick(r).numpy() for r in runs]
-        return _row(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
+        return compared(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
 
     if "logits" in out:
         yield row("logits", "logits", lambda r: r.logits, True)
@@ -158,7 +158,7 @@ def signed_rows(file: str, out: dict[str, np.ndarray], behind_norms: Reference) 
         return torch.cat([(y * g / 2).sum(1).flatten(1) for y, g in pairs], 1).numpy()
 
     want, own = maps(behind_norms.double), [maps(r) for r in behind_norms.singles]
-    yield _row(file, "signed maps", out["maps"], want, own, relative_l2, ACTIVATION_LIMIT)
+    yield compared(file, "signed maps", out["maps"], want, own, relative_l2, ACTIVATION_LIMIT)
 
 
 def head_rows(
@@ -177,7 +177,7 @@ def head_rows(
     got = engine.open(bundle, program).run(inputs)["logits"]
     want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
     own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in (singles if steps else singles[:1])]
-    yield _row(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
+    yield compared(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
 
 
 def _side_by_side(recorded: Record, taps: Sequence[str]) -> tuple[Any, Any]:
@@ -202,14 +202,14 @@ def use_rows(
     executable = engine.open(bundle, program)
     want, own = ([_side_by_side(r, program.taps)[1][:1].numpy() for r in runs] for runs in ([double], singles))
     got = executable.run({"image": batch[:1], "seed": seed[:1]})["maps"]
-    yield _row(program.file, "single image", got, want[0], own, relative_l2, ACTIVATION_LIMIT)
+    yield compared(program.file, "single image", got, want[0], own, relative_l2, ACTIVATION_LIMIT)
     count = 1 if bundle.manifest.seeds_share_image else 2
     feeds = {"image": np.repeat(batch[:1], count, axis=0), "seed": np.concatenate([seed[:1], 2 * seed[:1]])}
     if bundle.manifest.batch == 1:
         return
     got = executable.run(feeds)["maps"]
     for i, subject in enumerate(("several targets, first", "several targets, second")):
-        yield _row(program.file, subject, got[i : i + 1] / (i + 1), want[0], own, relative_l2, ACTIVATION_LIMIT)
+        yield compared(program.file, subject, got[i : i + 1] / (i + 1), want[0], own, relative_l2, ACTIVATION_LIMIT)
 
 
 def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
@@ -233,7 +233,7 @@ def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[
     logits = engine.open(bundle, bundle.program(Kind.CLASSIFY)).run({"image": batch})["logits"]
     got = np.stack([finished(row, manifest.final_activation) for row in logits]).astype(np.float32)
     limit = ROUNDED_LIMIT if graph.rounded else SOURCE_LIMIT
-    yield _row("classify.onnx", "scores of the source file", got, want, [], relative_l2, limit)
+    yield compared("classify.onnx", "scores of the source file", got, want, [], relative_l2, limit)
 
 
 def graph_rows(
@@ -283,7 +283,7 @@ def method_rows(
 
     def row(subject: str, got: np.ndarray, compute: Callable[[Record], Any]) -> Row:
         want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
-        return _row(what.label, subject, minmax(got), want, own, what.distance, what.limit)
+        return compared(what.label, subject, minmax(got), want, own, what.distance, what.limit)
 
     if roles["conv"]:
         progress("checking winsor_cam")
@@ -297,12 +297,12 @@ def method_rows(
                     subject = f"winsor_cam {aggregation} p{p}"
                     yield row(subject, got, lambda r, o=options: winsor_cam(select(r, roles["conv"]), *o)[0])
         progress("checking integrative_cam")
-        compared = minmax(explainer.explain(batch, "integrative_cam", seed, "conv").maps)
+        maps = minmax(explainer.explain(batch, "integrative_cam", seed, "conv").maps)
         want, *own = (
             minmax(integrative_cam(select(r, roles["conv"]), _seed_like(r, seed), size)[0].numpy())
             for r in (behind_norms.double, *behind_norms.singles)
         )
-        yield _row(what.label, "integrative_cam", compared, want, own, what.distance, what.limit)
+        yield compared(what.label, "integrative_cam", maps, want, own, what.distance, what.limit)
         got = explainer.explain(batch, "integrative_cam", seed, reading="residual").maps
         yield row(
             "integrative_cam residual",
@@ -344,7 +344,7 @@ def full_grad_rows(
 ) -> Iterator[Row]:
     if reference is not None:
         got = explainer.explain(batch, "full_grad", seed).maps
-        yield _row(what.label, "full_grad", got, reference.double, reference.singles, what.distance, what.limit)
+        yield compared(what.label, "full_grad", got, reference.double, reference.singles, what.distance, what.limit)
 
 
 def full_grad_graph_rows(
@@ -364,4 +364,6 @@ def full_grad_graph_rows(
         out = Interpreter(bundle.file(program)).run(feeds, names)
     maps = tuple(out[name].numpy() for name in names)
     precise = full_grad(GridMaps((), seed, seed, maps, batch.shape[2:])).maps
-    yield _row(program.file, "float64 full_grad", precise, reference.double, [], largest_difference, FULL_GRAD_LIMIT)
+    yield compared(
+        program.file, "float64 full_grad", precise, reference.double, [], largest_difference, FULL_GRAD_LIMIT
+    )

@@ -119,7 +119,7 @@ def _compared(
     seed = _seeds(oracle, batch, manifest.num_classes, layers)
     units = QUANTISED_UNITS if steps else FLOAT32_UNITS
     progress(f"reference in float64: {oracle.name}")
-    of_taps, behind_norms = _references(bundle, oracle, batch, seed, units)
+    of_taps, behind_norms = references(bundle, oracle, batch, seed, units)
     double, singles = of_taps.double, of_taps.singles
     chosen = bundle.precisions if precisions is None else precisions
     of_full_grad = full_grads(bundle, oracle, batch, seed, units)
@@ -160,7 +160,7 @@ def _compared(
     return Report(oracle.name, tuple(rows), tuple(oracle.own_backward(batch[:1])))
 
 
-def _references(
+def references(
     bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float
 ) -> tuple[Reference, Reference]:
     """Of every layer as it is, and of every layer behind the norm that follows it, if one does."""

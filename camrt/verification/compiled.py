@@ -1,0 +1,214 @@
+"""Checks a file of `camrt compile`: its maps against PyTorch in float64, and all that it gives against `explain`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..export.probes import smooth_images
+from ..kernels import minmax
+from ..runtime.backends import Settings, create
+from ..runtime.bundle.manifest import Manifest
+from ..runtime.bundle.reading import Bundle, read_bundle
+from ..runtime.errors import CamrtError, InputError, first_line
+from ..runtime.explainer import Explainer
+from ..runtime.images.image_batch import ImageBatch
+from ..runtime.images.preprocess import undo
+from .comparisons import FLOAT32_UNITS, PERCENTILES, MapComparison, Reference, Row, compared, full_grads
+from .distances import largest_difference, relative_l2
+from .oracle import Oracle, open_oracle
+from .verify import Report, references
+
+if TYPE_CHECKING:
+    from ..export.pytorch.autograd import Record
+
+EXPLAIN_LIMIT = 1e-3  # largest difference from `explain`: of maps after min-max, and of layer weights
+ENGINE_LIMIT = 1e-4  # relative L2 of logits from `explain`
+FREE = 3, 2  # where a picture's size is free, it is tried at this ratio of the network's input
+
+
+@dataclass(frozen=True)
+class CompiledFile:
+    """A compiled file as ONNX Runtime opens it. said: its metadata, without the prefix; run: inputs -> outputs."""
+
+    path: Path
+    said: Mapping[str, Any]
+    inputs: Mapping[str, list[Any]]
+    run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def open_compiled(path: str | Path) -> CompiledFile:
+    """InputError if it is no file of `camrt compile`; CamrtError without ONNX Runtime."""
+    import onnx
+
+    try:
+        import onnxruntime
+    except ImportError:
+        raise CamrtError("onnxruntime is missing: pip install 'camrt[cpu]'") from None
+    path = Path(path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise InputError(f"{path}: not readable as ONNX ({first_line(error)[:200]})") from None
+    said = {p.key.removeprefix("camrt."): p.value for p in model.metadata_props if p.key.startswith("camrt.")}
+    if "method" not in said:
+        raise InputError(f"{path}: not a file of camrt compile")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(names, map(np.asarray, session.run(names, feeds)), strict=True))
+
+    inputs = {i.name: i.shape for i in session.get_inputs()}
+    return CompiledFile(path, {k: json.loads(v) for k, v in said.items()}, inputs, run)
+
+
+def verify_compiled(
+    path: str | Path,
+    file: str | Path,
+    source: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Compares a compiled file, run by ONNX Runtime with all of its optimisations, with its bundle's source.
+
+    path: the bundle; source: as for `verify`. Rows "PyTorch": maps against the reference in float64, with the limits of
+    `verify`, for methods and options that it has a reference of. Rows "explain": map, layer weights and logits against
+    what `explain` gives from the bundle. InputError if the file was not compiled from this bundle; CamrtError.
+    """
+    bundle, compiled = read_bundle(path), open_compiled(file)
+    manifest, said = bundle.manifest, compiled.said
+    if said["weights"] != manifest.weights["sha256"]:
+        raise InputError(f"{file}: compiled from another bundle, of the model {said['model']!r}: name that one")
+    oracle = open_oracle(bundle, source)
+    entry, batch = _entry(compiled, manifest)
+    explainer = Explainer(bundle, create("onnxruntime", Settings(max_batch=16)), precision=said["precision"])
+    logits = explainer.classify(batch)
+    targets = np.where(np.arange(len(batch)) == 0, -1, logits.argsort(axis=1)[:, -2:][:, 0]).astype(np.int64)
+    classes = np.where(targets < 0, logits.argmax(axis=1), targets)
+    feeds = entry | {"target": targets}
+    rows: list[Row] = []
+    what = MapComparison.of(said["precision"], "compiled")
+    beside_pytorch = _Reference(bundle, oracle, said, batch, classes, what)
+    for subject, options in _variants(said):
+        if "percentile" in options:
+            feeds["percentile"] = np.full(len(batch), options["percentile"], np.float32)
+        progress(f"checking {subject}")
+        out = compiled.run(feeds)
+        rows += _beside_explain(explainer, said, subject, options, batch, classes, out, what)
+        rows += beside_pytorch.rows(subject, options, out)
+    return Report(oracle.name, tuple(rows))
+
+
+def _variants(said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name of the row, options of the method): one for each percentile, where the file takes one."""
+    if said["method"] == "winsor_cam":
+        for p in PERCENTILES:
+            yield f"{said['method']} p{p}", {**said["options"], "percentile": p}
+    else:
+        yield said["method"], dict(said["options"])
+
+
+def _entry(compiled: CompiledFile, manifest: Manifest) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The file's image or picture, and the network's input that belongs to it."""
+    name, shape = next(iter(compiled.inputs.items()))
+    count = shape[0] if isinstance(shape[0], int) else 1 if manifest.batch == 1 else 2
+    if name == "image":
+        batch = smooth_images(manifest.input_shape, count)
+        return {name: batch}, batch
+    own = [side * FREE[0] // FREE[1] for side in manifest.input_shape[1:]]
+    size = [n if isinstance(n, int) else side for n, side in zip(shape[1:3], own, strict=True)]
+    pictures = np.stack([undo(x, None) for x in smooth_images((3, *size), count)])
+    return {name: pictures}, ImageBatch(list(pictures), manifest).on_host()
+
+
+def _beside_explain(
+    explainer: Explainer,
+    said: Mapping[str, Any],
+    subject: str,
+    options: dict[str, Any],
+    batch: np.ndarray,
+    classes: np.ndarray,
+    out: Mapping[str, np.ndarray],
+    what: MapComparison,
+) -> Iterator[Row]:
+    layers = None if not said["layers"] else said["layers"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a map of zeros is compared too
+        result = explainer.explain(batch, said["method"], classes, layers, **options)
+    maps = minmax(out["map"]), minmax(result.maps).astype(np.float64)
+    limit = EXPLAIN_LIMIT if said["precision"] == "fp32" else what.limit
+    yield compared("explain", f"map {subject}", *maps, [], what.distance, limit)
+    if layers is not None:
+        weights = out["layer_weights"], result.layer_weights.astype(np.float64)
+        floor = EXPLAIN_LIMIT if said["precision"] == "fp32" else 5e-2
+        yield compared("explain", f"weights {subject}", *weights, [], largest_difference, floor)
+    floor = ENGINE_LIMIT if said["precision"] == "fp32" else 1e-2
+    logits = out["logits"], result.logits.astype(np.float64)
+    yield compared("explain", f"logits {subject}", *logits, [], relative_l2, floor)
+
+
+class _Reference:
+    """PyTorch's maps in float64, of methods that it has a reference of: PyTorch runs once for all of them."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        oracle: Oracle,
+        said: Mapping[str, Any],
+        batch: np.ndarray,
+        classes: np.ndarray,
+        what: MapComparison,
+    ) -> None:
+        self._bundle, self._oracle, self._said, self._batch, self._what = bundle, oracle, said, batch, what
+        self._seed = np.eye(bundle.manifest.num_classes, dtype=np.float32)[classes]
+
+    def rows(self, subject: str, options: Mapping[str, Any], out: Mapping[str, np.ndarray]) -> Iterator[Row]:
+        """A row, if the method with these options has a reference that needs no more than gradients."""
+        found = self._full_grad() if self._said["method"] == "full_grad" else self._of_records(options)
+        if found is not None:
+            want, own = found
+            what = self._what
+            yield compared("PyTorch", f"map {subject}", minmax(out["map"]), want, own, what.distance, what.limit)
+
+    def _full_grad(self) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        found = full_grads(self._bundle, self._oracle, self._batch, self._seed, FLOAT32_UNITS)
+        return None if found is None else (minmax(found.double), [minmax(m) for m in found.singles])
+
+    def _of_records(self, options: Mapping[str, Any]) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        compute = self._method(options)
+        if compute is None:
+            return None
+        from ..export.pytorch.autograd import select
+
+        def maps_of(record: Record) -> np.ndarray:
+            return minmax(compute(select(record, self._said["layers"])).numpy())
+
+        return maps_of(self._recorded.double), [maps_of(r) for r in self._recorded.singles]
+
+    @cached_property
+    def _recorded(self) -> Reference:
+        of_taps, behind_norms = references(self._bundle, self._oracle, self._batch, self._seed, FLOAT32_UNITS)
+        return behind_norms if self._said["method"] == "integrative_cam" else of_taps
+
+    def _method(self, options: Mapping[str, Any]) -> Callable[[Record], Any] | None:
+        """The method's maps from records of its layers; None if there is no such function."""
+        import torch
+
+        from .methods import LAYER_METHODS, integrative_cam, winsor_cam
+
+        method, seed, size = self._said["method"], self._seed, self._batch.shape[2:]
+        if method == "winsor_cam" and set(options) <= {"percentile", "layer_aggregation"}:
+            return lambda record: winsor_cam(record, size, **options)[0]
+        if method == "integrative_cam":
+            smooth = {"identity": lambda s: s, "exp": torch.exp}[options.get("smooth", "identity")]
+            return lambda r: integrative_cam(r, torch.from_numpy(seed).to(r.logits.dtype), size, smooth)[0]
+        if method in LAYER_METHODS and not options:
+            return lambda record: LAYER_METHODS[method](record, size)
+        return None
