@@ -96,9 +96,9 @@ def test_no_program_rests_on_an_extreme_parameter(tmp_path: Path) -> None:
         for file in sorted(path.glob("*.onnx")):
             graph = onnx.load(file).graph
             for node in graph.node:
-                for attribute in node.attribute:
-                    if attribute.type == onnx.AttributeProto.FLOAT:
-                        assert abs(attribute.f) < 1e4, (file.name, node.op_type, attribute.name, attribute.f)
+                for setting in node.attribute:
+                    if setting.type == onnx.AttributeProto.FLOAT:
+                        assert abs(setting.f) < 1e4, (file.name, node.op_type, setting.name, setting.f)
             fills = {node.input[2] for node in graph.node if node.op_type == "Pad" and len(node.input) > 2}
             for tensor in graph.initializer:
                 if tensor.name in fills:  # what a max pool's border is compared as: no comparison picks it
