@@ -49,7 +49,7 @@ def compile(
     UnknownMethod for a method or option that one file cannot hold; UnknownLayer; UnknownName for a colour map;
     InputError; BundleError; CamrtError without the export extra.
     """
-    check_packages("onnx", "onnxscript")
+    check_compiler()
     from . import build
 
     opened, choice = read_bundle(bundle), parse_method(method) if isinstance(method, str) else method
@@ -69,6 +69,11 @@ def compile(
     model = build.one_file(opened, compiled, choice, chosen, chosen_precision, form)
     build.describe(model, manifest, choice, chosen, chosen_precision, form)
     return build.write(model, Path(out))
+
+
+def check_compiler() -> None:
+    """CamrtError unless the packages are there with which files are compiled."""
+    check_packages("onnx", "onnxscript")
 
 
 def _check_picture(picture: tuple[int, int] | str | None) -> None:

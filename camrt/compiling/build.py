@@ -24,13 +24,14 @@ from ..runtime.errors import BundleError, UnknownMethod
 from .inlining import Inliner
 from .methods import COMPILED
 from .opset import convert
-from .pictures import network_input, overlay_of_input, overlay_of_picture, picture_of
+from .pictures import Picture, network_input, overlay_of_input, overlay_of_picture, picture_of
 from .source import Compiled, Source, top_class
 
 WHY_NOT = {
     "eigen_cam": "it decomposes a matrix, for which ONNX has no operator",
     "ablation_cam": "it runs the network once for each channel that is not zero, and a file would run it for all",
 }
+OPSET, IR_VERSION = 18, 10  # of what follows a network
 LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, with room for the graph
 
 
@@ -64,10 +65,43 @@ class Form:
     opset: int | None = None
 
 
-def one_file(
+@dataclass(frozen=True)
+class _Start:
+    """A file that is begun: the network, explained for the target. inputs: the file's, in their order; extra: those of
+    the method; is_named (batch, 1): whether the target is a class; picture: None for preprocessed images.
+    """
+
+    model: ir.Model
+    source: Source
+    inputs: list[ir.Value]
+    extra: Mapping[str, ir.Value]
+    is_named: ir.Value
+    picture: Picture | None
+
+    @property
+    def batch(self) -> int | str:
+        shape = self.inputs[0].shape
+        assert shape is not None
+        size = shape[0]
+        return size if isinstance(size, int) else str(size)
+
+    def finished(self, outputs: Sequence[ir.Value], form: Form) -> ir.Model:
+        graph = self.model.graph
+        graph.inputs.clear()
+        graph.inputs.extend(self.inputs)
+        graph.outputs.clear()
+        graph.outputs.extend(outputs)
+        if form.batch is not None:
+            rename_size(graph, "batch", form.batch)
+        tidy(self.model)
+        if form.opset is not None:
+            convert(self.model, form.opset)
+        return self.model
+
+
+def _start(
     bundle: Bundle, compiled: Compiled, choice: MethodChoice, chosen: Sequence[Tap], precision: str, form: Form
-) -> ir.Model:
-    """The method's program, with its arithmetic behind it and the finished map as its output. chosen: the layers."""
+) -> _Start:
     names, manifest = [t.name for t in chosen], bundle.manifest
     program = bundle.program(compiled.kind, names[:1] if compiled.kind == Kind.TRUNK else names, precision)
     model = ir.load(bundle.file(program))
@@ -81,18 +115,16 @@ def one_file(
     def new_input(name: str, kind: ir.DataType, *sizes: int | str) -> ir.Value:
         return ir.Value(name=name, shape=ir.Shape([batch, *sizes]), type=ir.TensorType(kind))
 
-    target = new_input("target", ir.DataType.INT64)
-    extra = {name: new_input(name, ir.DataType.FLOAT) for name in compiled.inputs}
-    picture = None
-    entry = image
+    entry, picture = image, None
     if form.picture is not None:
-        size = None if form.picture == "free" else form.picture
-        assert not isinstance(size, str)
+        size = None if isinstance(form.picture, str) else form.picture
         entry = new_input("picture", ir.DataType.UINT8, *(size or ("height", "width")), 3)
         picture = picture_of(tape, entry, size, manifest, f"{bundle.path}")
         ready = network_input(tape, picture, manifest)
         image.replace_all_uses_with(ready)
         image = ready
+    target = new_input("target", ir.DataType.INT64)
+    extra = {name: new_input(name, ir.DataType.FLOAT) for name in compiled.inputs}
     numbers = tape.constant(np.arange(manifest.num_classes, dtype=np.int64)[None])
     named = tape.Cast(tape.Equal(tape.Unsqueeze(target, [1]), numbers), to=ir.DataType.FLOAT)
     is_named = tape.Greater(tape.ReduceMax(named, [1], keepdims=1), tape.floats(0))
@@ -106,50 +138,76 @@ def one_file(
         rename_size(other.graph, "batch", "runs")
         return inline(other, feeds, into)
 
-    source = Source(
-        tape=tape,
-        manifest=manifest,
-        outputs=outputs,
-        taps=[manifest.tap(name) for name in program.taps],
-        chosen=chosen,
-        precision=program.precision,
-        inputs={"image": image} | extra,
-        explained=explained,
-        masks=form.masks,
-        run=run,
-    )
+    taps = [manifest.tap(name) for name in program.taps]
+    named_inputs = {"image": image} | extra
+    source = Source(tape, manifest, outputs, taps, chosen, program.precision, named_inputs, explained, form.masks, run)
     feeds = {"seed": explained} | ({} if compiled.feeds is None else compiled.feeds(source, **choice.options))
     for name, value in feeds.items():
         if name in inputs:
             inputs[name].replace_all_uses_with(value)
+    return _Start(model, source, [entry, target], extra, is_named, picture)
+
+
+def one_file(
+    bundle: Bundle, compiled: Compiled, choice: MethodChoice, chosen: Sequence[Tap], precision: str, form: Form
+) -> ir.Model:
+    """The method's program, with its arithmetic behind it and the finished map as its output. chosen: the layers."""
+    start = _start(bundle, compiled, choice, chosen, precision, form)
+    tape, source, batch = start.source.tape, start.source, start.batch
     maps, weights = compiled.build(source, **choice.options)
     # a class that does not exist, or a percentile that is no number, gives zeros: no map is better than a wrong one
-    exists = tape.Or(is_named, tape.Unsqueeze(tape.Equal(target, tape.value(-1)), [1]))
-    for number in extra.values():
+    exists = tape.Or(start.is_named, tape.Unsqueeze(tape.Equal(start.inputs[1], tape.value(-1)), [1]))
+    for number in start.extra.values():
         exists = tape.And(exists, tape.Unsqueeze(tape.Equal(number, number), [1]))
     maps = tape.Where(tape.Unsqueeze(exists, [2]), maps, tape.floats(0))
-    finished = [output(tape, maps, "map", [batch, *source.size]), outputs["logits"]]
+    outputs = [output(tape, maps, "map", [batch, *source.size]), source.outputs["logits"]]
     if weights is not None:
         weights = tape.Where(exists, weights, tape.floats(0))
-        finished.append(output(tape, weights, "layer_weights", [batch, len(chosen)]))
+        outputs.append(output(tape, weights, "layer_weights", [batch, len(chosen)]))
     if form.overlay is not None:
-        if picture is None:
-            sizes, over = source.size, overlay_of_input(tape, image, maps, manifest, form.overlay, form.opacity)
+        drawing = form.overlay, form.opacity
+        if start.picture is None:
+            sizes, over = source.size, overlay_of_input(tape, source.inputs["image"], maps, source.manifest, *drawing)
         else:
-            assert entry.shape is not None
-            sizes = entry.shape[1:3]
-            over = overlay_of_picture(tape, picture, maps, form.overlay, form.opacity)
-        finished.append(output(tape, over, "overlay", [batch, *sizes, 3], ir.DataType.UINT8))
-    graph.inputs.clear()
-    graph.inputs.extend([entry, target, *extra.values()])
-    graph.outputs.clear()
-    graph.outputs.extend(finished)
-    if form.batch is not None:
-        rename_size(graph, "batch", form.batch)
-    tidy(model)
-    if form.opset is not None:
-        convert(model, form.opset)
-    return model
+            shape = start.inputs[0].shape
+            assert shape is not None
+            sizes, over = shape[1:3], overlay_of_picture(tape, start.picture, maps, *drawing)
+        outputs.append(output(tape, over, "overlay", [batch, *sizes, 3], ir.DataType.UINT8))
+    start.inputs.extend(start.extra.values())
+    return start.finished(outputs, form)
+
+
+def network_part(
+    bundle: Bundle, compiled: Compiled, choice: MethodChoice, chosen: Sequence[Tap], precision: str, form: Form
+) -> ir.Model:
+    """The method's program for a target, without the arithmetic behind it: finish_part takes its outputs."""
+    start = _start(bundle, compiled, choice, chosen, precision, form)
+    return start.finished(list(start.source.outputs.values()), form)
+
+
+def finish_part(
+    bundle: Bundle, compiled: Compiled, choice: MethodChoice, chosen: Sequence[Tap], precision: str
+) -> ir.Model:
+    """What follows the network: its outputs for one image, but the logits, and the method's further inputs -> map and
+    layer weights. A map can be retuned with it without another run of the network.
+    """
+    manifest = bundle.manifest
+    program = bundle.program(compiled.kind, [t.name for t in chosen], precision)
+
+    def of_one(name: str, *sizes: int) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape([1, *sizes]), type=ir.TensorType(ir.DataType.FLOAT))
+
+    outputs = {name: of_one(name, *shape[1:]) for name, shape in program.outputs.items() if name != "logits"}
+    extra = {name: of_one(name) for name in compiled.inputs}
+    graph = ir.Graph([*outputs.values(), *extra.values()], [], nodes=[], name="finish", opset_imports={"": OPSET})
+    tape = Tape(graph)
+    taps = [manifest.tap(name) for name in program.taps]
+    source = Source(tape, manifest, outputs, taps, chosen, program.precision, extra)
+    maps, weights = compiled.build(source, **choice.options)
+    graph.outputs.append(output(tape, maps, "map", [1, *source.size]))
+    if weights is not None:
+        graph.outputs.append(output(tape, weights, "layer_weights", [1, len(chosen)]))
+    return tidy(ir.Model(graph, ir_version=IR_VERSION))
 
 
 def rename_size(graph: ir.Graph, old: str, new: str | int) -> None:
@@ -185,6 +243,11 @@ def describe(
     for name, value in described.items():
         model.metadata_props[f"camrt.{name}"] = json.dumps(value)
     model.producer_name, model.producer_version = "camrt", __version__
+
+
+def save_beside(model: ir.Model, out: Path) -> None:
+    """Writes a file whose large weights stay in the bundle's weights file, a copy of which must lie beside it."""
+    ir.save(model, out)
 
 
 def write(model: ir.Model, out: Path) -> Path:

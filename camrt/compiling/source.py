@@ -17,13 +17,17 @@ Finished = tuple[ir.Value, ir.Value | None]  # map (batch, H, W), layer weights 
 Run = Callable[..., dict[str, ir.Value]]
 
 
+def _without_network(*arguments: object, **named: object) -> dict[str, ir.Value]:
+    raise AssertionError("what follows a network runs no other program")
+
+
 @dataclass(frozen=True)
 class Source:
     """What a method continues. outputs: of the program that the file starts with, by name; taps: its layers; chosen:
     those that the method explains, in the same order; precision: "float32" or "float16"; inputs: the file's, by name;
     explained (batch, classes): one-hot, the class of each image, its top class where the target is -1; masks: of one
     run of the network. run(kind, feeds, layers, into): the outputs of another program, run in the same graph, or in
-    the body of a loop, on these inputs.
+    the body of a loop, on these inputs. What follows a network alone has neither `explained` nor `run`.
     """
 
     tape: Tape
@@ -33,9 +37,9 @@ class Source:
     chosen: Sequence[Tap]
     precision: str
     inputs: Mapping[str, ir.Value]
-    explained: ir.Value
-    masks: int
-    run: Run
+    explained: ir.Value | None = None
+    masks: int = 1
+    run: Run = _without_network
 
     @property
     def size(self) -> Size:

@@ -19,28 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineError, first_line
+from ...user_cache import FOLDER_VARIABLE, cache_folder
 
-FOLDER_VARIABLE = "CAMRT_CACHE"
 LIMIT_VARIABLE = "CAMRT_CACHE_GB"
 DEFAULT_GB = 20.0
 _MAGIC = b"camrt engine 1\n"
 _SUFFIX = ".engine"
 _PART = ".part"  # of one that is being written
 _HEADER_LIMIT = 1 << 16
-
-
-def cache_folder() -> Path:
-    """$CAMRT_CACHE, or camrt/ in the user's cache folder; the engines are in its subfolder `engines`. EngineError if
-    the user has no home.
-    """
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        return Path(folder)
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # a user without a home, as in containers
-        raise EngineError(f"no folder for engines ({error}): set {FOLDER_VARIABLE}") from error
-    return home / "camrt"
 
 
 def _limit() -> int:

@@ -1,0 +1,1 @@
+"""`camrt page`: a static page that explains pictures in the reader's own browser."""
