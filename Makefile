@@ -2,8 +2,9 @@
 # make test      sets up everything and runs the tests
 # make check     ruff and pyright, under a minute
 # make quick     a selection of the tests, about two minutes
+# make system    installs what some tests need beside Python, by apt: chromium, npm, g++, and ONNX Runtime's headers where Debian has them
 # make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies, the site,
-#                programs in OpenVINO
+#                programs in OpenVINO, the page in a browser
 # make docs      builds the documentation's site in build/site; any warning fails
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
@@ -17,10 +18,22 @@ QUICK := tests/test_vjp.py tests/test_kernels.py tests/test_methods.py tests/tes
 PEERS := .venv-peers/bin/python
 WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4f329984a12081de4fc836f2a7ed921a54deaa4b
 
-.PHONY: demo test check quick lowest docs interop test-all coverage peers models clean
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: demo test check quick system lowest docs interop browser test-all coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory camrt-demo/page; \
+	else echo "With npm installed, make demo also makes a page that explains pictures in your browser."; fi
+
+.PHONY: camrt-demo/page
+camrt-demo/page: .venv/page-ready
+	$(BIN)/camrt page camrt/demo/shapes.camrt --out $@ --examples camrt-demo/scene-?.png
+
+.venv/page-ready: .venv/demo-ready
+	$(PIP) --editable '.[cpu,compile]'
+	touch $@
 
 test: .venv/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -48,7 +61,14 @@ LOWEST := tests/test_kernels.py tests/test_methods.py tests/test_explain.py test
 	tests/test_evaluate.py tests/test_cli.py tests/test_bench.py tests/test_recipe.py tests/test_golden.py tests/test_determinism.py \
 	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py
 
-test-all: lowest docs interop
+test-all: lowest docs interop browser
+
+system:
+	$(SUDO) apt-get update --quiet
+	$(SUDO) apt-get install --quiet --yes --no-install-recommends chromium g++
+	command -v npm > /dev/null || $(SUDO) apt-get install --quiet --yes --no-install-recommends npm
+	$(SUDO) apt-get install --quiet --yes --no-install-recommends libonnxruntime-dev \
+		|| echo "this Debian has no libonnxruntime-dev: the C++ example is not tested"
 
 lowest: .venv-lowest/ready
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal $(LOWEST)
@@ -63,6 +83,10 @@ lowest: .venv-lowest/ready
 interop: .venv/test-ready
 	$(PIP) --editable '.[cpu,interop]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py tests/test_compile.py
+
+browser: .venv/test-ready
+	$(PIP) --editable '.[cpu,compile,browser]'
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile tests/test_page.py tests/test_compile_cpp.py
 
 docs: .venv/docs-ready
 	rm -rf build/package build/site

@@ -1,5 +1,5 @@
-"""Writes docs/benchmarks.md, docs/reliability.md and docs/models.md from the JSON files of the same names, which
-peers.py, reliability.py and zoo/measure.py write.
+"""Writes docs/benchmarks.md, compiled.md, reliability.md and models.md from the JSON files of the same names, which
+peers.py, compiled.py, reliability.py and zoo/measure.py write.
 
 python benchmarks/report.py
 """
@@ -294,7 +294,59 @@ LAST_LAYERS = [
         "`layers[-1].blocks[-1].norm1`: a norm inside that block, before its attention",
     ],
 ]
-PAGES: dict[str, Callable[[Any], str]] = {"benchmarks": benchmarks, "reliability": reliability, "models": models}
+
+
+def compiled(found: dict[str, Any]) -> str:
+    """docs/compiled.md."""
+    text = """# Compiled files and the page, measured
+
+`python benchmarks/compiled.py --out docs/compiled.json` writes these figures, `python benchmarks/report.py` this page.
+
+A compiled file and `explain` take turns on the same image, each on one thread of the same engine, from the preprocessed
+array to the map; times are medians. The last column is the file's time divided by `explain`'s: below 1, the file is
+faster, since nothing of it runs in Python. ScoreCAM++ is slower in a file: `explain` leaves out channels that are zero
+everywhere, a file runs them all. *Engines* are what TensorRT for RTX builds of the file without a GPU, for compute
+capability 8.9 and up to 4 images; they have not run. `mobilenet_v3_small` and `resnet50` are torchvision's, with random
+weights; `shapes` is the demo's.
+
+"""
+    text += f"{machine(found)}.\n\n"
+    rows = []
+    for result in found["results"]:
+        for row in result["rows"]:
+            sizes = (f"{p} {_megabytes(n)}" if isinstance(n, int) else f"{p} no" for p, n in row["engines"].items())
+            times = (f"{row[name]['median_ms']:.1f}" for name in ("explain", "file"))
+            rows.append([result["model"], f"`{row['method']}`", _megabytes(row["bytes"]), ", ".join(sizes)])
+            rows[-1] += [f"{row['difference']:.0e}", *times, f"{row['file_by_explain']:.2f}"]
+    text += table(
+        ["network", "method", "file", "engines", "largest difference", "`explain`, ms", "file, ms", "ratio"], rows
+    )
+    text += (
+        "\n## The page\n\nWinsor-CAM in a browser, with onnxruntime-web. The largest difference is from Python's map, "
+    )
+    text += "after min-max.\n\n"
+    rows = []
+    for result in found["results"]:
+        page = result["page"]
+        threads = f"{page['engine']['provider']}, {page['engine']['threads']} threads"
+        times = [f"{page['network_ms']:.0f}", f"{page['retune_ms']:.1f}"]
+        rows.append(
+            [result["model"], page["browser"], threads, _megabytes(page["bytes"]), f"{page['difference']:.0e}", *times]
+        )
+    head = ["network", "browser", "engine", "page", "largest difference", "network, ms", "retune, ms"]
+    return text + table(head, rows)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+PAGES: dict[str, Callable[[Any], str]] = {
+    "benchmarks": benchmarks,
+    "compiled": compiled,
+    "models": models,
+    "reliability": reliability,
+}
 
 
 def pages() -> dict[Path, str]:

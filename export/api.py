@@ -304,16 +304,16 @@ def normalized_of(graph: TappedGraph) -> Normalized | None:
     return Normalized(graph.normalized, _shape(static_dims(value)))
 
 
-def check_packages(*packages: str) -> None:
-    """CamrtError names the packages of the export extra that are missing or broken."""
+def check_packages(*packages: str, purpose: str = "export") -> None:
+    """CamrtError names the packages that are missing or broken. purpose: what needs them, which is also the extra."""
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
-        raise CamrtError(f"export needs {', '.join(missing)}: {install.extra('export')}")
+        raise CamrtError(f"{purpose} needs {', '.join(missing)}: {install.extra(purpose)}")
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise CamrtError(install.repair("export", package, "export", error)) from None
+            raise CamrtError(install.repair(purpose, package, purpose, error)) from None
 
 
 def _shape(values: Sequence[int]) -> tuple[int, int, int]:

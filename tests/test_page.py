@@ -195,7 +195,7 @@ def test_every_method_gives_the_map_of_python(page: Any, shapes: Path, scene: Pa
     for name in [*METHODS, "recipro_cam"]:
         if name != page.input_value("#method"):
             explained(page, lambda name=name: page.select_option("#method", name))
-        options = {"percentile": 90} if name == "winsor_cam" else {}
+        options: dict[str, Any] = {"percentile": 90} if name == "winsor_cam" else {}
         want = explainer.explain(scene, name, **options)
         got = floats(page.evaluate(f"({AS_TEXT})(camrt.state.result.map)")).reshape(want.maps[0].shape)
         np.testing.assert_allclose(minmax(got), minmax(want.maps[0]), atol=1e-3, err_msg=name)
@@ -382,7 +382,7 @@ def test_compiled_files_in_onnxruntime_web(text: str, page: Any, site: Path, exp
         }}""",
         [feeds, targets],
     )
-    options = {"percentile": 70} if text == "winsor_cam" else {}
+    options: dict[str, Any] = {"percentile": 70} if text == "winsor_cam" else {}
     want = camrt.load(exported).explain(images, text, targets, **options).maps
     np.testing.assert_allclose(minmax(floats(out).reshape(want.shape)), minmax(want), atol=1e-4)
     path.unlink()

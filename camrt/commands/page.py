@@ -9,7 +9,7 @@ HELP = "make a static page that explains pictures in the reader's own browser"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, help="a bundle; or with --serve a page that was made before")
     parser.add_argument("--out", type=Path, default=Path("site"), help="folder to write (default: site)")
     parser.add_argument("--methods", nargs="+", help="NAME or NAME:option=value,... (default: those of gradients)")
     parser.add_argument("--examples", nargs="+", default=[], help="pictures that the page offers")
@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..page.serving import server
-    from ..page.site import make_page
+    from ..page.site import is_page, make_page
     from .progress import Progress
 
     address = None if options.serve is None else _address(options.serve)
+    if address is not None and is_page(options.bundle):
+        _serve(options.bundle, address)
+        return 0
     with Progress() as progress:
         page = make_page(
             options.bundle,
@@ -43,13 +45,20 @@ def run(options: argparse.Namespace) -> int:
     size = sum(f.stat().st_size for f in page.rglob("*") if f.is_file())
     print(f"{page}: {size / 1e6:.0f} MB, any web server can serve it (browsers do not run it from a file:// address)")
     if address is None:
-        print(f"On this machine: camrt page {options.bundle} --out {page} --serve")
-        return 0
+        print(f"On this machine: camrt page {page} --serve")
+    else:
+        _serve(page, address)
+    return 0
+
+
+def _serve(page: Path, address: tuple[str, int]) -> None:
+    """Until it is interrupted."""
+    from ..page.serving import server
+
     with server(page, *address) as running:
         host, port = running.server_address[:2]
         print(f"Open http://{host}:{port}/ ; stop with Ctrl-C", flush=True)
         running.serve_forever()
-    return 0
 
 
 def _address(text: str) -> tuple[str, int]:

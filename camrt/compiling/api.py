@@ -47,7 +47,7 @@ def compile(
     Weights lie in the file, or past 2 GB beside it, in a file of the same name and .data.
 
     UnknownMethod for a method or option that one file cannot hold; UnknownLayer; UnknownName for a colour map;
-    InputError; BundleError; CamrtError without the export extra.
+    InputError; BundleError; CamrtError without the compile extra.
     """
     check_compiler()
     from . import build
@@ -73,7 +73,7 @@ def compile(
 
 def check_compiler() -> None:
     """CamrtError unless the packages are there with which files are compiled."""
-    check_packages("onnx", "onnxscript")
+    check_packages("onnx", "onnx_ir", "onnxscript", purpose="compile")
 
 
 def _check_picture(picture: tuple[int, int] | str | None) -> None:

@@ -77,7 +77,7 @@ def make_page(
             f"{bundle}: a page takes pictures, and this bundle does not say how to preprocess them: set it with camrt "
             "recipe BUNDLE (--resize, --crop, --mean, --std)"
         )
-    if out.exists() and not _is_page(out):
+    if out.exists() and not is_page(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists, and is not a page of camrt: choose another folder with --out")
     chosen_precision = opened.chosen_precision(precision)
     programs = web_runtime(runtime)
@@ -102,12 +102,8 @@ def make_page(
     return out
 
 
-def _is_page(folder: Path) -> bool:
-    """Whether a folder is empty, or holds a page."""
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
+def is_page(folder: Path) -> bool:
+    """Whether a folder holds a page."""
     try:
         return "camrt page" in json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
