@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from .layer_names import layers_of
+
 HELP = "write one ONNX file that gives finished maps, for engines where camrt is not installed"
 
 
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         options.bundle,
         options.out,
         options.method,
-        layers=options.layers[0] if options.layers in (["conv"], ["last"]) else options.layers,
+        layers=layers_of(options.layers),
         precision=options.precision,
         batch=None if options.batch == "free" else int(options.batch),
         picture=None if size is None else "free" if size[1] is None else (int(size[1]), int(size[2])),

@@ -13,6 +13,7 @@ from typing import Any
 from ..image_files import collect
 from ..method_choice import parse_method
 from ..runtime.errors import InputError
+from .layer_names import layers_of
 from .plotting import check_plot
 
 HELP = "measure methods over a folder of images"
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         options.masks,
         options.metrics,
         options.targets,
-        options.layers[0] if options.layers in (["conv"], ["last"]) else options.layers,
+        layers_of(options.layers),
         options.steps,
         options.threshold,
         options.void,

@@ -15,6 +15,7 @@ from typing import Any
 from ..image_files import collect, read_list
 from ..method_choice import parse_method
 from ..runtime.errors import InputError
+from .layer_names import layers_of
 
 HELP = "write overlays and maps of images"
 QUIET = 60.0  # seconds between lines of progress, where there is no terminal
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     arguments: dict[str, Any] = dict(method.options)
     if options.percentile is not None:
         arguments["percentile"] = options.percentile
-    layers = options.layers[0] if options.layers in (["conv"], ["last"]) else options.layers
+    layers = layers_of(options.layers)
     drawing = Drawing(options.opacity, options.colormap, options.size, options.by_value, options.legend)
     named = [*options.images, *(read_list(options.list) if options.list is not None else [])]
     if not named:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..runtime.errors import InputError
 from . import class_names, preprocess_options
+from .layer_names import layers_of
 from .progress import Progress
 
 HELP = "turn a trained model into a bundle"
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    layers: Any = options.layers[0] if options.layers in (["conv"], ["last"], ["default"]) else options.layers
+    layers: Any = layers_of(options.layers)
     common: dict[str, Any] = {
         "layers": layers,
         "precision": options.precision,

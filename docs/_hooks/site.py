@@ -72,15 +72,31 @@ def commands() -> str:
 
 
 def programs() -> str:
-    """What every kind of program takes and gives."""
+    """What every kind of program takes and gives: a table of the kinds, and one of the tensors' meanings."""
     from camrt.demo.run import BUNDLE
-    from camrt.runtime.bundle.contracts import contracts_as_markdown
+    from camrt.runtime.bundle.contracts import MEANINGS
+    from camrt.runtime.bundle.kinds import KINDS, Kind
     from camrt.runtime.bundle.manifest import Normalized
     from camrt.runtime.bundle.reading import read_bundle
 
+    def named(tensor: str) -> str:
+        kind, colon, _ = tensor.partition(":")
+        return f"{kind}:LAYER" if colon else kind
+
     manifest = read_bundle(BUNDLE).manifest
     manifest = replace(manifest, normalized=Normalized("normalized", manifest.input_shape))  # which the demo's lacks
-    return contracts_as_markdown(manifest)
+    lines = ["| kind | what it computes | inputs | outputs |", "| --- | --- | --- | --- |"]
+    for kind in Kind:
+        taps = manifest.taps[:1]
+        inputs, outputs = ([named(n) for n in part] for part in KINDS[kind].interface(manifest, taps))
+        extra = {Kind.TRUNK: "context:I", Kind.FULL_GRAD: "grid:HxW"}.get(kind)
+        inputs += ["context:I"] if kind == Kind.HEAD else []
+        outputs += [extra] if extra else []
+        columns = (", ".join(f"`{n}`" for n in part) for part in (inputs, outputs))
+        lines.append(f"| `{kind}` | {KINDS[kind].purpose} | {' | '.join(columns)} |")
+    lines += ["", "| tensor | what it is |", "| --- | --- |"]
+    lines += [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in MEANINGS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def pictures() -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .kinds import KINDS, Kind
+from .kinds import KINDS
 from .manifest import Manifest, Program
 
 MEANINGS = {
@@ -83,24 +83,3 @@ def _first(names: list[str], kind: str) -> str:
 
 def _shape(shape: list[Any]) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def contracts_as_markdown(manifest: Manifest) -> str:
-    """A table of the kinds, and one of the tensors' meanings. manifest: of a bundle with every kind but two."""
-    lines = ["| kind | what it computes | inputs | outputs |", "| --- | --- | --- | --- |"]
-    for kind in Kind:
-        taps = manifest.taps[:1]
-        inputs, outputs = ([_named(n) for n in part] for part in KINDS[kind].interface(manifest, taps))
-        extra = {Kind.TRUNK: "context:I", Kind.FULL_GRAD: "grid:HxW"}.get(kind)
-        inputs += ["context:I"] if kind == Kind.HEAD else []
-        outputs += [extra] if extra else []
-        columns = (", ".join(f"`{n}`" for n in part) for part in (inputs, outputs))
-        lines.append(f"| `{kind}` | {KINDS[kind].purpose} | {' | '.join(columns)} |")
-    lines += ["", "| tensor | what it is |", "| --- | --- |"]
-    lines += [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in MEANINGS.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _named(tensor: str) -> str:
-    kind, colon, _ = tensor.partition(":")
-    return f"{kind}:LAYER" if colon else kind
