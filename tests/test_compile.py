@@ -102,6 +102,16 @@ def test_one_file_gives_what_explain_gives(
     assert_same(path, explainer, text, run, IMAGES)
 
 
+@pytest.mark.parametrize("text", ["recipro_cam", "score_cam", "score_cam_pp"])
+def test_several_runs_of_a_network_of_tokens(text: str, tmp_path: Path) -> None:
+    """Sizes such as 4 * batch belong to one run each."""
+    model, shape = network("vit")
+    bundle, images = camrt.export_model(model, tmp_path / "m.camrt", shape), smooth_images(shape, 3)
+    for options in ({}, {"batch": 3}) if text == "recipro_cam" else ({"masks": 7}, {"masks": 10_000, "batch": 3}):
+        path = camrt.compile(bundle, tmp_path / "m.onnx", text, **options)
+        assert_same(path, camrt.load(bundle), text, in_onnxruntime, images, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny", "vit", "swin_v2"])
 def test_networks(name: str, tmp_path: Path) -> None:
     """Of every layout: channels first, channels last, tokens; and layers whose mean is zero by construction."""
@@ -165,6 +175,7 @@ def test_masks_of_one_run_change_nothing(
 def test_opset_17(text: str, exported: Path, explainer: camrt.Explainer, tmp_path: Path) -> None:
     path = camrt.compile(exported, tmp_path / "m.onnx", text, opset=17)
     model = onnx.load(path)
+    assert not unused(model)
     assert [o.version for o in model.opset_import if not o.domain] == [17]
     onnx.checker.check_model(model, full_check=True)
     assert_same(path, explainer, text, in_onnxruntime, IMAGES)
@@ -225,12 +236,22 @@ def test_tensorrt_for_rtx_builds_an_engine(text: str, precision: str, in_both_pr
     assert all("Int64 binding" in warning for warning in made.warnings)  # which is what the target is
 
 
+def unused(model: onnx.ModelProto) -> set[str]:
+    """Initializers that no node reads."""
+    graphs = [model.graph, *(a.g for node in model.graph.node for a in node.attribute if a.HasField("g"))]
+    return {t.name for t in model.graph.initializer} - {name for g in graphs for node in g.node for name in node.input}
+
+
+@pytest.mark.parametrize("text", CHOICES)
+def test_no_file_has_unused_initializers(text: str, exported: Path, tmp_path: Path) -> None:
+    assert not unused(onnx.load(camrt.compile(exported, tmp_path / "m.onnx", text, picture=(50, 40), overlay="jet")))
+
+
 def test_the_file_is_whole_and_describes_itself(exported: Path, tmp_path: Path) -> None:
     path = camrt.compile(exported, tmp_path / "m.onnx", "winsor_cam:layer_aggregation=max", ["stem", "head.0"])
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    used = {name for node in model.graph.node for name in node.input}
-    assert {t.name for t in model.graph.initializer} <= used, "unused initializers"
+    assert not unused(model)
     assert all(t.data_location == onnx.TensorProto.DEFAULT for t in model.graph.initializer)
     said = {p.key: json.loads(p.value) for p in model.metadata_props}
     assert said["camrt.layers"] == ["stem", "head.0"] and said["camrt.method"] == "winsor_cam"
@@ -268,11 +289,18 @@ def test_a_consumer_needs_onnxruntime_and_numpy_alone(exported: Path, tmp_path: 
         ("grad_cam", {"layers": ["stme"]}, UnknownLayer, "did you mean 'stem'"),
         ("finer_cam:comparisons=0", {}, camrt.CamrtError, "comparisons 0 a whole one from 1"),
         ("winsor_cam:low=2", {}, camrt.CamrtError, "0 < low <= high"),
-        ("score_cam:variant=pytorch_grad_cam", {}, UnknownMethod, "cannot have variant='pytorch_grad_cam'"),
+        (
+            "score_cam:variant=pytorch_grad_cam",
+            {},
+            UnknownMethod,
+            "cannot have variant='pytorch_grad_cam': use original",
+        ),
         ("score_cam_pp:baseline=zero", {}, UnknownMethod, "cannot have baseline='zero'"),
         ("score_cam", {"masks": 0}, camrt.CamrtError, "masks 0: use 1 or more"),
         ("grad_cam", {"masks": 4}, camrt.CamrtError, "grad_cam has no masks: leave masks out"),
-        ("grad_cam", {"opset": 16}, camrt.CamrtError, "opset 16: use 17 to 18"),
+        ("grad_cam", {"opset": 16}, camrt.CamrtError, "opset 16: use 17 or 18, the bundle's own"),
+        ("grad_cam", {"opacity": 0.7}, camrt.CamrtError, "it is that of an overlay"),
+        ("finer_cam:alpha=inf", {}, camrt.CamrtError, "alpha inf must be a number"),
         ("grad_cam", {"overlay": "turbos"}, camrt.CamrtError, "did you mean 'turbo'"),
         ("grad_cam", {"overlay": "turbo", "opacity": 2.0}, camrt.CamrtError, "opacity 2.0: use a number from 0 to 1"),
         ("grad_cam", {"picture": (480, 0)}, camrt.CamrtError, "picture (480, 0): use (height, width)"),
@@ -291,10 +319,11 @@ def test_what_one_file_cannot_hold(
 
 @pytest.mark.parametrize("text", [*COMPILED, "integrative_cam:smooth=exp", "winsor_cam:low=0.3"])
 def test_verify_compiled(text: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = camrt.compile(exported, tmp_path / "m.onnx", text, picture=(50, 40) if text == "winsor_cam" else None)
+    picture = (50, 40) if text == "winsor_cam" else None
+    path = camrt.compile(exported, tmp_path / "m.onnx", text, picture=picture, overlay="turbo")
     assert main(["verify", str(exported), "--compiled", str(path), "--all"]) == 0
     out = capsys.readouterr().out
-    assert out.count("ok   explain") >= 2
+    assert out.count("ok   explain") >= 2 and "overlay" in out
     assert ("PyTorch    " in out.split("limit")[1]) == (text.partition("_")[0] not in ("finer", "recipro", "score")) - (
         text == "winsor_cam:low=0.3"
     )
@@ -320,6 +349,10 @@ def test_the_command(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     path = tmp_path / "m.onnx"
     assert main(["compile", str(exported), str(path), "--method", "grad_cam", "--layers", "stem", "--batch", "1"]) == 0
     assert str(path) in capsys.readouterr().out and path.exists()
-    assert main(["compile", str(exported), str(path), "--batch", "many"]) == 2
+    for words in (["--batch", "many"], ["--batch", "²"], ["--uint8", "480"], ["--opacity", "0.4"]):
+        assert main(["compile", str(exported), str(path), *words]) == 2
+    for out in (tmp_path, "", "/dev/null", exported / "classify.onnx", exported / "new.onnx"):
+        assert main(["compile", str(exported), str(out)]) == 2, out
+    assert Path("/dev/null").is_char_device() and camrt.load(exported).classify(IMAGES).shape == (5, 5)
     assert main(["compile", str(exported), str(tmp_path / "no" / "m.onnx")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from ..compiling.api import compile
     from ..runtime.errors import InputError
 
-    if options.batch != "free" and not options.batch.isdigit():
+    if options.batch != "free" and not options.batch.isdecimal():
         raise InputError(f"--batch {options.batch}: use a number, or free")
     size = None if options.uint8 is None else re.fullmatch(r"(\d+)x(\d+)|free", options.uint8)
     if options.uint8 is not None and size is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 HELP = "make a static page that explains pictures in the reader's own browser"
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     size = sum(f.stat().st_size for f in page.rglob("*") if f.is_file())
     print(f"{page}: {size / 1e6:.0f} MB, any web server can serve it (browsers do not run it from a file:// address)")
     if address is None:
-        print(f"On this machine: camrt page {page} --serve")
+        print(f"On this machine: camrt page {shlex.quote(str(page))} --serve")
     else:
         _serve(page, address)
     return 0
@@ -56,8 +57,8 @@ def _serve(page: Path, address: tuple[str, int]) -> None:
     from ..page.serving import server
 
     with server(page, *address) as running:
-        host, port = running.server_address[:2]
-        print(f"Open http://{host}:{port}/ ; stop with Ctrl-C", flush=True)
+        host, port = str(running.server_address[0]), running.server_address[1]
+        print(f"Open http://{f'[{host}]' if ':' in host else host}:{port}/ ; stop with Ctrl-C", flush=True)
         running.serve_forever()
 
 
@@ -67,4 +68,4 @@ def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not port.isdecimal():
         raise InputError(f"--serve {text}: use HOST:PORT, or PORT")
-    return host or "127.0.0.1", int(port)
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)

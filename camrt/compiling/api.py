@@ -61,6 +61,9 @@ def compile(
     if overlay is not None and overlay not in COLORMAPS:
         raise UnknownName(f"no colour map {overlay!r}{near(str(overlay), COLORMAPS)}")
     check_opacity(opacity)
+    if overlay is None and opacity != 0.5:
+        raise InputError(f"opacity {opacity}: it is that of an overlay, name its colour map")
+    check_outside(Path(out), Path(bundle))
     _check_picture(picture)
     form = build.Form(picture, overlay, opacity, _masks(masks, choice, compiled.kind, manifest.batch), batch, opset)
     names = chosen_layers(manifest, method_named(choice.name), layers)
@@ -74,6 +77,12 @@ def compile(
 def check_compiler() -> None:
     """CamrtError unless the packages are there with which files are compiled."""
     check_packages("onnx", "onnx_ir", "onnxscript", purpose="compile")
+
+
+def check_outside(out: Path, bundle: Path) -> None:
+    """InputError if a file or folder to write lies in the bundle's folder, whose files nobody may change."""
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise InputError(f"{out}: lies in the bundle, whose files must not change: write it elsewhere")
 
 
 def _check_picture(picture: tuple[int, int] | str | None) -> None:

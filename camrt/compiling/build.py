@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Manifest, Tap
 from ..runtime.bundle.reading import Bundle
 from ..runtime.cams import method_named
-from ..runtime.errors import BundleError, UnknownMethod
+from ..runtime.errors import BundleError, InputError, UnknownMethod
 from .inlining import Inliner
 from .methods import COMPILED
 from .opset import convert
@@ -46,7 +48,9 @@ def compiled_method(choice: MethodChoice) -> Compiled:
     for option, value in choice.options.items():
         if option not in compiled.options or value not in compiled.values.get(option, (value,)):
             known = ", ".join(compiled.options) or "no options"
-            raise UnknownMethod(f"{choice.name} in one file cannot have {option}={value!r}: it takes {known}")
+            allowed = ", ".join(map(str, compiled.values[option])) if option in compiled.values else ""
+            use = f"use {allowed}" if allowed else f"it takes {known}"
+            raise UnknownMethod(f"{choice.name} in one file cannot have {option}={value!r}: {use}")
     return compiled
 
 
@@ -96,6 +100,7 @@ class _Start:
         tidy(self.model)
         if form.opset is not None:
             convert(self.model, form.opset)
+            tidy(self.model)  # what became an attribute is no constant any more
         return self.model
 
 
@@ -129,13 +134,13 @@ def _start(
     named = tape.Cast(tape.Equal(tape.Unsqueeze(target, [1]), numbers), to=ir.DataType.FLOAT)
     is_named = tape.Greater(tape.ReduceMax(named, [1], keepdims=1), tape.floats(0))
     explained = tape.Where(is_named, named, top_class(tape, outputs["logits"], manifest.num_classes))
-    inline = Inliner(graph)
+    inline, numbers_of_runs = Inliner(graph), itertools.count()
 
     def run(
         kind: Kind, feeds: Mapping[str, ir.Value], layers: Sequence[str] = (), into: ir.Graph = graph
     ) -> dict[str, ir.Value]:
         other = ir.load(bundle.file(bundle.program(kind, layers, precision)))
-        rename_size(other.graph, "batch", "runs")
+        rename_size(other.graph, "batch", f"runs_{next(numbers_of_runs)}")  # engines take equal names for equal sizes
         return inline(other, feeds, into)
 
     taps = [manifest.tap(name) for name in program.taps]
@@ -211,10 +216,20 @@ def finish_part(
 
 
 def rename_size(graph: ir.Graph, old: str, new: str | int) -> None:
-    """Gives a symbolic size of all values another name, or a number."""
-    for value in (*graph.inputs, *(y for node in graph for y in node.outputs)):
+    """Gives a symbolic size of all values another name, or a number; also where it is a part of a size, as 4*batch."""
+
+    def renamed(size: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int) or size.value is None or old not in size.free_symbols():
+            return size if isinstance(size, int) else size.value
+        if isinstance(new, int):
+            found = size.evaluate({old: new})
+            return found if isinstance(found, int) else None
+        return re.sub(rf"\b{re.escape(old)}\b", new, size.value)
+
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    for value in (*graph.inputs, *(y for node in nodes for y in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape(new if str(d) == old else d for d in value.shape)
+            value.shape = ir.Shape(map(renamed, value.shape))
 
 
 def describe(
@@ -239,7 +254,7 @@ def describe(
     if "percentile" in (v.name for v in model.graph.inputs):
         described["percentile"] = "0 to 100; values outside are clamped; not a number gives a map of zeros"
     if form.overlay is not None:
-        described["overlay"] = f"{form.overlay}, opacity {form.opacity}"
+        described["overlay"] = {"colormap": form.overlay, "opacity": form.opacity}
     for name, value in described.items():
         model.metadata_props[f"camrt.{name}"] = json.dumps(value)
     model.producer_name, model.producer_version = "camrt", __version__
@@ -252,6 +267,8 @@ def save_beside(model: ir.Model, out: Path) -> None:
 
 def write(model: ir.Model, out: Path) -> Path:
     """In one step: a killed run leaves the old file, the new one, or none. BundleError if it cannot be written."""
+    if out.exists() and not out.is_file():
+        raise InputError(f"{out}: is no file: name one that ends in .onnx")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     data = out.with_name(f"{out.name}.data")
     try:

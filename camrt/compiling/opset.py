@@ -27,7 +27,7 @@ def convert(model: ir.Model, opset: int) -> None:
     if opset == own:
         return
     if not OLDEST <= opset < own:
-        raise InputError(f"opset {opset}: use {OLDEST} to {own}, which is the bundle's own")
+        raise InputError(f"opset {opset}: use {', '.join(map(str, range(OLDEST, own)))} or {own}, the bundle's own")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain not in ("", "ai.onnx"):
             continue

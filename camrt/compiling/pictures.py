@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from .maps import minmax
 
 HALF_BITS = FRACTION_BITS // 2
 ROUNDING = 1e-4  # pixels, of a position that float32 computes
-FILTERS = ("bilinear", "nearest")  # of pictures whose size is free; of a fixed size Pillow's others too
+FILTER = "bilinear"  # of pictures whose size is free; of a fixed size it may be any of Pillow's
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Picture:
-    """The picture that goes in. pixels (batch, 3, H, W) float32, 0 to 255, RGB; rows, columns: its axes; place: where
-    the input lies in it, None for a free size; turned: whether the height is resized first.
+    """The picture that goes in. pixels (batch, C, H, W) float32, 0 to 255, RGB or grey; rows, columns: its axes; place:
+    where the input lies in it, None for a free size; turned: whether the height is resized first, or a value that says
+    so.
     """
 
     pixels: ir.Value
     rows: Axis
     columns: Axis
     place: Placement | None = None
-    turned: bool = False
+    turned: bool | ir.Value = False
 
 
 def picture_of(tape: Tape, picture: ir.Value, size: tuple[int, int] | None, manifest: Manifest, where: str) -> Picture:
@@ -60,15 +62,20 @@ def picture_of(tape: Tape, picture: ir.Value, size: tuple[int, int] | None, mani
     height, width = size or (2 * manifest.input_shape[1], 2 * manifest.input_shape[2])
     recipe = checked_recipe(manifest, where, (width, height))
     pixels = tape.Transpose(tape.Cast(picture, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2])
+    if manifest.input_shape[0] == 1:  # Pillow's grey, in whole numbers that float32 holds exactly
+        weights = np.array([19595, 38470, 7471], np.float32).reshape(1, 3, 1, 1)
+        grey = tape.ReduceSum(tape.Mul(pixels, tape.floats(weights)), [1], keepdims=1)
+        pixels = tape.Floor(tape.Mul(tape.Add(grey, tape.floats(2**15)), tape.floats(2**-16)))
     if size is None:
-        if recipe.interpolation not in FILTERS:
+        if recipe.interpolation != FILTER:
             raise InputError(
-                f"{where}: a picture of any size is resized by {' or '.join(FILTERS)} in one file, and the recipe says "
+                f"{where}: a picture of any size is resized by {FILTER} in one file, and the recipe says "
                 f"{recipe.interpolation}: fix the size, for example --uint8 480x640"
             )
         shape = tape.Shape(picture)
         sizes = [tape.Slice(shape, [i], [i + 1]) for i in (1, 2)]
-        return Picture(pixels, *_free_axes(tape, sizes, recipe))
+        rows, columns = _free_axes(tape, sizes, recipe)
+        return Picture(pixels, rows, columns, None, _turned(tape, rows, columns))
     place = placed((width, height), recipe)
     rows = Axis(height, place.resized[0], place.top, place.size[0])
     columns = Axis(width, place.resized[1], place.left, place.size[1])
@@ -119,14 +126,13 @@ def network_input(tape: Tape, picture: Picture, manifest: Manifest) -> ir.Value:
     """(batch, C, h, w): resized, cropped or letterboxed, scaled and normalised as the recipe says."""
     recipe = manifest.preprocess
     assert recipe is not None
-    pixels = picture.pixels
-    if manifest.input_shape[0] == 1:  # Pillow's grey, in whole numbers that float32 holds exactly
-        weights = np.array([19595, 38470, 7471], np.float32).reshape(1, 3, 1, 1)
-        grey = tape.ReduceSum(tape.Mul(pixels, tape.floats(weights)), [1], keepdims=1)
-        pixels = tape.Floor(tape.Mul(tape.Add(grey, tape.floats(2**15)), tape.floats(2**-16)))
-    steps = [(picture.columns, 3), (picture.rows, 2)]
-    for axis, place in steps[::-1] if picture.turned else steps:
-        pixels = _resized(tape, pixels, axis, place, recipe)
+    width_first = [(picture.columns, 3), (picture.rows, 2)]
+    height_first = width_first[::-1]
+    if isinstance(picture.turned, ir.Value):
+        orders = (_resized(tape, picture.pixels, order, recipe) for order in (height_first, width_first))
+        pixels = tape.Where(picture.turned, *orders)
+    else:
+        pixels = _resized(tape, picture.pixels, height_first if picture.turned else width_first, recipe)
     if recipe.fit == "letterbox":
         inside = tape.And(_inside(tape, picture.rows, (-1, 1)), _inside(tape, picture.columns, (1, -1)))
         pixels = tape.Where(inside, pixels, tape.floats(recipe.fill))
@@ -137,14 +143,28 @@ def network_input(tape: Tape, picture: Picture, manifest: Manifest) -> ir.Value:
     return tape.Div(tape.Sub(scaled, tape.floats(mean)), tape.floats(std))
 
 
-def _resized(tape: Tape, pixels: ir.Value, axis: Axis, place: int, recipe: Preprocess) -> ir.Value:
+def _turned(tape: Tape, rows: Axis, columns: Axis) -> bool | ir.Value:
+    """Whether Pillow resizes the height of such a picture first: see runtime.images.preprocess.rows_first."""
+    if not rows_first((64, 8), (5, 6)):  # this Pillow never does
+        return False
+    lost_rows, lost_columns = (tape.Sub(axis.photo, axis.resized) for axis in (rows, columns))
+    return tape.Greater(lost_rows, tape.Mul(tape.Max(lost_columns, tape.floats(0)), tape.floats(2)))
+
+
+def _resized(tape: Tape, pixels: ir.Value, order: Sequence[tuple[Axis, int]], recipe: Preprocess) -> ir.Value:
+    for axis, place in order:
+        pixels = _resized_axis(tape, pixels, axis, place, recipe)
+    return pixels
+
+
+def _resized_axis(tape: Tape, pixels: ir.Value, axis: Axis, place: int, recipe: Preprocess) -> ir.Value:
     """One axis resized and cut, rounded to 8 bits. place: 2 for rows, 3 for columns."""
 
     def product(matrix: ir.Value) -> ir.Value:
         return tape.MatMul(matrix, pixels) if place == 2 else tape.MatMul(pixels, tape.Transpose(matrix, perm=[1, 0]))
 
     if isinstance(axis.photo, ir.Value):
-        weights = _nearest(tape, axis) if recipe.interpolation == "nearest" else _triangle(tape, axis)
+        weights = _triangle(tape, axis)
         upper = tape.Floor(tape.Mul(weights, tape.floats(2.0**-HALF_BITS)))
         lower = tape.Sub(weights, tape.Mul(upper, tape.floats(2.0**HALF_BITS)))
     elif axis.photo == axis.size == axis.resized:
@@ -212,13 +232,6 @@ def _triangle(tape: Tape, axis: Axis) -> ir.Value:
     total = tape.ReduceSum(weights, [1], keepdims=1)
     scale = tape.Div(number(2.0**FRACTION_BITS), tape.Max(total, number(1e-9)))  # 0 for a position outside the picture
     return tape.Cast(tape.Floor(tape.Add(tape.Mul(weights, scale), number(0.5))), to=ir.DataType.FLOAT)
-
-
-def _nearest(tape: Tape, axis: Axis) -> ir.Value:
-    """(size, photo) in fixed point."""
-    centres = tape.Cast(tape.Floor(_centres(tape, axis)[0]), to=ir.DataType.FLOAT)
-    hit = tape.Cast(tape.Equal(_range(tape, axis.photo, [1, -1]), centres), to=ir.DataType.FLOAT)
-    return tape.Mul(hit, tape.floats(2.0**FRACTION_BITS))
 
 
 def _inside(tape: Tape, axis: Axis, shape: tuple[int, int]) -> ir.Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,15 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class _ServerOnIPv6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 def server(folder: Path, host: str = "127.0.0.1", port: int = 8000) -> http.server.ThreadingHTTPServer:
     """A server of the folder's files, not yet running; port 0 takes a free one. InputError if the port is taken."""
+    kind = _ServerOnIPv6 if ":" in host else http.server.ThreadingHTTPServer
     try:
-        return http.server.ThreadingHTTPServer((host, port), partial(_Handler, directory=str(folder)))
+        return kind((host, port), partial(_Handler, directory=str(folder)))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port} cannot be served ({reason}): choose another with --serve HOST:PORT") from None

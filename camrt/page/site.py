@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
-from ..compiling.api import check_compiler
+from ..compiling.api import check_compiler, check_outside
 from ..method_choice import MethodChoice, parse_method
 from ..runtime.bundle.manifest import Tap
 from ..runtime.bundle.reading import Bundle, read_bundle
@@ -50,6 +51,7 @@ LABELS = {
     "score_cam": "Score-CAM",
 }
 PERCENTILE = 90.0
+MOST_TRIED = 10  # classes, for a map that is not constant
 LARGEST_EXAMPLE = 20_000_000  # bytes
 
 
@@ -77,8 +79,12 @@ def make_page(
             f"{bundle}: a page takes pictures, and this bundle does not say how to preprocess them: set it with camrt "
             "recipe BUNDLE (--resize, --crop, --mean, --std)"
         )
+    check_outside(out, opened.path)
+    out = out.resolve()  # behind a symbolic link
     if out.exists() and not is_page(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists, and is not a page of camrt: choose another folder with --out")
+    if Path.cwd().is_relative_to(out):
+        raise InputError(f"{out}: is the current folder, which cannot be replaced: choose another with --out")
     chosen_precision = opened.chosen_precision(precision)
     programs = web_runtime(runtime)
     try:
@@ -143,7 +149,8 @@ def _write_methods(
     explainer = load(bundle.path, "onnxruntime", precision=precision)
     probe = probe_picture(bundle.manifest.input_shape[1:])
     Image.fromarray(probe).save(site / "check.png")
-    for choice in [parse_method(m) for m in (METHODS if methods is None else methods)]:
+    for text in dict.fromkeys(METHODS if methods is None else methods):
+        choice = parse_method(text)
         progress(f"compiling {choice.name}")
         compiled = compiled_method(choice)
         try:
@@ -160,13 +167,14 @@ def _write_methods(
                 raise
             progress(f"{choice.name} is left out: {error}")
             continue
-        row: dict[str, Any] = {"name": choice.name, "label": _label(choice), "layers": [t.name for t in chosen]}
+        row: dict[str, Any] = {"id": text, "label": _label(choice), "layers": [t.name for t in chosen]}
         for part, program in parts.items():
             row[part] = f"model/{len(written)}-{choice.name}{'' if part == 'file' else '-finish'}.onnx"
             describe(program, bundle.manifest, choice, chosen, precision, form)
             save_beside(program, site / row[part])
-        row["check"] = f"model/{len(written)}-check.bin"
-        (site / row["check"]).write_bytes(_expected(explainer, probe, choice, chosen).tobytes())
+        target, expected = _expected(explainer, probe, choice, chosen)
+        row["check"] = {"file": f"model/{len(written)}-check.bin", "target": target}
+        (site / row["check"]["file"]).write_bytes(expected.tobytes())
         written.append(row)
     if not written:
         raise InputError(f"{bundle.path}: no method of a page fits its layers: name one with --methods")
@@ -186,15 +194,22 @@ def probe_picture(size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((size[1] * 3 // 2, size[0] * 3 // 2), Image.Resampling.BICUBIC))
 
 
-def _expected(explainer: Explainer, probe: np.ndarray, choice: MethodChoice, chosen: Sequence[Tap]) -> np.ndarray:
-    """The map of the probe's top class, (H, W) float32."""
-    import warnings
-
+def _expected(
+    explainer: Explainer, probe: np.ndarray, choice: MethodChoice, chosen: Sequence[Tap]
+) -> tuple[int, np.ndarray]:
+    """(a class, its map of the probe (H, W) float32): the likeliest class whose map is not constant; of many, the first
+    if all are.
+    """
     options = dict(choice.options) | ({"percentile": PERCENTILE} if choice.name == "winsor_cam" else {})
-    layers = [t.name for t in chosen] or None
+    layers, found = [t.name for t in chosen] or None, []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a map of zeros is what the browser must give, too
-        return explainer.explain(probe, choice.name, None, layers, **options).maps[0].astype("<f4")
+        warnings.simplefilter("ignore")  # a constant map
+        for target in explainer.classify(probe)[0].argsort()[::-1][:MOST_TRIED]:
+            maps = explainer.explain(probe, choice.name, int(target), layers, **options).maps[0]
+            found.append((int(target), maps.astype("<f4")))
+            if np.ptp(maps) > 0:
+                return found[-1]
+    return found[0]
 
 
 def _copy_examples(examples: Sequence[str | Path], bundle: Bundle, site: Path) -> list[dict[str, str]]:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.probes import smooth_images
+from ..export.probes import last_bits, smooth_images
 from ..kernels import minmax
 from ..runtime.backends import Settings, create
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.bundle.reading import Bundle, read_bundle
+from ..runtime.cams import method_named
+from ..runtime.cams.data import Heads
 from ..runtime.errors import CamrtError, InputError, first_line
 from ..runtime.explainer import Explainer
+from ..runtime.explanation import Explanation
 from ..runtime.images.image_batch import ImageBatch
 from ..runtime.images.preprocess import undo
 from .comparisons import FLOAT32_UNITS, PERCENTILES, MapComparison, Reference, Row, compared, full_grads
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 EXPLAIN_LIMIT = 1e-3  # largest difference from `explain`: of maps after min-max, and of layer weights
 ENGINE_LIMIT = 1e-4  # relative L2 of logits from `explain`
+OVERLAY_LIMIT = 1.0  # grey levels, mean
+EXPLAIN_RUNS = 4  # samples of what the last bits of an image change
 FREE = 3, 2  # where a picture's size is free, it is tried at this ratio of the network's input
 
 
@@ -101,7 +106,7 @@ def verify_compiled(
             feeds["percentile"] = np.full(len(batch), options["percentile"], np.float32)
         progress(f"checking {subject}")
         out = compiled.run(feeds)
-        rows += _beside_explain(explainer, said, subject, options, batch, classes, out, what)
+        rows += _beside_explain(explainer, said, subject, options, batch, classes, out, what, entry.get("picture"))
         rows += beside_pytorch.rows(subject, options, out)
     return Report(oracle.name, tuple(rows))
 
@@ -137,14 +142,23 @@ def _beside_explain(
     classes: np.ndarray,
     out: Mapping[str, np.ndarray],
     what: MapComparison,
+    pictures: np.ndarray | None,
 ) -> Iterator[Row]:
     layers = None if not said["layers"] else said["layers"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a map of zeros is compared too
-        result = explainer.explain(batch, said["method"], classes, layers, **options)
+
+    def explained(images: Any) -> Explanation:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a map of zeros is compared too
+            return explainer.explain(images, said["method"], classes, layers, **options)
+
+    result, own = explained(batch), []
+    if method_named(said["method"]).needs is Heads:  # scores that are nearly equal: min-max then shows rounding
+        own = [minmax(explained(images).maps) for images in last_bits(batch, EXPLAIN_RUNS, FLOAT32_UNITS)]
     maps = minmax(out["map"]), minmax(result.maps).astype(np.float64)
     limit = EXPLAIN_LIMIT if said["precision"] == "fp32" else what.limit
-    yield compared("explain", f"map {subject}", *maps, [], what.distance, limit)
+    yield compared("explain", f"map {subject}", *maps, own, what.distance, limit)
+    if "overlay" in out:
+        yield _overlay_row(explained(list(pictures)) if pictures is not None else result, said, subject, out)
     if layers is not None:
         weights = out["layer_weights"], result.layer_weights.astype(np.float64)
         floor = EXPLAIN_LIMIT if said["precision"] == "fp32" else 5e-2
@@ -152,6 +166,16 @@ def _beside_explain(
     floor = ENGINE_LIMIT if said["precision"] == "fp32" else 1e-2
     logits = out["logits"], result.logits.astype(np.float64)
     yield compared("explain", f"logits {subject}", *logits, [], relative_l2, floor)
+
+
+def _overlay_row(result: Explanation, said: Mapping[str, Any], subject: str, out: Mapping[str, np.ndarray]) -> Row:
+    """The mean difference in grey levels."""
+    colormap, opacity = said["overlay"]["colormap"], said["overlay"]["opacity"]
+    want = np.stack([result.overlay(i, opacity, colormap) for i in range(len(result))]).astype(np.float64)
+    got = out["overlay"].astype(np.float32)
+    return compared(
+        "explain", f"overlay {subject}", got, want, [], lambda a, b: float(np.abs(a - b).mean()), OVERLAY_LIMIT
+    )
 
 
 class _Reference:

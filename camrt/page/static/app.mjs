@@ -50,7 +50,7 @@ function ask(call, ...args) {
 const state = {
   photo: null, // {name, picture: canvas, input, placed}
   result: null, // {map, layerWeights, logits, target}
-  method: site.methods[0].name,
+  method: site.methods[0].id,
   target: -1,
   engine: null,
   networkRuns: 0,
@@ -59,8 +59,13 @@ const state = {
   checks: {},
 };
 
-const method = () => site.methods.find((m) => m.name === state.method);
-const className = (index) => site.classes?.[index] ?? `class ${index}`;
+const method = () => site.methods.find((m) => m.id === state.method);
+const names = site.classes ?? [];
+const className = (index) => {
+  const name = names[index];
+  if (name === undefined) return `class ${index}`;
+  return names.indexOf(name) === names.lastIndexOf(name) ? name : `${name} (${index})`;
+};
 
 function say(text) {
   $('status').textContent = text;
@@ -87,17 +92,28 @@ function topOf(logits) {
 
 // ---- the network
 
-// Runs the method once on a picture with a known map: an engine that gives another one is not used.
-async function check() {
-  const expected = new Float32Array(await (await fetch(method().check)).arrayBuffer());
+let turn = 0; // of the latest picture, class or method: results of earlier ones are not shown
+let last = Promise.resolve();
+
+// Work that talks to the worker more than once runs alone: another method must not be opened in between.
+function alone(work) {
+  const result = last.then(work, work);
+  last = result.catch(() => {});
+  return result;
+}
+
+// Runs a method once on a picture with a known map: an engine that gives another one is not used.
+async function check(chosen) {
+  const {file, target} = chosen.check;
+  const expected = scaled(new Float32Array(await (await fetch(file)).arrayBuffer()));
   const {input} = prepare(await decode(await (await fetch('check.png')).blob()), site.preprocess, channels, site.turns);
-  let result = await ask('run', input, -1);
-  if (method().finish) result = {...result, ...(await ask('retune', site.percentile))};
-  const [got, want] = [scaled(result.map), scaled(expected)];
+  let result = await ask('run', input, target);
+  if (chosen.finish) result = {...result, ...(await ask('retune', site.percentile))};
+  const got = scaled(result.map);
   let difference = 0;
-  for (let i = 0; i < got.length; i++) difference = Math.max(difference, Math.abs(got[i] - want[i]));
-  state.checks[state.method] = difference;
+  for (let i = 0; i < got.length; i++) difference = Math.max(difference, Math.abs(got[i] - expected[i]));
   if (!(difference <= CHECK_LIMIT)) throw new Error(`its map differs from the reference by ${difference.toFixed(3)}`);
+  state.checks[chosen.id] = {difference, constant: expected.every((value) => value === 0)};
 }
 
 async function open() {
@@ -107,7 +123,7 @@ async function open() {
     try {
       start();
       state.engine = await ask('open', wanted);
-      await choose();
+      await choose(method());
       return;
     } catch (error) {
       if (wanted === 'wasm') throw error;
@@ -116,74 +132,80 @@ async function open() {
   }
 }
 
-async function choose() {
-  say(`Opening ${method().label}…`);
-  await ask('choose', state.method);
-  if (!(state.method in state.checks)) await check();
+// Opens a method, and checks it the first time.
+async function choose(chosen) {
+  say(`Opening ${chosen.label}…`);
+  await ask('choose', chosen.id);
+  if (!(chosen.id in state.checks)) await check(chosen);
   const {provider, threads} = state.engine;
   const where = provider === 'webgpu' ? 'WebGPU' : `WebAssembly, ${threads} thread${threads > 1 ? 's' : ''}`;
-  const difference = state.checks[state.method];
-  $('engine').textContent = `${where}; ${method().label} gives the reference map here within ${difference.toExponential(0)}`;
-  $('tuning').hidden = !method().finish;
+  const {difference, constant} = state.checks[chosen.id];
+  const checked = constant
+    ? `${chosen.label} could not be checked here: its reference map is constant`
+    : `${chosen.label} gives the reference map here within ${difference.toExponential(0)}`;
+  $('engine').textContent = `${where}; ${checked}`;
 }
 
-let turn = 0; // of the latest picture, class or method: results of earlier ones are not shown
-
-async function explain() {
-  if (!state.photo) return;
+function explain() {
   const mine = ++turn;
-  $('view').setAttribute('aria-busy', 'true');
-  complain('');
-  try {
-    await choose();
-    say('Running the network…');
-    const began = performance.now();
-    const photo = state.photo;
-    const run = await ask('run', photo.input, state.target);
-    state.timing.network = performance.now() - began;
-    state.networkRuns++;
-    if (mine !== turn) return;
-    const target = state.target < 0 ? topOf(run.logits) : state.target;
-    state.result = {...run, target};
-    showClasses();
-    if (method().finish) await tune();
-    else show();
-  } catch (error) {
-    if (mine === turn) {
-      say('');
-      complain(`${method().label} cannot run in this browser: ${error.message}`);
-    }
-  } finally {
-    if (mine === turn) $('view').setAttribute('aria-busy', 'false');
+  const chosen = method();
+  $('tuning').hidden = !chosen.finish;
+  if (!state.photo) {
+    return alone(async () => {
+      if (mine !== turn) return;
+      await choose(chosen).then(() => say('Choose a picture.'), (error) => complain(error.message));
+    });
   }
+  $('view').setAttribute('aria-busy', 'true');
+  return alone(async () => {
+    if (mine !== turn) return;
+    complain('');
+    try {
+      await choose(chosen);
+      say('Running the network…');
+      const began = performance.now();
+      const run = await ask('run', state.photo.input, state.target);
+      state.timing.network = performance.now() - began;
+      state.networkRuns++;
+      const tuned = chosen.finish ? await retuned() : {};
+      if (mine !== turn) return;
+      const target = state.target < 0 ? topOf(run.logits) : state.target;
+      state.result = {...run, ...tuned, target};
+      showClasses();
+      show();
+    } catch (error) {
+      if (mine !== turn) return;
+      say('');
+      complain(`${chosen.label} cannot run in this browser: ${error.message}`);
+    } finally {
+      if (mine === turn) $('view').setAttribute('aria-busy', 'false');
+    }
+  });
 }
 
-let tuning = false;
-let again = false;
+async function retuned() {
+  const began = performance.now();
+  const tuned = await ask('retune', Number($('percentile').value));
+  state.timing.retune = performance.now() - began;
+  state.retunes++;
+  return tuned;
+}
+
+let moved = false;
 
 // Retunes as fast as the slider moves: while one map is made, only the slider's last position waits.
-async function tune() {
-  if (tuning) {
-    again = true;
-    return;
-  }
-  tuning = true;
-  try {
-    do {
-      again = false;
-      const mine = turn;
-      const began = performance.now();
-      const tuned = await ask('retune', Number($('percentile').value));
-      state.timing.retune = performance.now() - began;
-      state.retunes++;
-      if (mine === turn && state.result) {
-        Object.assign(state.result, tuned);
-        show();
-      }
-    } while (again);
-  } finally {
-    tuning = false;
-  }
+function tune() {
+  if (moved) return;
+  moved = true;
+  const mine = turn;
+  alone(async () => {
+    moved = false;
+    if (mine !== turn || !state.result || !method().finish) return;
+    const tuned = await retuned();
+    if (mine !== turn) return;
+    Object.assign(state.result, tuned);
+    show();
+  });
 }
 
 // ---- what is shown
@@ -241,6 +263,7 @@ function row(name, value, share) {
 function showClasses() {
   const {logits, target} = state.result;
   const shares = probabilities(logits);
+  const focused = $('classes').contains(document.activeElement);
   const order = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b).slice(0, 5);
   if (!order.includes(target)) order.push(target);
   $('classes').replaceChildren(...order.map((index) => {
@@ -256,6 +279,7 @@ function showClasses() {
     };
     return button;
   }));
+  if (focused) $('classes').querySelector('[aria-pressed=true]').focus();
 }
 
 function showWeights() {
@@ -275,14 +299,17 @@ function showWeights() {
 // ---- pictures
 
 async function take(blob, name) {
+  const mine = ++turn; // a picture that is read slowly must not replace a later one
   complain('');
   let image;
   try {
     image = await decode(blob);
   } catch {
+    if (mine !== turn) return;
     complain(`${name || 'This'} is not a picture that this browser can read: use PNG, JPEG, WebP or another common format.`);
     return;
   }
+  if (mine !== turn) return;
   if (image.width * image.height > LARGEST) {
     complain(`${name}: ${Math.round((image.width * image.height) / 1e6)} million pixels are too many: use at most 100.`);
     return;
@@ -302,7 +329,8 @@ async function take(blob, name) {
   $('results').hidden = true;
   $('empty').hidden = true;
   $('view').hidden = false;
-  $('title').textContent = state.photo.name;
+  $('title').textContent = '';
+  $('photo').textContent = state.photo.name;
   paint();
   await explain();
 }
@@ -370,17 +398,15 @@ $('shoot').onclick = async () => {
 
 $('heading').textContent = site.name;
 document.title = `${site.name}: what the network looks at`;
-for (const {name, label} of site.methods) $('method').add(new Option(label, name));
+for (const {id, label} of site.methods) $('method').add(new Option(label, id));
 for (const name of Object.keys(site.colormaps)) $('colormap').add(new Option(name, name));
 $('colormap').value = 'turbo';
 $('percentile').value = site.percentile;
 $('percentile-value').textContent = site.percentile;
 $('opacity-value').textContent = `${$('opacity').value} %`;
-$('tuning').hidden = !method().finish;
 $('method').onchange = (event) => {
   state.method = event.target.value;
-  if (state.photo) explain();
-  else choose().then(() => say('Choose a picture.'), (error) => complain(error.message));
+  explain();
 };
 $('percentile').oninput = (event) => {
   $('percentile-value').textContent = event.target.value;
@@ -437,8 +463,9 @@ for (const {file, label} of site.examples) {
 $('examples').hidden = site.examples.length === 0;
 
 window.camrt = {state, ask, decode, prepare, site}; // for tests and the curious
+$('tuning').hidden = !method().finish;
 try {
-  await open();
+  await alone(open);
   say(state.photo ? '' : 'Ready. Choose a picture.');
   document.body.dataset.ready = 'yes';
 } catch (error) {

@@ -4,7 +4,7 @@ let site;
 let ort;
 let provider;
 let weights;
-let current; // {name, network, finish, held}
+let current; // {id, network, finish, held}
 
 function threads() {
   return self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
@@ -59,16 +59,16 @@ const calls = {
   },
 
   // Opens a method's programs and closes those of the one before.
-  async choose(name) {
-    if (current?.name === name) return;
-    const method = site.methods.find((m) => m.name === name);
+  async choose(id) {
+    if (current?.id === id) return;
+    const method = site.methods.find((m) => m.id === id);
     const before = current;
     current = undefined;
     await before?.network.release();
     await before?.finish?.release();
     const network = await load(method.file, provider === 'webgpu' ? ['webgpu', 'wasm'] : ['wasm'], true);
     const finish = method.finish ? await load(method.finish, ['wasm'], false) : undefined;
-    current = {name, network, finish};
+    current = {id, network, finish};
   },
 
   // Runs the network; target -1 is the top class. Returns logits, and map and layerWeights of methods without a slider.

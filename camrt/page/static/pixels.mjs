@@ -19,12 +19,16 @@ function spans(size, target, filter, start, length) {
   const scale = size / target;
   const stretch = Math.max(scale, 1);
   const found = [];
+  if (filter === 'nearest') {
+    let at = scale * 0.5; // Pillow adds step to step, and rounds as that does
+    for (let i = 0; i < start + length; i++) {
+      if (i >= start) found.push([Math.min(Math.trunc(at), size - 1), [ONE]]);
+      at += scale;
+    }
+    return found;
+  }
   for (let i = start; i < start + length; i++) {
     const centre = (i + 0.5) * scale;
-    if (filter === 'nearest') {
-      found.push([Math.min(Math.floor(centre), size - 1), [ONE]]);
-      continue;
-    }
     const reach = RADIUS[filter] * stretch;
     const first = Math.max(Math.trunc(centre - reach + 0.5), 0);
     const last = Math.min(Math.trunc(centre + reach + 0.5), size);
