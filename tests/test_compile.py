@@ -107,7 +107,8 @@ def test_several_runs_of_a_network_of_tokens(text: str, tmp_path: Path) -> None:
     """Sizes such as 4 * batch belong to one run each."""
     model, shape = network("vit")
     bundle, images = camrt.export_model(model, tmp_path / "m.camrt", shape), smooth_images(shape, 3)
-    for options in ({}, {"batch": 3}) if text == "recipro_cam" else ({"masks": 7}, {"masks": 10_000, "batch": 3}):
+    cases: list[dict[str, Any]] = [{"masks": 7}, {"masks": 10_000, "batch": 3}]
+    for options in [{}, {"batch": 3}] if text == "recipro_cam" else cases:
         path = camrt.compile(bundle, tmp_path / "m.onnx", text, **options)
         assert_same(path, camrt.load(bundle), text, in_onnxruntime, images, atol=1e-3)
 
