@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..kernels import minmax
 from .bundle.manifest import Manifest
-from .cams import Result
+from .cams import Result, retune_of_rows
 from .errors import InputError
 from .images.image_batch import ImageBatch
 from .images.legend import with_legend
@@ -114,6 +114,26 @@ class Explanation:
             options=self.options | options,
             details=details,
             _retune=result.retune,
+        )
+
+    def for_image(self, index: int) -> Explanation:
+        """Image `index` alone, as if it had been explained alone: its arrays have one row. It can be retuned."""
+        if not isinstance(index, int | np.integer) or not -len(self) <= index < len(self):
+            raise InputError(f"no image {index}: there are {len(self)}")
+        index = int(index) % len(self)
+        which, targets = slice(index, index + 1), int(np.prod(self.maps.shape[1:-2]))
+        retune = None
+        if self._retune is not None:
+            retune = retune_of_rows(self._retune, slice(index * targets, (index + 1) * targets))
+        return replace(
+            self,
+            maps=self.maps[which],
+            target=None if self.target is None else self.target[which],
+            logits=self.logits[which],
+            layer_weights=self.layer_weights[which],
+            images=self.images.part(which),
+            details={name: values[which] for name, values in self.details.items()},
+            _retune=retune,
         )
 
     def _chosen(self, maps: np.ndarray, index: Index) -> tuple[np.ndarray, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -354,3 +355,27 @@ def test_a_constant_map_is_said(explainer: camrt.Explainer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explainer.explain(IMAGES[:2], "hires_cam", target=1)
+
+
+@pytest.mark.parametrize("largest", [2, 16])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("method", ["winsor_cam", "grad_cam", "score_cam_pp"])
+def test_an_image_of_a_batch_alone(method: str, several: bool, largest: int, exported: Path) -> None:
+    """It is what `explain` gives for it alone, and can be retuned alone."""
+    explainer, images = camrt.load(exported, max_batch=largest), smooth_images((3, 32, 32), 5)
+    targets: Any = np.arange(10).reshape(5, 2) % 5 if several else [0, 1, 2, 3, 4]
+    batch = explainer.explain(images, method, targets)
+    for i in (0, 2, -1):
+        alone, want = batch.for_image(i), explainer.explain(images[i], method, [targets[i]])
+        for name in ("maps", "layer_weights", "logits", "target"):
+            got, expected = getattr(alone, name), getattr(want, name)
+            assert got.shape == expected.shape
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+        np.testing.assert_array_equal(alone.pictures[0], want.pictures[0])
+        assert {name: v.shape for name, v in alone.details.items()} == {n: v.shape for n, v in want.details.items()}
+        if method == "winsor_cam":
+            again = pickle.loads(pickle.dumps(alone)).retune(percentile=40, layer_aggregation="max")
+            np.testing.assert_array_equal(again.maps, batch.retune(percentile=40, layer_aggregation="max").maps[[i]])
+            assert again.options["percentile"] == 40 and again.retune(percentile=0).maps.shape == want.maps.shape
+    with pytest.raises(camrt.CamrtError, match="no image 5: there are 5"):
+        batch.for_image(5)

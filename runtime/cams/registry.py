@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,44 @@ class Result:
         """The details with those of the check."""
         return self.details if self.check is None else self.details | self.check(self)
 
+    def rows(self, which: slice) -> Result:
+        """Of some of the S explanations alone, on the host."""
+        return replace(
+            self,
+            maps=self.maps[which],
+            layer_weights=self.layer_weights[which],
+            details={name: values[which] for name, values in self.details.items()},
+            retune=None if self.retune is None else retune_of_rows(self.retune, which),
+            evidence=None if self.evidence is None else self.evidence[which],
+        )
+
+
+class Retune:
+    """What a Result's `retune` may be, so that a part of the explanations can be retuned alone, and held alone."""
+
+    def __call__(self, **options: Any) -> Result:
+        raise NotImplementedError
+
+    def rows(self, which: slice) -> Callable[..., Result]:
+        """Of some of the explanations."""
+        raise NotImplementedError
+
+
+def retune_of_rows(retune: Callable[..., Result], which: slice) -> Callable[..., Result]:
+    """The same of some of the explanations."""
+    return retune.rows(which) if isinstance(retune, Retune) else _RowsOf(retune, which)
+
+
+@dataclass(frozen=True)
+class _RowsOf:
+    """A part of what retunes all explanations, and is not divided itself."""
+
+    retune: Callable[..., Result]
+    which: slice
+
+    def __call__(self, **options: Any) -> Result:
+        return self.retune(**options).rows(self.which)
+
 
 def join(results: Sequence[Result]) -> Result:
     """Concatenates the results of several batches along the first axis. Their details must have the same names."""
@@ -48,20 +86,32 @@ def join(results: Sequence[Result]) -> Result:
         np.concatenate([r.maps for r in results]),
         np.concatenate([r.layer_weights for r in results]),
         {name: np.concatenate([r.details[name] for r in results]) for name in results[0].details},
-        _JoinedRetune(retunes) if len(retunes) == len(results) else None,
+        _JoinedRetune(retunes, tuple(len(r.maps) for r in results)) if len(retunes) == len(results) else None,
         None if results[0].evidence is None else np.concatenate([r.evidence for r in results]),
         results[0].check,
     )
 
 
 @dataclass(frozen=True)
-class _JoinedRetune:
-    """Retunes the parts of a batch one by one."""
+class _JoinedRetune(Retune):
+    """Retunes the parts of a batch one by one. counts: of explanations in each part."""
 
     parts: tuple[Callable[..., Result], ...]
+    counts: tuple[int, ...]
 
     def __call__(self, **options: Any) -> Result:
         return join([retune(**options) for retune in self.parts])
+
+    def rows(self, which: slice) -> Callable[..., Result]:
+        start, stop, _ = which.indices(sum(self.counts))
+        parts, counts, first = [], [], 0
+        for retune, count in zip(self.parts, self.counts, strict=True):
+            inside = slice(max(start - first, 0), min(stop - first, count))
+            first += count
+            if inside.start < inside.stop:
+                parts.append(retune_of_rows(retune, inside))
+                counts.append(inside.stop - inside.start)
+        return parts[0] if len(parts) == 1 else _JoinedRetune(tuple(parts), tuple(counts))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ...kernels import AGGREGATIONS, fuse_layers, layer_importance, normalize_la
 from ..bundle.manifest import Noise
 from ..errors import InputError, warn
 from .data import LayerMaps
-from .registry import Result, cam, chosen, is_number
+from .registry import Result, Retune, cam, chosen, is_number
 
 
 @cam("winsor_cam", needs=LayerMaps, layers="conv", source="Winsor-CAM, arXiv 2507.10846", on_gpu=True)
@@ -43,7 +43,7 @@ def winsor_cam(
 
 
 @dataclass(frozen=True)
-class _Fusion:
+class _Fusion(Retune):
     """Weighs and fuses the maps of layers, again for every retuning. normalized: the layers' maps, scaled on the host;
     importances: by aggregation, those that were computed, as layer_importance gives them; options: of the last call,
     which a retuning changes.
@@ -53,6 +53,10 @@ class _Fusion:
     normalized: Any
     importances: dict[str, tuple[Any, Any]]
     options: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self, which: slice) -> _Fusion:
+        importances = {name: (found[which], relative[which]) for name, (found, relative) in self.importances.items()}
+        return replace(self, layers=self.layers.rows(which), normalized=self.normalized[which], importances=importances)
 
     def __call__(self, **changes: Any) -> Result:
         options = self.options | changes

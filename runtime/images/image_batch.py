@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def part(self, which: slice) -> ImageBatch:
+        """Some of the images."""
+        chosen = copy.copy(self)
+        chosen._items = self._items[which]
+        return chosen
 
     def on_host(self) -> np.ndarray:
         """The network's input (B, C, H, W) float32."""

@@ -63,6 +63,11 @@ class LayerMaps(MethodData):
         parts = np.split(self.maps, np.cumsum([h * w for h, w in self.grids])[:-1], axis=1)
         return [p.reshape(-1, *grid) for p, grid in zip(parts, self.grids, strict=True)]
 
+    def rows(self, which: slice) -> LayerMaps:
+        """The same data of some of the S explanations."""
+        parts = (array[which] for array in (self.logits, self.seeds, self.alphas, self.maps))
+        return replace(self, **dict(zip(("logits", "seeds", "alphas", "maps"), parts, strict=True)))
+
     def select(self, layers: Sequence[str]) -> LayerMaps:
         """The same data of the named layers only, in the order of `taps`."""
         if len(layers) == len(self.taps):
