@@ -122,7 +122,7 @@ def in_browser(bundle: Path, folder: Path) -> dict[str, Any]:
               const network = [], retune = [];
               for (let i = 0; i < 7; i++) network.push(await timed(() => ask('run', state.photo.input, -1)));
               for (let i = 0; i < tunes; i++) retune.push(await timed(() => ask('retune', (100 * i) / (tunes - 1))));
-              return {network, retune, engine: state.engine, check: state.checks.winsor_cam};
+              return {network, retune, engine: state.engine, check: state.checks.winsor_cam.difference};
             }""",
             TUNES,
         )
