@@ -12,7 +12,7 @@ from .operations.channels import channel_extremes, take_channels
 from .operations.check_finite import check_finite
 from .operations.class_scores import PROBABILITIES, class_probabilities, class_scores
 from .operations.fuse_layers import fuse_layers, normalize_layers
-from .operations.gates import GATES, gate, minmax
+from .operations.gates import GATES, gate, minmax, within_range
 from .operations.layer_importance import AGGREGATIONS, layer_importance
 from .operations.mask_batch import mask_batch
 from .operations.resize_picture import FILTERS, resize_picture
@@ -46,4 +46,5 @@ __all__ = [
     "take_channels",
     "upsample",
     "winsorize",
+    "within_range",
 ]

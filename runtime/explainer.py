@@ -71,10 +71,10 @@ class Explainer:
 
         images: float32 NCHW arrays or tensors, taken as they are; or paths, bytes of image files, file objects, Pillow
         images, uint8 or uint16 HWC arrays, which are preprocessed by the bundle's recipe. target: None (each image's
-        top class), a class (its number or name), one per image, K per image (B, K), or a float seed array (classes,),
-        (B, classes) or (B, K, classes): the cotangent of the logits. target="not", only for a network with a single
-        score: explains what lowers it. layers: names, or a role ("conv", "last"); by default the method's own. options:
-        the method's, e.g. percentile=90.
+        top class), a class (its number or name), one per image (None: its top class), K per image (B, K), or a float
+        seed array (classes,), (B, classes) or (B, K, classes): the cotangent of the logits. target="not", only for a
+        network with a single score: explains what lowers it. layers: names, or a role ("conv", "last"); by default the
+        method's own. options: the method's, e.g. percentile=90.
 
         InputError, UnknownMethod, UnknownLayer for arguments that do not fit; CamrtError if the network gives NaN or
         infinity or the GPU fails. An error in one image means no result for any image.

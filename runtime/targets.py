@@ -36,6 +36,8 @@ def read_targets(target: Any, images: int, manifest: Manifest) -> Targets:
     target = _by_number(target, manifest)
     if target is None:
         return Targets(np.zeros((images, 1, classes), np.float32), np.full((images, 1), -1), False)
+    if isinstance(target, list | tuple) and any(t is None for t in target):
+        return _some_top(target, images, manifest)
     try:
         given = np.asarray(target)
     except ValueError:
@@ -69,6 +71,16 @@ def read_targets(target: Any, images: int, manifest: Manifest) -> Targets:
     seeds = np.zeros((*grid.shape, classes), np.float32)
     np.put_along_axis(seeds, grid[..., None], 1, axis=2)
     return Targets(seeds, grid, given.ndim == 2)
+
+
+def _some_top(target: Sequence[Any], images: int, manifest: Manifest) -> Targets:
+    """Of one class per image, some of which are None: the top class."""
+    top = np.array([t is None for t in target])
+    found = read_targets([0 if t is None else t for t in target], images, manifest)
+    if found.classes is None or found.several:
+        raise InputError(f"target {target!r}: None stands for an image's top class among one class per image")
+    found.seeds[top], found.classes[top] = 0, -1
+    return found
 
 
 def class_index(name: str, manifest: Manifest) -> int:

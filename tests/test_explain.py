@@ -379,3 +379,14 @@ def test_an_image_of_a_batch_alone(method: str, several: bool, largest: int, exp
             assert again.options["percentile"] == 40 and again.retune(percentile=0).maps.shape == want.maps.shape
     with pytest.raises(camrt.CamrtError, match="no image 5: there are 5"):
         batch.for_image(5)
+
+
+def test_none_among_targets_is_the_top_class(explainer: camrt.Explainer) -> None:
+    top = explainer.classify(IMAGES).argmax(axis=1)
+    result = explainer.explain(IMAGES, target=[None, 2, None, 0])
+    np.testing.assert_array_equal(result.target, [top[0], 2, top[2], 0])
+    want = explainer.explain(IMAGES, target=[int(top[0]), 2, int(top[2]), 0])
+    np.testing.assert_array_equal(result.maps, want.maps)
+    for wrong in ([None, 2], [None, [1, 2], 1, 1], [None, 0.5, 1, 1], [None, 7, 1, 1]):
+        with pytest.raises(camrt.CamrtError):
+            explainer.explain(IMAGES, target=wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from camrt.export.interpreter import Interpreter
 from camrt.export.probes import smooth_images
 from camrt.export.pytorch.autograd import record
 from camrt.export.pytorch.from_torch import trace_module
+from camrt.kernels import minmax
 from camrt.runtime.cams import SignedMaps
 from camrt.runtime.cams.data.signed_maps import LARGEST_RATIO
 from camrt.runtime.cams.integrative import integrative_cam
@@ -335,3 +337,29 @@ def test_a_layer_that_cancels_has_no_weight(precision: str, tmp_path: object) ->
     result = camrt.load(path).explain(IMAGES, "integrative_cam")
     assert result.layers == ("first", "branch", "second")
     assert (result.layer_weights[:, 0] == 0).all() and (result.layer_weights[:, 1:] > 0).all()
+
+
+class Excited(nn.Module):
+    """Convolutions on the pooled grid of 1 x 1, as in squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, 2, 1)
+        self.squeeze, self.excite, self.fc = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.fc(self.second(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("reading", ["signed", "residual"])
+def test_a_layer_without_a_grid_draws_no_rounding(reading: str, tmp_path: Path) -> None:
+    """Its map is constant before and after resizing, so it adds nothing, whatever its weight."""
+    torch.manual_seed(0)
+    explainer = camrt.load(camrt.export_model(Excited().eval(), tmp_path / "m.camrt", (3, 70, 70), "conv"))
+    images = smooth_images((3, 70, 70), 4)
+    every = explainer.explain(images, "integrative_cam", reading=reading)
+    with_grid = explainer.explain(images, "integrative_cam", layers=["first", "second"], reading=reading)
+    assert every.layers == ("first", "squeeze", "excite", "second") and every.layer_weights[:, 1:3].any()
+    np.testing.assert_allclose(minmax(every.maps), minmax(with_grid.maps), atol=1e-5)

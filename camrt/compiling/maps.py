@@ -46,6 +46,14 @@ def resize(tape: Tape, maps: ir.Value, path: Sequence[Size]) -> ir.Value:
     return maps if path[0][1] == path[-1][1] else tape.MatMul(maps, tape.floats(columns.T))
 
 
+def within_range(tape: Tape, resized: ir.Value, maps: ir.Value) -> ir.Value:
+    """Resized maps, clipped to the range of what they were: a constant map stays constant, where min-max would draw the
+    rounding.
+    """
+    low, high = tape.ReduceMin(maps, [-2, -1], keepdims=1), tape.ReduceMax(maps, [-2, -1], keepdims=1)
+    return tape.Min(tape.Max(resized, low), high)
+
+
 def combined(tape: Tape, layers: Sequence[tuple[ir.Value, Size]], size: Size) -> ir.Value:
     """Maps (batch, h, w) of layers -> (batch, *size), rectified, scaled, resized, averaged and scaled again."""
     resized = [tape.Relu(resize(tape, scale(tape, tape.Relu(m)), [grid, size])) for m, grid in layers]

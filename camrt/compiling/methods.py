@@ -15,7 +15,7 @@ from ..runtime.cams.perturbing import RECIPRO_CAM_VARIANTS
 from ..runtime.cams.registry import is_number
 from ..runtime.cams.winsor import check_options
 from ..runtime.errors import InputError, UnknownMethod
-from .maps import combined, minmax, resize, scale, sum_channels
+from .maps import combined, minmax, resize, scale, sum_channels, within_range
 from .perturbing import recipro_cam, score_cam, score_cam_pp
 from .source import Compiled, Finished, Source
 
@@ -140,7 +140,8 @@ def integrative_cam(source: Source, smooth: str = "identity", reading: str = "si
         total = tape.ReduceSum(tape.Abs(flat), [1], keepdims=1)
         positive = tape.ReduceSum(tape.Relu(flat), [1], keepdims=1)
         shares.append(tape.Concat(positive, total, axis=1))
-        resized.append(minmax(tape, resize(tape, tape.Relu(maps), [grid, source.size])))
+        rectified = tape.Relu(maps)
+        resized.append(minmax(tape, within_range(tape, resize(tape, rectified, [grid, source.size]), rectified)))
     stacked = tape.Concat(*[tape.Unsqueeze(s, [1]) for s in shares], axis=1)  # (batch, layers, 2)
     positive, total = (tape.Squeeze(p, [2]) for p in tape.Split(stacked, [1, 1], axis=2, outputs=2))
     counts = tape.Greater(total, tape.Mul(magnitudes, tape.floats(1e-3)))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ..export.tape import Tape
 from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Tap
-from .maps import combined, minmax, resize
+from .maps import combined, minmax, resize, within_range
 from .source import Finished, Source
 
 WINDOW = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 16  # Recipro-CAM's, where it is Gaussian
@@ -73,14 +73,8 @@ GATES: Mapping[str, Gate] = {
     "tanh": lambda tape, resized, maps: tape.Tanh(resized),
     "sigmoid_relu": lambda tape, resized, maps: tape.Sigmoid(tape.Mul(tape.Relu(resized), tape.floats(0.5))),
     "identity": lambda tape, resized, maps: resized,
-    "minmax": lambda tape, resized, maps: minmax(tape, _within_range(tape, resized, maps)),
+    "minmax": lambda tape, resized, maps: minmax(tape, within_range(tape, resized, maps)),
 }
-
-
-def _within_range(tape: Tape, resized: ir.Value, maps: ir.Value) -> ir.Value:
-    """Rounding in the resizing must not give a constant map a range."""
-    low, high = tape.ReduceMin(maps, [-2, -1], keepdims=1), tape.ReduceMax(maps, [-2, -1], keepdims=1)
-    return tape.Min(tape.Max(resized, low), high)
 
 
 def score_cam_pp(source: Source, variant: str = "tanh") -> Finished:

@@ -135,6 +135,12 @@ def derivatives(recorded: Record, seed: torch.Tensor, smooth: Smooth) -> tuple[t
     return y, first, torch.where((second == 0) & (third == 0), 0, third / second)
 
 
+def _resized_within_range(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """A constant map, as every map of a grid of 1 x 1 is, stays constant: min-max would draw the rounding."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return torch.minimum(torch.maximum(resize(maps, size), low), high)
+
+
 def fused(
     maps: Sequence[torch.Tensor], importance: Sequence[torch.Tensor], size: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +150,7 @@ def fused(
     shares = torch.stack(list(importance), 1)
     total = shares.sum(1, keepdim=True)
     shares = shares / torch.where(total > 0, total, 1)
-    scaled = torch.stack([minmax(resize(m.relu(), size)) for m in maps], 1)
+    scaled = torch.stack([minmax(_resized_within_range(m.relu(), size)) for m in maps], 1)
     return (shares[:, :, None, None] * scaled).sum(1), shares
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...kernels import minmax, upsample
+from ...kernels import minmax, upsample, within_range
 from .data import Gradients, SignedMaps
 from .registry import Result, cam
 from .smooth import Smooth, Terms, terms
@@ -56,7 +56,9 @@ def integrative_cam(
     weights = (importance / np.where(total > 0, total, 1)).astype(np.float32)
     fused = np.zeros((len(weights), *layers.size), np.float32)
     for layer, weight in zip(maps, weights.T, strict=True):
-        fused += weight[:, None, None] * minmax(upsample(np.maximum(layer, 0).astype(np.float32), layers.size))
+        rectified = np.maximum(layer, 0).astype(np.float32)
+        resized = within_range(upsample(rectified, layers.size), rectified)  # a constant map stays constant
+        fused += weight[:, None, None] * minmax(resized)
     return Result(fused, weights)
 
 
