@@ -324,7 +324,8 @@ weights; `shapes` is the demo's.
     text += (
         "\n## The page\n\nWinsor-CAM in a browser, with onnxruntime-web. The largest difference is from Python's map, "
     )
-    text += "after min-max.\n\n"
+    text += "after min-max. In a deep network with random weights (`resnet50`) the input of some rectifier is nearly "
+    text += "zero, and the side on which it falls moves the map.\n\n"
     rows = []
     for result in found["results"]:
         page = result["page"]
