@@ -4,7 +4,7 @@
 # make quick     a selection of the tests, about two minutes
 # make system    installs what some tests need beside Python, by apt: chromium, npm, g++, and ONNX Runtime's headers where Debian has them
 # make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies, the site,
-#                programs in OpenVINO, the page in a browser
+#                programs in OpenVINO, the page in a browser, the server under schemathesis
 # make docs      builds the documentation's site in build/site; any warning fails
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
@@ -20,7 +20,7 @@ WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check quick system lowest docs interop browser test-all coverage peers models clean
+.PHONY: demo test check quick system lowest docs interop browser fuzz test-all coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -61,7 +61,7 @@ LOWEST := tests/test_kernels.py tests/test_methods.py tests/test_explain.py test
 	tests/test_evaluate.py tests/test_cli.py tests/test_bench.py tests/test_recipe.py tests/test_golden.py tests/test_determinism.py \
 	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py
 
-test-all: lowest docs interop browser
+test-all: lowest docs interop browser fuzz
 
 system:
 	$(SUDO) apt-get update --quiet
@@ -87,6 +87,14 @@ interop: .venv/test-ready
 browser: .venv/test-ready
 	$(PIP) --editable '.[cpu,compile,browser]'
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile tests/test_page.py tests/test_compile_cpp.py
+
+fuzz: .venv/test-ready .venv-fuzz/ready
+	SCHEMATHESIS=.venv-fuzz/bin/schemathesis $(BIN)/python -m pytest --quiet tests/test_serve.py -k schemathesis
+
+.venv-fuzz/ready: Makefile
+	test -d .venv-fuzz || $(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet schemathesis==4.32.5
+	touch $@
 
 docs: .venv/docs-ready
 	rm -rf build/package build/site
@@ -129,4 +137,4 @@ models: .venv/zoo-ready .venv-keras/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-peers .venv-keras build *.egg-info
+	rm -rf .venv .venv-lowest .venv-fuzz .venv-peers .venv-keras build *.egg-info

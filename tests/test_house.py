@@ -35,6 +35,7 @@ ALLOWED = {
     "camrt/demo": ("demo", "runtime", "install"),
     "camrt/evaluation": ("evaluation", "method_choice", "runtime", "__version__"),
     "camrt/verification": ("verification", "export", "runtime", "kernels"),
+    "camrt/serve": ("serve", "install", "method_choice", "runtime", "__version__"),
     "camrt/page": ("page", "compiling", "method_choice", "runtime", "__version__"),
     "camrt/install.py": (),
     "camrt/image_files.py": ("runtime.errors",),

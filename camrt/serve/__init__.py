@@ -1,0 +1,1 @@
+"""`camrt serve`: explanations over HTTP, batched across requests."""
