@@ -97,7 +97,7 @@ def engines(bundle: Path, method: str, folder: Path) -> dict[str, Any]:
 
 def in_browser(bundle: Path, folder: Path) -> dict[str, Any]:
     """Milliseconds of a run of the network and of a retune of Winsor-CAM."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
     picture = folder / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(picture)

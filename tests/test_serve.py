@@ -33,7 +33,7 @@ from camrt.cli import main
 from camrt.export.probes import smooth_images
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
-    pytest.importorskip(package, reason=f"{package} is missing: make serve installs it")
+    pytest.importorskip(package, reason=f"{package} is missing: make test installs it")
 
 LIMITS = ["--threads", "1", "--pixels", "40000", "--images", "5", "--body", "400000", "--keep", "6", "--kept", "4"]
 
@@ -244,7 +244,7 @@ def test_health_models_metrics_and_openapi(server: str) -> None:
 
 
 def test_the_inference_protocol_with_tritons_client(server: str, explainer: camrt.Explainer) -> None:
-    client_module = pytest.importorskip("tritonclient.http", reason="tritonclient is missing: make serve installs it")
+    client_module = pytest.importorskip("tritonclient.http", reason="tritonclient is missing: make test installs it")
     client = client_module.InferenceServerClient(server.removeprefix("http://").rstrip("/"))
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("small")
     assert client.get_model_metadata("small")["inputs"][0]["shape"] == [-1, 3, 32, 32]
