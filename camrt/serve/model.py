@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import io
 import threading
-import warnings
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..runtime.errors import CamrtError, InputError
+from ..questions import Question, answers, question
+from ..runtime.errors import CamrtError, InputError, first_line
 from ..runtime.explainer import Explainer, load
 from ..runtime.explanation import Explanation
 from ..runtime.images.image_batch import ImageBatch
 from .errors import Refused
 from .settings import Settings
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of one image. image (C, H, W) float32: the network's input; options: of the method; tuned: those
-    that change nothing but the last step.
-    """
-
-    image: np.ndarray
-    method: str
-    options: dict[str, Any]
-    layers: tuple[str, ...] | str | None
-    target: int | None
-    tuned: dict[str, Any]
-
-    @property
-    def key(self) -> Hashable:
-        """Questions with the same key can share a run of the network."""
-        return self.method, repr(sorted(self.options.items())), self.layers
-
-
-TUNED = {"winsor_cam": ("percentile",)}  # options that may differ within a run of the network
 
 
 class Model:
@@ -62,8 +40,8 @@ class Model:
             shape = explainer.manifest.input_shape
             explainer.classify(np.zeros((1, *shape), np.float32))
             self._opened = explainer
-        except CamrtError as error:
-            self.problem = str(error)
+        except Exception as error:  # whatever it is, nobody must wait for this model
+            self.problem = str(error) if isinstance(error, CamrtError) else first_line(error)
 
     @property
     def is_ready(self) -> bool:
@@ -95,44 +73,11 @@ class Model:
         if isinstance(item, bytes):
             _check_pixels(item, settings.pixels)
         image = ImageBatch(item if isinstance(item, bytes) else item[None], explainer.manifest).on_host()[0]
-        chosen = layers if layers is None or isinstance(layers, str) else tuple(layers)
-        number = self._class(target)
-        explainer.check_arguments(method, number, chosen, options)
-        tuned = {name: options[name] for name in TUNED.get(method, ()) if name in options}
-        fixed = {name: value for name, value in options.items() if name not in tuned}
-        return Question(image, method, fixed, chosen, number, tuned)
-
-    def _class(self, target: str | int | None) -> int | None:
-        if target is None or target == "" or target == -1 or target == "-1":
-            return None
-        from ..runtime.targets import class_index
-
-        if isinstance(target, str):
-            return int(target) if target.isdecimal() else class_index(target, self.explainer.manifest)
-        return target
+        return question(explainer, image, method, options, layers, target)
 
     def explain(self, questions: Sequence[Question]) -> list[Explanation | Exception]:
-        """Answers questions of one key with one run of the network; if that fails, one by one, so that one bad image
-        spoils no other.
-        """
-        try:
-            return list(self._explained(questions))
-        except CamrtError as error:
-            if len(questions) == 1:
-                return [error]
-        return [answer for question in questions for answer in self.explain([question])]
-
-    def _explained(self, questions: Sequence[Question]) -> list[Explanation]:
-        first = questions[0]
-        images = np.stack([q.image for q in questions])
-        options = first.options | first.tuned
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `details` and constant maps are in the answer
-            together = self.explainer.explain(
-                images, first.method, [q.target for q in questions], first.layers, **options
-            )
-            alone = [together.for_image(i) for i in range(len(questions))]
-            return [e.retune(**q.tuned) if q.tuned != first.tuned else e for e, q in zip(alone, questions, strict=True)]
+        """Answers questions of one key."""
+        return answers(self.explainer, questions)
 
     def with_photo(self, explanation: Explanation, source: bytes | None) -> Explanation:
         """The explanation with its photo, for overlays."""

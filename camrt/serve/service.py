@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..questions import Question
 from ..runtime.explanation import Explanation
 from .batching import Batcher
 from .errors import Refused
 from .kept import Keeper
 from .metrics import Metrics
-from .model import Model, Question
+from .model import Model
 from .settings import Settings
 
 Found = TypeVar("Found")
