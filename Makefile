@@ -82,7 +82,7 @@ lowest: .venv-lowest/ready
 
 interop: .venv/test-ready
 	$(PIP) --editable '.[cpu,interop]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py tests/test_compile.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py tests/test_compile.py tests/test_compile_pictures.py
 
 browser: .venv/test-ready
 	$(PIP) --editable '.[cpu,compile,browser]'
