@@ -9,6 +9,7 @@ batches of the same size, on the server's core, from preprocessed arrays: it nei
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -57,11 +59,14 @@ def served(address: str, method: str, shape: tuple[int, int, int], clients: int,
     end = time.perf_counter() + seconds
 
     def ask() -> None:
+        connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=60)
         while time.perf_counter() < end:
             began = time.perf_counter()
-            request = urllib.request.Request(f"{address}v2/models/net/infer", body, headers)
-            with urllib.request.urlopen(request) as answer:
-                answer.read()
+            connection.request("POST", "/v2/models/net/infer", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status != 200:
+                raise RuntimeError(f"status {answer.status}")
             times.append(time.perf_counter() - began)
 
     began = time.perf_counter()
@@ -73,6 +78,14 @@ def served(address: str, method: str, shape: tuple[int, int, int], clients: int,
     took = time.perf_counter() - began
     p50, p99 = np.quantile(times, [0.5, 0.99]) * 1e3
     return {"images_per_second": len(times) / took, "p50_ms": round(float(p50), 1), "p99_ms": round(float(p99), 1)}
+
+
+def ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}readyz"):
+            return True
+    except urllib.error.HTTPError:
+        return False
 
 
 def main() -> None:
@@ -95,6 +108,8 @@ def main() -> None:
         os.sched_setaffinity(0, {CLIENT_CORE})
         assert process.stdout is not None
         address = re.search(r"http://\S+/", process.stdout.readline())[0]  # type: ignore[index]
+        while not ready(address):
+            time.sleep(0.1)
         served(address, method, shape, options.clients, 2)
         found = served(address, method, shape, options.clients, options.seconds)
         process.terminate()

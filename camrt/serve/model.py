@@ -72,7 +72,10 @@ class Model:
         explainer = self.explainer
         if isinstance(item, bytes):
             _check_pixels(item, settings.pixels)
-        image = ImageBatch(item if isinstance(item, bytes) else item[None], explainer.manifest).on_host()[0]
+            image = ImageBatch(item, explainer.manifest).on_host()[0]
+        else:
+            image = item
+            ImageBatch(item, explainer.manifest)  # checks it; a batch copies it later
         return question(explainer, image, method, options, layers, target)
 
     def explain(self, questions: Sequence[Question]) -> list[Explanation | Exception]:

@@ -75,10 +75,14 @@ class Service:
         if len(items) > self.settings.images:
             raise Refused(413, f"{len(items)} images in one request, at most {self.settings.images} are allowed")
         with self.stage(model.name, "read"):
-            questions = [
-                await self.aside(model.question, item, method, own, layers, target, self.settings)
+            asked = [
+                (item, method, own, layers, target, self.settings)
                 for item, own, target in zip(items, options, targets, strict=True)
             ]
+            if any(isinstance(item, bytes) for item in items):  # pictures are decoded
+                questions = [await self.aside(model.question, *one) for one in asked]
+            else:
+                questions = [model.question(*one) for one in asked]
         batcher = self._batchers[model.name]
         try:
             async with asyncio.timeout(self.settings.timeout):

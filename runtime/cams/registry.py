@@ -133,9 +133,9 @@ class Method:
     seeds: Callable[..., np.ndarray] | None = None
     on_gpu: bool = False
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, Any]:
-        """Option names and their defaults."""
+        """Option names and their defaults; not to be changed."""
         return {p.name: p.default for p in list(inspect.signature(self.function).parameters.values())[1:]}
 
     def data(self, options: Mapping[str, Any]) -> type[MethodData]:
