@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from ..kernels import minmax
 from .bundle.manifest import Manifest
-from .cams import Result, retune_of_rows
+from .cams import Result, pickles, retune_of_rows
 from .errors import InputError
 from .images.image_batch import ImageBatch
 from .images.legend import with_legend
@@ -63,7 +62,7 @@ class Explanation:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("pictures", "photos")}
-        if isinstance(self._retune, types.FunctionType):  # of arrays on a GPU
+        if not pickles(self._retune):  # it holds arrays on a GPU
             state["_retune"] = None
         return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.export.pytorch.autograd import record
 from camrt.kernels import layer_importance
-from camrt.runtime.cams import GRADIENT_AGGREGATIONS
+from camrt.runtime.cams import GRADIENT_AGGREGATIONS, Result, join
 from camrt.verification.methods import grad_cam, winsor_cam
 
 CONVOLUTIONS = ["stem", "block.0", "head.0"]
@@ -390,3 +391,20 @@ def test_none_among_targets_is_the_top_class(explainer: camrt.Explainer) -> None
     for wrong in ([None, 2], [None, [1, 2], 1, 1], [None, 0.5, 1, 1], [None, 7, 1, 1]):
         with pytest.raises(camrt.CamrtError):
             explainer.explain(IMAGES, target=wrong)
+
+
+def test_what_holds_a_function_does_not_pickle_it(explainer: camrt.Explainer) -> None:
+    """As an explanation made on a GPU, of several batches, and one image of it."""
+    made = explainer.explain(IMAGES)
+    retune = made._retune
+    assert retune is not None
+    local = dataclasses.replace(made, _retune=lambda **options: retune(**options))
+    twice = join([Result(made.maps, made.layer_weights, retune=local._retune)] * 2)
+    several = dataclasses.replace(local, _retune=twice.retune)
+    for explanation in (local, several, local.for_image(1)):
+        copied = pickle.loads(pickle.dumps(explanation))
+        np.testing.assert_array_equal(copied.maps, explanation.maps)
+        with pytest.raises(camrt.CamrtError, match="nothing to retune"):
+            copied.retune(percentile=3)
+    again = local.for_image(1).retune(percentile=3)
+    np.testing.assert_array_equal(again.maps, made.retune(percentile=3).maps[1:2])

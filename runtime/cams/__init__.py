@@ -3,7 +3,7 @@
 from . import gradient, integrative, masking, perturbing, winsor
 from .data import Activations, Gradients, GridMaps, Heads, Lane, LayerMaps, MaskedRuns, MethodData, SignedMaps
 from .data.layer_maps import GRADIENT_AGGREGATIONS
-from .registry import METHODS, Method, Result, all_methods, cam, join, method_named, retune_of_rows
+from .registry import METHODS, Method, Result, all_methods, cam, join, method_named, pickles, retune_of_rows
 from .smooth import Smooth
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "masking",
     "method_named",
     "perturbing",
+    "pickles",
     "retune_of_rows",
     "winsor",
 ]

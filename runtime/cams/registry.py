@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import math
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,15 @@ class Retune:
 def retune_of_rows(retune: Callable[..., Result], which: slice) -> Callable[..., Result]:
     """The same of some of the explanations."""
     return retune.rows(which) if isinstance(retune, Retune) else _RowsOf(retune, which)
+
+
+def pickles(retune: Callable[..., Result] | None) -> bool:
+    """False if it is, or holds, a function made inside another, as those are that hold arrays on a GPU."""
+    if isinstance(retune, _RowsOf):
+        return pickles(retune.retune)
+    if isinstance(retune, _JoinedRetune):
+        return all(map(pickles, retune.parts))
+    return not isinstance(retune, types.FunctionType)
 
 
 @dataclass(frozen=True)
