@@ -15,6 +15,7 @@ from .runtime.explainer import Explainer
 from .runtime.explanation import Explanation
 from .runtime.targets import class_index
 
+DIGITS = 12  # of a class number: more are out of range as well
 TUNED = {"winsor_cam": ("percentile",)}  # options that may differ within a run of the network
 
 
@@ -69,7 +70,7 @@ def _class(explainer: Explainer, target: str | int | None) -> int | None:
     if target is None or target in ("", "-1", -1):
         return None
     if isinstance(target, str):
-        return int(target) if target.isdecimal() else class_index(target, explainer.manifest)
+        return int(target[:DIGITS]) if target.isdecimal() else class_index(target, explainer.manifest)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import http.client
 import io
 import json
 import os
@@ -395,6 +396,103 @@ def test_what_cannot_be_served(
 ) -> None:
     assert main(["serve", *(a.format(exported=exported) for a in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "target=" + "9" * 5000,
+        "method=finer_cam:alpha=" + "9" * 400,
+        "method=score_cam_pp:max_error=" + "9" * 400,
+        "method=winsor_cam:low=" + "9" * 400,
+        "percentile=" + "9" * 400,
+    ],
+)
+def test_huge_numbers_are_refused(server: str, path: str) -> None:
+    reply = ask(f"{server}v1/models/small/explain?{path}", png())
+    assert reply.status == 400 and "\n" not in reply.json["error"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": 5},
+        {"parameters": "x"},
+        {"outputs": ["map"]},
+        {"outputs": 3},
+        {"outputs": [{"name": "map", "parameters": 5}]},
+        {"outputs": [{"name": "none"}]},
+        {"parameters": {"percentile": 10**400}},
+        {"parameters": {"method": "grad_cam", "percentile": 3}},
+        {"inputs": [{"name": "image", "datatype": "FP32", "shape": [2] * 100_000, "data": []}]},
+        {"inputs": [{"name": "image", "datatype": "FP32", "shape": [99999999999] * 8, "data": []}]},
+        {"inputs": [{"name": "\ud800\n", "datatype": "FP32", "shape": [0], "data": []}]},
+        {"inputs": [{"name": str(i), "datatype": "FP32", "shape": [0], "data": []} for i in range(1000)]},
+        {"inputs": [{"name": "target", "datatype": "INT64", "shape": [1], "data": [2**70]}]},
+        {"inputs": [{"name": "target", "datatype": "UINT8", "shape": [1], "data": [300]}]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_odd_requests_of_the_protocol_are_refused(server: str, change: dict[str, Any]) -> None:
+    image = {"name": "image", "datatype": "FP32", "shape": [1, 3, 32, 32], "data": [0.0] * 3072}
+    began = time.perf_counter()
+    reply = ask(server + "v2/models/small/infer", json.dumps({"inputs": [image]} | change).encode(), "application/json")
+    assert reply.status == 400 and "\n" not in reply.json["error"] and time.perf_counter() - began < 5
+
+
+def test_a_tensor_of_many_strings_is_refused_at_once(server: str) -> None:
+    said = {"name": "picture", "datatype": "BYTES", "shape": [90_000], "parameters": {"binary_data_size": 360_000}}
+    head = json.dumps({"inputs": [said]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    reply = ask(server + "v2/models/small/infer", head + bytes(360_000), "application/octet-stream", **headers)
+    assert reply.status == 413 and "90000 images" in reply.json["error"]
+
+
+def test_pages_of_other_hosts_may_not_ask(exported: Path) -> None:
+    with serving(f"small={exported}", "--origins", "https://a.example", token="gehéim") as (address, _):
+        url = address + "v1/models/small/explain?map=false"
+        assert ask(url, png(), token="x", Origin="https://b.example").status == 403
+        host = address.removeprefix("http://").rstrip("/")
+        preflight = urllib.request.Request(
+            url,
+            method="OPTIONS",
+            headers={"Origin": "https://a.example", "Access-Control-Request-Method": "POST"},
+        )
+        with urllib.request.urlopen(preflight) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://a.example"
+        refused = ask(url, png(), Origin="https://a.example")
+        assert refused.status == 401 and refused.headers["Access-Control-Allow-Origin"] == "https://a.example"
+        connection = http.client.HTTPConnection(host)
+        for origin in (f"http://{host}", "https://a.example"):
+            headers = {"Authorization": "bearer gehéim".encode(), "Origin": origin, "Content-Type": "image/png"}
+            connection.request("POST", "/v1/models/small/explain?map=false", png(), headers)
+            answer = connection.getresponse()
+            assert answer.status == 200 and answer.read()
+
+
+def test_a_request_that_does_not_arrive_is_given_up(exported: Path) -> None:
+    with serving(f"small={exported}", "--timeout", "0.5") as (address, _):
+        host, port = address.removeprefix("http://").rstrip("/").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"POST /v1/models/small/explain HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+            connection.sendall(b"Content-Length: 1000\r\n\r\nabc")
+            assert b" 408 " in connection.recv(4096)
+
+
+def test_what_was_kept_is_forgotten_without_being_asked_for(exported: Path) -> None:
+    with serving(f"small={exported}", "--keep", "1") as (address, server):
+        large = png() + bytes(20_000_000)
+
+        def resident() -> int:
+            status = Path(f"/proc/{server.process.pid}/status").read_text()
+            return int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+
+        ask(address + "v1/models/small/explain?map=false", large)
+        before = resident()
+        for _ in range(8):
+            assert ask(address + "v1/models/small/explain?map=false&keep=true", large).status == 200
+        time.sleep(2.5)
+        assert resident() - before < 60_000  # KiB, of 160 MB
 
 
 SCHEMATHESIS = os.environ.get("SCHEMATHESIS") or shutil.which("schemathesis")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import itertools
 import json
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
@@ -21,6 +23,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from .. import __version__
@@ -36,6 +39,7 @@ from .service import Service
 from .settings import Settings
 
 log = logging.getLogger("camrt.serve")
+GRACE = 5.0  # seconds beside the timeout, for a request to arrive and its answer to be written
 OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")  # routes that need no token
 PICTURES = {
     "requestBody": {
@@ -57,7 +61,9 @@ Format = Literal["json", "png", "npy"]
 ERRORS = {
     400: "what was asked does not fit",
     401: "a token is needed",
+    403: "a page of another host asked",
     404: "no such model or explanation",
+    408: "the request did not arrive in time",
     413: "too large",
     415: "no picture",
     429: "too many wait",
@@ -114,11 +120,11 @@ def create_app(models: Mapping[str, Model], settings: Settings, page: Path | Non
     _add_kserve(app, service)
     if page is not None:
         app.mount("/", StaticFiles(directory=page, html=True))
-    if settings.origins:
+    app.add_middleware(_Guard, service=service)
+    if settings.origins:  # around the guard, so that a browser also reads what the guard refuses
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(_Guard, service=service)
     return app
 
 
@@ -164,10 +170,14 @@ class _Guard:
 
         refused = self._refusal(request)
         try:
-            if refused is not None:
-                await _answer(refused)(scope, receive, noted)
-            else:
-                await self._app(scope, counted, noted)
+            async with asyncio.timeout(settings.timeout + GRACE):
+                await (self._app if refused is None else _answer(refused))(scope, counted, noted)
+        except ClientDisconnect:
+            status = 499
+        except TimeoutError:
+            if status == 0:
+                late = Refused(408, f"the request did not arrive within {settings.timeout + GRACE:g} seconds")
+                await _answer(late)(scope, receive, noted)
         except Exception:
             status = 500
             raise
@@ -182,9 +192,12 @@ class _Guard:
 
     def _refusal(self, request: Request) -> Refused | None:
         settings = self._service.settings
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in settings.origins and not _is_own(origin, request):
+            return Refused(403, "a page of another host may not ask: the server's --origins does not name it")
         if settings.token is not None and request.url.path not in OPEN:
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {settings.token}".encode()):
+            scheme, _, given = dict(request.scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, settings.token.encode()):
                 return Refused(401, "this server needs a token: Authorization: Bearer TOKEN")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > settings.body:
@@ -192,10 +205,19 @@ class _Guard:
         return None
 
 
+def _is_own(origin: str, request: Request) -> bool:
+    """Whether a page of this server asks."""
+    try:
+        return urlsplit(origin).netloc == request.headers.get("host")
+    except ValueError:
+        return False
+
+
 def _answer(refused: Refused) -> JSONResponse:
+    line = " ".join(str(refused).encode("utf-8", "backslashreplace").decode().split())
     headers = {} if refused.retry is None else {"Retry-After": str(refused.retry)}
     headers |= {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
-    return JSONResponse({"error": str(refused)}, refused.status, headers)
+    return JSONResponse({"error": line}, refused.status, headers)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -392,10 +414,12 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
         found = service.model(name)
         _ = found.explainer
         body, header = await request.body(), request.headers.get(kserve.HEADER)
-        if header is None:  # numbers as text take long to read
-            inputs, asked = await service.aside(kserve.read_request, body, header)
+        short = header is not None and len(header) < 5  # else the text takes long to read
+        most = service.settings.images
+        if short:
+            inputs, asked = kserve.read_request(body, header, most)
         else:
-            inputs, asked = kserve.read_request(body, header)
+            inputs, asked = await service.aside(kserve.read_request, body, header, most)
         unknown = set(inputs) - {"image", "picture", "target", "percentile"}
         if unknown or ("image" in inputs) == ("picture" in inputs):
             raise Refused(400, f"inputs {', '.join(inputs) or 'none'}: pass image or picture; and target, percentile")
@@ -409,6 +433,8 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
         choice = parse_method(str(parameters.get("method", "winsor_cam")))
         targets = kserve.rows("target", inputs["target"], count) if "target" in inputs else [None] * count
         options: list[dict[str, Any]] = [dict(choice.options) for _ in range(count)]
+        if choice.name != "winsor_cam" and ("percentile" in inputs or "percentile" in parameters):
+            raise Refused(400, f"{choice.name} has no percentile: it is winsor_cam's")
         if choice.name == "winsor_cam":
             default = parameters.get("percentile", choice.options.get("percentile", 90))
             given = inputs.get("percentile")
@@ -422,7 +448,7 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
             "layer_weights": np.concatenate([e.layer_weights for e in explained]),
             "class": np.concatenate([e.target for e in explained if e.target is not None]),
         }
-        if header is None:
+        if not short:
             answer, headers = await service.aside(kserve.write_response, name, outputs, asked)
         else:
             answer, headers = kserve.write_response(name, outputs, asked)

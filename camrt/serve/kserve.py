@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from .errors import Refused
 
 HEADER = "inference-header-content-length"
+INPUTS = 8
 TYPES = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
@@ -21,16 +23,21 @@ TYPES = {
 }
 
 
-def read_request(body: bytes, header: str | None) -> tuple[dict[str, np.ndarray | list[bytes]], dict[str, Any]]:
+def read_request(
+    body: bytes, header: str | None, most: int
+) -> tuple[dict[str, np.ndarray | list[bytes]], dict[str, Any]]:
     """(inputs by name, the request without them). BYTES tensors are lists. header: the length of the JSON part, where
-    binary tensors follow. Refused (400) for what does not fit.
+    binary tensors follow; most: strings of a BYTES tensor. Refused (400, 413) for what does not fit.
     """
-    length = len(body) if header is None else int(header) if header.isdecimal() else -1
+    length = len(body) if header is None else int(header) if header.isdecimal() and len(header) < 12 else -1
     if not 0 <= length <= len(body):
-        raise Refused(400, f"{HEADER}: {header!r} is no length within the body")
+        raise Refused(400, f"{HEADER}: it is no length within the body")
     try:
         request = json.loads(body[:length])
         declared = request.pop("inputs")
+        if len(declared) > INPUTS:
+            raise Refused(400, f"{len(declared)} inputs, there are no more than {INPUTS}")
+        _check_rest(request)
         rest, inputs = memoryview(body)[length:], {}
         for tensor in declared:
             parameters = tensor.get("parameters") or {}
@@ -38,23 +45,35 @@ def read_request(body: bytes, header: str | None) -> tuple[dict[str, np.ndarray 
             raw = None
             if size is not None:
                 if not isinstance(size, int) or not 0 <= size <= len(rest):
-                    raise Refused(400, f"input {tensor['name']!r}: binary_data_size {size!r} is not within the body")
-                raw, rest = bytes(rest[:size]), rest[size:]
-            inputs[str(tensor["name"])] = _array(tensor, raw)
+                    raise Refused(400, f"input {tensor['name']!r}: binary_data_size is not within the body")
+                raw, rest = rest[:size], rest[size:]
+            inputs[str(tensor["name"])] = _array(tensor, raw, most)
     except Refused:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise Refused(400, f"not a request of the inference protocol ({type(error).__name__}: {error})"[:300]) from None
     return inputs, request
 
 
-def _array(tensor: Mapping[str, Any], raw: bytes | None) -> np.ndarray | list[bytes]:
+def _check_rest(request: Mapping[str, Any]) -> None:
+    """The parameters, and the outputs that are asked for. Refused (400)."""
+    outputs = request.get("outputs") or []
+    if not isinstance(outputs, list) or not all(isinstance(o, dict) and "name" in o for o in outputs):
+        raise Refused(400, "outputs: a list of objects with a name")
+    for part in (request, *outputs):
+        if not isinstance(part.get("parameters") or {}, dict):
+            raise Refused(400, "parameters: an object")
+
+
+def _array(tensor: Mapping[str, Any], raw: memoryview | None, most: int) -> np.ndarray | list[bytes]:
     kind, shape, name = tensor["datatype"], tensor["shape"], tensor["name"]
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise Refused(400, f"input {name!r}: shape {shape!r}")
-    count = int(np.prod(shape, dtype=object)) if shape else 1
+    if not isinstance(shape, list) or len(shape) > 8 or not all(isinstance(n, int) and 0 <= n < 2**31 for n in shape):
+        raise Refused(400, f"input {name!r}: its shape is none of up to 8 sizes")
+    count = math.prod(shape)
     if kind == "BYTES":
-        items = _strings(raw) if raw is not None else [str(t).encode() for t in _flat(tensor["data"])]
+        if count > most:
+            raise Refused(413, f"{count} images in one request, at most {most} are allowed")
+        items = _strings(bytes(raw), count) if raw is not None else [str(t).encode() for t in _flat(tensor["data"])]
     elif kind not in TYPES:
         raise Refused(400, f"input {name!r}: datatype {kind!r}, use {', '.join(TYPES)} or BYTES")
     elif raw is not None:
@@ -70,10 +89,10 @@ def _flat(data: Any) -> list[Any]:
     return [x for part in data for x in (_flat(part) if isinstance(part, list) else [part])]
 
 
-def _strings(raw: bytes) -> list[bytes]:
-    """Each after its length, four bytes."""
+def _strings(raw: bytes, most: int) -> list[bytes]:
+    """Each after its length, four bytes; no more than one beyond `most`."""
     found, at = [], 0
-    while at < len(raw):
+    while at < len(raw) and len(found) <= most:
         (length,) = struct.unpack_from("<I", raw.ljust(at + 4, b"\xff"), at)
         if at + 4 + length > len(raw):
             raise Refused(400, "a BYTES tensor ends within a string")

@@ -223,8 +223,12 @@ def method_named(name: str) -> Method:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite real number; True and False are none."""
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def chosen(value: str, known: Sequence[str], option: str) -> str:

@@ -39,7 +39,9 @@ def open_image(item: Any, channels: int, where: str) -> Image.Image:
         raise InputError(f"{where}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{where}: a folder, not an image") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise InputError(f"{where}: not a readable image (its format is not known)") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: not a readable image ({first_line(error)})") from None
 
 
