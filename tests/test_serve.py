@@ -249,6 +249,7 @@ def test_the_inference_protocol_with_tritons_client(server: str, explainer: camr
     client = client_module.InferenceServerClient(server.removeprefix("http://").rstrip("/"))
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("small")
     assert client.get_model_metadata("small")["inputs"][0]["shape"] == [-1, 3, 32, 32]
+    assert client.is_model_ready("small", "1") and not client.is_model_ready("small", "99")
     images = smooth_images((3, 32, 32), 3)
 
     def tensor(name: str, kind: str, values: np.ndarray, binary: bool) -> Any:

@@ -394,19 +394,19 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
         return {"ready": True}
 
     @app.get("/v2/models/{name}/ready")
-    @app.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
+    @app.get("/v2/models/{name}/versions/1/ready", include_in_schema=False)
     async def model_ready(name: str) -> dict[str, Any]:
         _ = service.model(name).explainer
         return {"name": name, "ready": True}
 
     @app.get("/v2/models/{name}")
-    @app.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
+    @app.get("/v2/models/{name}/versions/1", include_in_schema=False)
     async def model_metadata(name: str) -> dict[str, Any]:
         manifest = service.model(name).explainer.manifest
         return kserve.metadata(name, manifest.input_shape, manifest.num_classes)
 
     @app.post("/v2/models/{name}/infer", response_model=None, responses=INFERRED, openapi_extra=REQUEST)
-    @app.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False, response_model=None)
+    @app.post("/v2/models/{name}/versions/1/infer", include_in_schema=False, response_model=None)
     async def infer(request: Request, name: str) -> Response:
         """Inputs: image (B, C, H, W) FP32, or picture (B,) BYTES; perhaps target (B,) INT64 and percentile (B,) FP32.
         Parameters: method, percentile.
