@@ -66,6 +66,7 @@ def test_wheel_explains_an_image_without_torch_and_onnx(tmp_path: Path) -> None:
     sources = {f"camrt/kernels/cuda/{f.name}" for f in (ROOT / "kernels" / "cuda").glob("*.cu")}
     binaries = {s.replace(".cu", ".fatbin") for s in sources} | {"camrt/kernels/cuda/build.json"}
     assert sources <= packed
+    assert {f"camrt/page/static/{f.name}" for f in (ROOT / "camrt" / "page" / "static").iterdir()} <= packed
     assert binaries & packed == (binaries if find_nvcc() else set())
     if find_nvcc():
         described = json.loads(zipfile.ZipFile(wheel).read("camrt/kernels/cuda/build.json"))
