@@ -1,4 +1,4 @@
-"""Parses a method with options, e.g. score_cam_pp:variant=tanh_mask_only,baseline=zero."""
+"""Parses a method with options, e.g. score_cam_pp:variant=tanh_mask_only,baseline=zero; and the names of layers."""
 
 from __future__ import annotations
 
@@ -43,3 +43,11 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+ROLES = ("conv", "last", "default")
+
+
+def layers_of(words: list[str] | None) -> list[str] | str | None:
+    """A role, if it stands alone; else names; None where the option was not given."""
+    return words[0] if words is not None and len(words) == 1 and words[0] in ROLES else words

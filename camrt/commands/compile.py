@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .layer_names import layers_of
+from ..method_choice import layers_of
 
 HELP = "write one ONNX file that gives finished maps, for engines where camrt is not installed"
 

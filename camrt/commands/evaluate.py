@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..image_files import collect
-from ..method_choice import parse_method
+from ..method_choice import layers_of, parse_method
 from ..runtime.errors import InputError
-from .layer_names import layers_of
 from .plotting import check_plot
 
 HELP = "measure methods over a folder of images"

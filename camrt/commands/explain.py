@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..image_files import collect, read_list
-from ..method_choice import parse_method
+from ..method_choice import layers_of, parse_method
 from ..runtime.errors import InputError
-from .layer_names import layers_of
 
 HELP = "write overlays and maps of images"
 QUIET = 60.0  # seconds between lines of progress, where there is no terminal

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..method_choice import layers_of
 from ..runtime.errors import InputError
 from . import class_names, preprocess_options
-from .layer_names import layers_of
 from .progress import Progress
 
 HELP = "turn a trained model into a bundle"

@@ -65,7 +65,9 @@ def compile(
         raise InputError(f"opacity {opacity}: it is that of an overlay, name its colour map")
     check_outside(Path(out), Path(bundle))
     _check_picture(picture)
-    form = build.Form(picture, overlay, opacity, _masks(masks, choice, compiled.kind, manifest.batch), batch, opset)
+    _check_runs(masks, choice, compiled.kind, manifest.batch)
+    runs = build.masks_of(manifest) if masks is None else masks
+    form = build.Form(picture, overlay, opacity, runs, batch, opset)
     names = chosen_layers(manifest, method_named(choice.name), layers)
     chosen = [t for t in manifest.taps if t.name in names]
     chosen_precision = opened.chosen_precision(precision)
@@ -93,14 +95,13 @@ def _check_picture(picture: tuple[int, int] | str | None) -> None:
         raise InputError(f"picture {picture!r}: use (height, width), each 1 to {LARGEST_SIDE}, or 'free'")
 
 
-def _masks(masks: int | None, choice: MethodChoice, kind: Kind, batch: str | int) -> int:
-    """How many masks run at once. InputError if the method has none, or the bundle takes one image at a time."""
+def _check_runs(masks: int | None, choice: MethodChoice, kind: Kind, batch: str | int) -> None:
+    """InputError if the method has no masks, or needs several runs at once of a bundle for one image at a time."""
     if kind == Kind.TRUNK and batch == 1:
         raise InputError(f"{choice.name} runs several activations at once, and the bundle takes one image at a time")
     if masks is None:
-        return 16 if batch != 1 else 1
+        return
     if kind != Kind.ACTIVATIONS:
         raise InputError(f"{choice.name} has no masks: leave masks out")
     if masks < 1 or (batch == 1 and masks != 1):
         raise InputError(f"masks {masks}: {'use 1 or more' if masks < 1 else 'the bundle takes one image at a time'}")
-    return masks

@@ -64,9 +64,14 @@ class Form:
     picture: tuple[int, int] | str | None = None
     overlay: str | None = None
     opacity: float = 0.5
-    masks: int = 16
+    masks: int = 1
     batch: int | None = None
     opset: int | None = None
+
+
+def masks_of(manifest: Manifest) -> int:
+    """How many masked images the network takes in one run, if nobody says."""
+    return 1 if manifest.batch == 1 else 16
 
 
 @dataclass(frozen=True)
@@ -258,11 +263,6 @@ def describe(
     for name, value in described.items():
         model.metadata_props[f"camrt.{name}"] = json.dumps(value)
     model.producer_name, model.producer_version = "camrt", __version__
-
-
-def save_beside(model: ir.Model, out: Path) -> None:
-    """Writes a file whose large weights stay in the bundle's weights file, a copy of which must lie beside it."""
-    ir.save(model, out)
 
 
 def write(model: ir.Model, out: Path) -> Path:

@@ -139,8 +139,8 @@ def _weighted_sum(source: Source, activation: ir.Value, tap: Tap, kind: Gate, su
     if runs == 1:
         return part(tape, tape.constant(np.array(0)))
     number, go_on, total = (
-        ir.Value(name=name, shape=shape, type=ir.TensorType(kind))
-        for name, shape, kind in (
+        ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+        for name, shape, dtype in (
             ("number", ir.Shape([]), ir.DataType.INT64),
             ("go_on", ir.Shape([]), ir.DataType.BOOL),
             ("total", None, ir.DataType.FLOAT),
@@ -150,8 +150,8 @@ def _weighted_sum(source: Source, activation: ir.Value, tap: Tap, kind: Gate, su
     inside = Tape(body, outer=tape)
     summed_up = inside.Add(total, part(inside, number))
     body.outputs.extend([inside.Identity(go_on), summed_up])
-    for value, kind_of in zip(body.outputs, (ir.DataType.BOOL, ir.DataType.FLOAT), strict=True):
-        value.type = ir.TensorType(kind_of)
+    for value, dtype in zip(body.outputs, (ir.DataType.BOOL, ir.DataType.FLOAT), strict=True):
+        value.type = ir.TensorType(dtype)
     for i, value in enumerate(y for node in body for y in node.outputs):  # names are unique over all graphs of a model
         value.name = f"masks:{tap.name}:{i}"
     return tape.Loop(tape.constant(np.array(runs)), tape.constant(np.array(True)), nothing, body=body)

@@ -17,7 +17,7 @@ from ..runtime.errors import InputError
 from ..runtime.images.colormaps import colorize
 from ..runtime.images.overlay import UNSEEN
 from ..runtime.images.placement import Placement
-from ..runtime.images.preprocess import checked_recipe, placed, rows_first
+from ..runtime.images.preprocess import checked_recipe, pillow_turns, placed, rows_first
 from .maps import minmax
 
 HALF_BITS = FRACTION_BITS // 2
@@ -145,7 +145,7 @@ def network_input(tape: Tape, picture: Picture, manifest: Manifest) -> ir.Value:
 
 def _turned(tape: Tape, rows: Axis, columns: Axis) -> bool | ir.Value:
     """Whether Pillow resizes the height of such a picture first: see runtime.images.preprocess.rows_first."""
-    if not rows_first((64, 8), (5, 6)):  # this Pillow never does
+    if not pillow_turns():
         return False
     lost_rows, lost_columns = (tape.Sub(axis.photo, axis.resized) for axis in (rows, columns))
     return tape.Greater(lost_rows, tape.Mul(tape.Max(lost_columns, tape.floats(0)), tape.floats(2)))

@@ -21,11 +21,11 @@ from ..method_choice import MethodChoice, parse_method
 from ..runtime.bundle.manifest import Tap
 from ..runtime.bundle.reading import Bundle, read_bundle
 from ..runtime.cams import method_named
-from ..runtime.errors import CamrtError, InputError, UnknownLayer, UnknownMethod
+from ..runtime.errors import CamrtError, InputError
 from ..runtime.explainer import Explainer, load
 from ..runtime.images.colormaps import COLORMAPS, colorize
 from ..runtime.images.image_batch import ImageBatch
-from ..runtime.images.preprocess import rows_first
+from ..runtime.images.preprocess import pillow_turns
 from ..runtime.layer_choice import chosen_layers
 from .web_runtime import FILES, VERSION, web_runtime
 
@@ -131,7 +131,7 @@ def _describe(bundle: Bundle, precision: str) -> dict[str, Any]:
         "probability": manifest.probability,
         "precision": precision,
         "preprocess": asdict(manifest.preprocess),
-        "turns": rows_first((64, 8), (5, 6)),  # whether this Pillow ever resizes the height first
+        "turns": pillow_turns(),
         "percentile": PERCENTILE,
         "weights": manifest.weights["bytes"],
         "colormaps": colormaps,
@@ -142,9 +142,11 @@ def _write_methods(
     bundle: Bundle, precision: str, methods: Sequence[str] | None, site: Path, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Writes the programs of each method, which share one weights file, and a map to check a browser's own with."""
-    from ..compiling.build import Form, compiled_method, describe, finish_part, network_part, one_file, save_beside
+    import onnx_ir as ir
 
-    model, written, form = site / "model", [], Form(batch=1, masks=16 if bundle.manifest.batch != 1 else 1)
+    from ..compiling.build import Form, compiled_method, describe, finish_part, masks_of, network_part, one_file
+
+    model, written, form = site / "model", [], Form(batch=1, masks=masks_of(bundle.manifest))
     model.mkdir()
     explainer = load(bundle.path, "onnxruntime", precision=precision)
     probe = probe_picture(bundle.manifest.input_shape[1:])
@@ -162,8 +164,8 @@ def _write_methods(
                 parts["finish"] = finish_part(bundle, compiled, choice, chosen, precision)
             else:
                 parts["file"] = one_file(bundle, compiled, choice, chosen, precision, form)
-        except (CamrtError, UnknownLayer) as error:
-            if methods is not None or (isinstance(error, UnknownMethod) and choice.name not in METHODS):
+        except CamrtError as error:
+            if methods is not None:
                 raise
             progress(f"{choice.name} is left out: {error}")
             continue
@@ -171,7 +173,7 @@ def _write_methods(
         for part, program in parts.items():
             row[part] = f"model/{len(written)}-{choice.name}{'' if part == 'file' else '-finish'}.onnx"
             describe(program, bundle.manifest, choice, chosen, precision, form)
-            save_beside(program, site / row[part])
+            ir.save(program, site / row[part])  # large weights stay in the weights file, copied below
         target, expected = _expected(explainer, probe, choice, chosen)
         row["check"] = {"file": f"model/{len(written)}-check.bin", "target": target}
         (site / row["check"]["file"]).write_bytes(expected.tobytes())

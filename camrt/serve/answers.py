@@ -11,8 +11,6 @@ import numpy as np
 
 from ..runtime.explanation import Explanation
 
-FORMATS = ("json", "png", "npy")
-
 
 def as_json(explanations: Sequence[Explanation], ids: Sequence[str | None], maps: bool) -> dict[str, Any]:
     """What made them, and of each image what `Explanation.to_dict` says of it, its options, its id and its map (H, W):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
@@ -23,24 +18,22 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from .. import __version__
-from ..method_choice import parse_method
+from ..method_choice import layers_of, parse_method
 from ..runtime.cams import METHODS, all_methods
 from ..runtime.errors import CamrtError
 from ..runtime.explanation import Explanation
 from . import kserve
 from .answers import as_json, as_npy
 from .errors import Refused
+from .guard import Guard, answer_of
 from .model import Model
 from .service import Service
 from .settings import Settings
 
 log = logging.getLogger("camrt.serve")
-GRACE = 5.0  # seconds beside the timeout, for a request to arrive and its answer to be written
-OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")  # routes that need no token
 PICTURES = {
     "requestBody": {
         "required": True,
@@ -112,7 +105,6 @@ def create_app(models: Mapping[str, Model], settings: Settings, page: Path | Non
         lifespan=lifespan,
         responses={status: {"model": Problem, "description": text} for status, text in ERRORS.items()},
     )
-    app.state.service = service
     app.openapi = partial(_openapi, app, list(models))
     _add_errors(app)
     _add_health(app, service)
@@ -120,7 +112,7 @@ def create_app(models: Mapping[str, Model], settings: Settings, page: Path | Non
     _add_kserve(app, service)
     if page is not None:
         app.mount("/", StaticFiles(directory=page, html=True))
-    app.add_middleware(_Guard, service=service)
+    app.add_middleware(Guard, service=service)
     if settings.origins:  # around the guard, so that a browser also reads what the guard refuses
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"]
@@ -141,100 +133,21 @@ def _openapi(app: FastAPI, models: list[str]) -> dict[str, Any]:
     return app.openapi_schema
 
 
-class _Guard:
-    """Around everything: the token, the size of bodies, a line of the log for each request, its metrics."""
-
-    def __init__(self, app: Any, service: Service) -> None:
-        self._app, self._service, self._numbers = app, service, itertools.count(1)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, status, read = perf_counter(), 0, 0
-        request, settings = Request(scope), self._service.settings
-
-        async def counted() -> Any:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > settings.body:
-                raise Refused(413, f"the body has more than {settings.body} bytes")
-            return message
-
-        async def noted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        refused = self._refusal(request)
-        try:
-            async with asyncio.timeout(settings.timeout + GRACE):
-                await (self._app if refused is None else _answer(refused))(scope, counted, noted)
-        except ClientDisconnect:
-            status = 499
-        except TimeoutError:
-            if status == 0:
-                late = Refused(408, f"the request did not arrive within {settings.timeout + GRACE:g} seconds")
-                await _answer(late)(scope, receive, noted)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            model = str(scope.get("path_params", {}).get("name", ""))
-            known = model if model in self._service.models else ""
-            self._service.metrics.requests.labels(known, route, str(status)).inc()
-            took = round((perf_counter() - began) * 1e3, 1)
-            said = {"id": next(self._numbers), "method": request.method, "path": request.url.path, "status": status}
-            log.info(json.dumps(said | {"ms": took, "bytes": read}))
-
-    def _refusal(self, request: Request) -> Refused | None:
-        settings = self._service.settings
-        origin = request.headers.get("origin")
-        if origin is not None and origin not in settings.origins and not _is_own(origin, request):
-            return Refused(403, "a page of another host may not ask: the server's --origins does not name it")
-        if settings.token is not None and request.url.path not in OPEN:
-            scheme, _, given = dict(request.scope["headers"]).get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, settings.token.encode()):
-                return Refused(401, "this server needs a token: Authorization: Bearer TOKEN")
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > settings.body:
-            return Refused(413, f"the body has {length} bytes, at most {settings.body} are allowed")
-        return None
-
-
-def _is_own(origin: str, request: Request) -> bool:
-    """Whether a page of this server asks."""
-    try:
-        return urlsplit(origin).netloc == request.headers.get("host")
-    except ValueError:
-        return False
-
-
-def _answer(refused: Refused) -> JSONResponse:
-    line = " ".join(str(refused).encode("utf-8", "backslashreplace").decode().split())
-    headers = {} if refused.retry is None else {"Retry-After": str(refused.retry)}
-    headers |= {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
-    return JSONResponse({"error": line}, refused.status, headers)
-
-
 def _add_errors(app: FastAPI) -> None:
     """Every error is {"error": one line}."""
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
-        return _answer(error)
+        return answer_of(error)
 
     @app.exception_handler(CamrtError)
     async def wrong(_: Request, error: CamrtError) -> JSONResponse:
-        return _answer(Refused(400, str(error)))
+        return answer_of(Refused(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return _answer(Refused(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"))
+        return answer_of(Refused(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"))
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
@@ -243,7 +156,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         log.error("%s", json.dumps({"error": type(error).__name__}), exc_info=error)
-        return _answer(Refused(500, "the server failed: its log says why"))
+        return answer_of(Refused(500, "the server failed: its log says why"))
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -255,8 +168,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/readyz")
     async def ready() -> dict[str, Any]:
         """Every model is open. 503 until then."""
-        for model in service.models.values():
-            _ = model.explainer
+        service.check_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -308,8 +220,8 @@ def _add_explain(app: FastAPI, service: Service) -> None:
         choice = parse_method(method)
         options = dict(choice.options) | ({} if percentile is None else {"percentile": percentile})
         targets = _one_each(target, len(pictures))
-        chosen = layers[0] if layers is not None and len(layers) == 1 and layers[0] in ("conv", "last") else layers
-        explained = await service.explain(found, pictures, choice.name, [options] * len(pictures), chosen, targets)
+        own = [options] * len(pictures)
+        explained = await service.explain(found, pictures, choice.name, own, layers_of(layers), targets)
         keys = [service.keeper.keep(name, e, p) if keep else None for e, p in zip(explained, pictures, strict=True)]
         drawing = {"opacity": opacity, "colormap": colormap}
         return await _response(service, found, explained, pictures, keys, format, map, drawing)
@@ -389,8 +301,7 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2/health/ready")
     async def ready() -> dict[str, bool]:
-        for model in service.models.values():
-            _ = model.explainer
+        service.check_ready()
         return {"ready": True}
 
     @app.get("/v2/models/{name}/ready")

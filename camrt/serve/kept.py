@@ -30,9 +30,6 @@ class Keeper:
         self._settings = settings
         self._kept: OrderedDict[str, Kept] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def keep(self, model: str, explanation: Explanation, source: bytes | None) -> str:
         """The id, which nobody can guess."""
         key = secrets.token_urlsafe(16)

@@ -27,12 +27,11 @@ class Model:
     def __init__(
         self, name: str, path: Path, backend: str, precision: str | None, threads: int | None, batch: int
     ) -> None:
-        self.name, self.path = name, path
+        self.name = name
         self.problem: str | None = None
         self._opened: Explainer | None = None
         arguments = (path, backend, batch, precision, threads)
-        self._thread = threading.Thread(target=self._open, args=arguments, name=f"camrt-open-{name}", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._open, args=arguments, name=f"camrt-open-{name}", daemon=True).start()
 
     def _open(self, *arguments: Any) -> None:
         try:
@@ -46,10 +45,6 @@ class Model:
     @property
     def is_ready(self) -> bool:
         return self._opened is not None
-
-    def wait(self) -> None:
-        """Until it is opened, or has failed."""
-        self._thread.join()
 
     @property
     def explainer(self) -> Explainer:

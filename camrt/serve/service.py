@@ -43,9 +43,10 @@ class Service:
         await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
         self._readers.shutdown()
 
-    @property
-    def is_ready(self) -> bool:
-        return all(model.is_ready for model in self.models.values())
+    def check_ready(self) -> None:
+        """Refused (503) unless every model is open."""
+        for model in self.models.values():
+            _ = model.explainer
 
     def model(self, name: str) -> Model:
         if name not in self.models:

@@ -103,11 +103,11 @@ def rows_first(size: Sequence[int], target: Sequence[int]) -> bool:
 
     Pillow 13 does where the height shrinks by more than twice what the width does; older ones never do.
     """
-    return target[0] < size[0] and size[0] - target[0] > 2 * (size[1] - target[1]) and _turns()
+    return target[0] < size[0] and size[0] - target[0] > 2 * (size[1] - target[1]) and pillow_turns()
 
 
 @functools.cache
-def _turns() -> bool:
+def pillow_turns() -> bool:
     """Whether the installed Pillow ever resizes the height first: tested on a picture where the order matters."""
     picture = np.random.default_rng(0).integers(0, 256, (64, 8, 1), dtype=np.uint8)
     resized = np.asarray(Image.fromarray(picture[..., 0]).resize((6, 5), Image.Resampling.BICUBIC), np.float32)
