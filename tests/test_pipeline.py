@@ -21,7 +21,7 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.kernels import DeviceArray, DeviceError, OutOfMemory
 from camrt.kernels.gpu.queue import Queue
-from camrt.runtime.backends import create
+from camrt.runtime.backends import create, ort
 from camrt.runtime.backends.gpu import Gpu, GpuProgram
 from camrt.runtime.bundle.manifest import Program
 from camrt.runtime.bundle.reading import Bundle, read_bundle
@@ -255,6 +255,21 @@ def test_out_of_memory_halves_the_batch(
     backend.room = 0
     with pytest.raises(camrt.CamrtError, match="out of memory, use a smaller batch"):
         on_gpu.explain(IMAGES, method)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ("Failed to allocate memory for requested buffer of size 205520896", True),
+        ("Exception during initialization: cuda_call.cc:154\nCUBLAS failure 3: the resource allocation failed ;", True),
+        ("CUDA failure 2: out of memory ; GPU=0", True),
+        ("CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("Non-zero status code returned while running Conv node", False),
+    ],
+)
+def test_onnx_runtimes_words_for_memory_that_is_used_up(said: str, memory: bool) -> None:
+    """As its CUDA provider said them on a GPU that was filled."""
+    assert ort._out_of_memory(RuntimeError(said)) is memory
 
 
 @pytest.mark.parametrize("name", ["alphas", "maps", "logits"])

@@ -114,8 +114,12 @@ def _eigen_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor
         rows = image.flatten(1).T
         centred = rows - rows.mean(0)
         projection = centred @ torch.linalg.svd(centred, full_matrices=False)[2][0]
-        sign = -1 if (projection * centred.mean(1)).sum() < 0 else 1
-        maps.append((sign * projection).reshape(image.shape[1:]))
+        agreements = [
+            torch.linalg.vecdot(projection, told.mean(1) - told.mean()) / projection.norm() / told.abs().mean(1).norm()
+            for told in (centred, centred**2)
+        ]
+        decided = next((a for a in agreements if abs(a) > 1e-4), agreements[-1])  # below: rounding, in float32
+        maps.append((-projection if decided < 0 else projection).reshape(image.shape[1:]))
     return torch.stack(maps)
 
 

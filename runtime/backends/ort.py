@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import Settings
 
 _CUDA = "CUDAExecutionProvider"
+_FATAL = 4  # the log level that prints nothing: errors come as exceptions
 # an ONNX model with one Relu of one number: a session of it shows whether the CUDA provider works
 _SMALLEST = (
     b'\x08\x08:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -134,7 +135,7 @@ class OrtCudaEngine:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:
             message = first_line(error)
-            if _out_of_memory(message):
+            if _out_of_memory(error):
                 raise OutOfMemory(f"{self._file}: {message}") from error
             shapes = ", ".join(f"{k} {v.shape}" for k, v in inputs.items())
             raise EngineError(f"{self._file}: ONNX Runtime refused {shapes}: {message}") from error
@@ -166,7 +167,7 @@ class OrtCudaBackend:
         """
         what = str(model) if isinstance(model, Path) else "a program"
         options = self._runtime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = _FATAL
         settings = {
             "device_id": str(self.gpu.stream.device.ordinal),
             "user_compute_stream": str(self.gpu.stream.handle),
@@ -186,7 +187,7 @@ class OrtCudaBackend:
                 )
             except Exception as error:
                 message = first_line(error)
-                if _out_of_memory(message):
+                if _out_of_memory(error):
                     raise OutOfMemory(f"{what}: {message}") from error
                 raise BundleError(f"{what}: ONNX Runtime cannot load it: {message}") from error
         if session.get_providers()[0] != _CUDA:  # ONNX Runtime drops it silently if its libraries are missing
@@ -194,8 +195,12 @@ class OrtCudaBackend:
         return session
 
 
-def _out_of_memory(message: str) -> bool:
-    return any(words in message.lower() for words in ("allocate memory", "out of memory", "status_alloc_failed"))
+def _out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return any(
+        words in said
+        for words in ("allocate memory", "out of memory", "alloc_failed", "allocation failed", "allocation_failed")
+    )
 
 
 def _onnxruntime(extra: str) -> Any:
@@ -223,6 +228,8 @@ def create_cuda(settings: Settings) -> OrtCudaBackend:
     gpu = open_gpu(settings.device, captures=False)
     if hasattr(runtime, "preload_dlls"):
         runtime.preload_dlls()  # loads CUDA and cuDNN from NVIDIA's installed wheels
+    # it would print an error for every convolution that cuDNN tries in vain before it takes another one
+    runtime.set_default_logger_severity(_FATAL)
     backend = OrtCudaBackend(runtime, gpu)
     backend.session(_SMALLEST)
     return backend

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ...kernels import upsample
-from ..errors import InputError
+from ..errors import InputError, warn
 from .baseline import combined, scale
 from .data import Activations, Gradients, GridMaps, LayerMaps
 from .registry import Result, cam, is_number
+
+_ROUNDING = 1e-4  # relative error of an activation that no float32 engine exceeds in ordinary networks
 
 
 def _weighted(weights: np.ndarray, activation: np.ndarray) -> np.ndarray:
@@ -62,7 +64,8 @@ def hires_cam(layers: Gradients) -> Result:
 def eigen_cam(layers: Activations) -> Result:
     """ReLU(X v), X the centred (h w, K) activations, v their first right singular vector; the class has no influence.
 
-    A singular vector's sign is arbitrary: the sign here makes the map correlate with the mean activation over channels.
+    A singular vector's sign is arbitrary. Here the map correlates with the mean activation over channels; where that is
+    constant within rounding, as behind a layer norm, with the activations' squared distance from their mean.
     """
 
     def layer(activation: np.ndarray) -> np.ndarray:
@@ -74,11 +77,30 @@ def eigen_cam(layers: Activations) -> Result:
             projection = vectors[:, :, -1] * np.sqrt(np.maximum(values[:, -1:], 0))
         else:
             projection = (centred @ np.linalg.eigh(other @ centred)[1][:, :, -1:])[:, :, 0]
-        agreement = (projection * centred.mean(axis=2)).sum(axis=1, keepdims=True)
-        signed = np.where(agreement < 0, -projection, projection)
+        signed = projection * _sign(projection, centred)
         return signed.astype(np.float32).reshape(-1, *activation.shape[2:])
 
     return combined([layer(a) for a in layers.activations], layers.size)
+
+
+def _sign(projection: np.ndarray, centred: np.ndarray) -> np.ndarray:
+    """The sign of EigenCAM's maps: projection (S, h w), centred activations (S, h w, K) -> (S, 1) of 1 and -1."""
+    sign, decided = np.ones((len(projection), 1)), np.zeros((len(projection), 1), bool)
+    size = np.abs(centred)
+    for told, largest in ((centred, size), (centred**2, size**2)):
+        values = told.mean(axis=2)
+        agreement = (projection * (values - values.mean(axis=1, keepdims=True))).sum(axis=1, keepdims=True)
+        bound = np.linalg.norm(projection, axis=1) * np.linalg.norm(largest.mean(axis=2), axis=1)
+        sign = np.where(~decided & (agreement < 0), -1, sign)
+        decided |= np.abs(agreement) > _ROUNDING * bound[:, None]
+        if decided.all():
+            return sign
+    if projection[~decided[:, 0]].any():
+        warn(
+            "eigen_cam: for some image rounding decides the sign of the map, so that another machine may draw the "
+            "opposite one"
+        )
+    return sign
 
 
 @cam("full_grad", needs=GridMaps, layers=None, source="Srinivas and Fleuret, FullGrad, arXiv 1905.00780")
