@@ -197,10 +197,8 @@ class OrtCudaBackend:
 
 def _out_of_memory(error: Exception) -> bool:
     said = str(error).lower()
-    return any(
-        words in said
-        for words in ("allocate memory", "out of memory", "alloc_failed", "allocation failed", "allocation_failed")
-    )
+    words = ("allocate memory", "out of memory", "alloc_failed", "allocation failed", "allocation_failed")
+    return any(w in said for w in words)
 
 
 def _onnxruntime(extra: str) -> Any:
