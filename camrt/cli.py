@@ -12,7 +12,7 @@ from . import __version__
 from .runtime.errors import CamrtError, first_line
 
 COMMANDS = (
-    *("export", "recipe", "info", "build", "cache", "compile", "page", "serve"),
+    *("export", "recipe", "info", "build", "cache", "compile", "page", "serve", "deploy"),
     *("methods", "explain", "evaluate", "verify", "bench", "demo"),
 )
 

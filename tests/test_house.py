@@ -35,8 +35,12 @@ ALLOWED = {
     "camrt/demo": ("demo", "runtime", "install"),
     "camrt/evaluation": ("evaluation", "method_choice", "runtime", "__version__"),
     "camrt/verification": ("verification", "export", "runtime", "kernels"),
-    "camrt/serve": ("serve", "install", "method_choice", "questions", "runtime", "__version__"),
+    "camrt/deploy": (
+        *("deploy", "compiling.api", "demo", "install", "kernels", "method_choice", "questions", "runtime", "tensors"),
+    ),
+    "camrt/serve": ("serve", "install", "method_choice", "questions", "runtime", "tensors", "__version__"),
     "camrt/questions.py": ("runtime",),
+    "camrt/tensors.py": ("method_choice", "questions", "runtime"),
     "camrt/page": ("page", "compiling", "method_choice", "runtime", "__version__"),
     "camrt/install.py": (),
     "camrt/image_files.py": ("runtime.errors",),

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -25,6 +24,7 @@ from ..method_choice import layers_of, parse_method
 from ..runtime.cams import METHODS, all_methods
 from ..runtime.errors import CamrtError
 from ..runtime.explanation import Explanation
+from ..tensors import read_tensors, write_tensors
 from . import kserve
 from .answers import as_json, as_npy
 from .errors import Refused
@@ -320,7 +320,7 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
     @app.post("/v2/models/{name}/versions/1/infer", include_in_schema=False, response_model=None)
     async def infer(request: Request, name: str) -> Response:
         """Inputs: image (B, C, H, W) FP32, or picture (B,) BYTES; perhaps target (B,) INT64 and percentile (B,) FP32.
-        Parameters: method, percentile.
+        Parameters: method, percentile, layers.
         """
         found = service.model(name)
         _ = found.explainer
@@ -331,34 +331,9 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
             inputs, asked = kserve.read_request(body, header, most)
         else:
             inputs, asked = await service.aside(kserve.read_request, body, header, most)
-        unknown = set(inputs) - {"image", "picture", "target", "percentile"}
-        if unknown or ("image" in inputs) == ("picture" in inputs):
-            raise Refused(400, f"inputs {', '.join(inputs) or 'none'}: pass image or picture; and target, percentile")
-        items: Any = inputs.get("picture", inputs.get("image"))
-        if isinstance(items, np.ndarray) and (items.dtype != np.float32 or items.ndim != 4):
-            raise Refused(400, f"input image: {items.dtype} {list(items.shape)}, pass FP32 (batch, C, H, W)")
-        count = len(items)
-        if count == 0:
-            raise Refused(400, "no images were given")
-        parameters = asked.get("parameters") or {}
-        choice = parse_method(str(parameters.get("method", "winsor_cam")))
-        targets = kserve.rows("target", inputs["target"], count) if "target" in inputs else [None] * count
-        options: list[dict[str, Any]] = [dict(choice.options) for _ in range(count)]
-        if choice.name != "winsor_cam" and ("percentile" in inputs or "percentile" in parameters):
-            raise Refused(400, f"{choice.name} has no percentile: it is winsor_cam's")
-        if choice.name == "winsor_cam":
-            default = parameters.get("percentile", choice.options.get("percentile", 90))
-            given = inputs.get("percentile")
-            own = [default] * count if given is None else kserve.rows("percentile", given, count)
-            for row, percentile in zip(options, own, strict=True):
-                row["percentile"] = percentile
-        explained = await service.explain(found, list(items), choice.name, options, None, targets)
-        outputs = {
-            "map": np.concatenate([e.maps for e in explained]),
-            "logits": np.concatenate([e.logits for e in explained]),
-            "layer_weights": np.concatenate([e.layer_weights for e in explained]),
-            "class": np.concatenate([e.target for e in explained if e.target is not None]),
-        }
+        read = read_tensors(inputs, asked.get("parameters") or {})
+        explained = await service.explain(found, read.images, read.method, read.options, read.layers, read.targets)
+        outputs = write_tensors(explained)
         if not short:
             answer, headers = await service.aside(kserve.write_response, name, outputs, asked)
         else:

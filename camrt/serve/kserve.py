@@ -135,14 +135,6 @@ def write_response(
     }
 
 
-def rows(name: str, value: Any, images: int) -> list[Any]:
-    """An input with one element for each image, (B,) or (B, 1), as a list."""
-    array = np.asarray(value)
-    if array.shape not in ((images,), (images, 1)):
-        raise Refused(400, f"input {name!r}: shape {list(array.shape)}, there are {images} images")
-    return array.reshape(images).tolist()
-
-
 def metadata(model: str, shape: Sequence[int], classes: int) -> dict[str, Any]:
     """Of a model: its tensors. -1: any size."""
 

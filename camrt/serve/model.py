@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ..questions import Question, answers, question
+from ..questions import Question, answers
 from ..runtime.errors import CamrtError, InputError, first_line
 from ..runtime.explainer import Explainer, load
 from ..runtime.explanation import Explanation
 from ..runtime.images.image_batch import ImageBatch
+from ..tensors import PictureTooLarge, read_question
 from .errors import Refused
 from .settings import Settings
 
@@ -63,15 +62,11 @@ class Model:
         target: str | int | None,
         settings: Settings,
     ) -> Question:
-        """Reads a picture, or takes a float32 array (C, H, W), and checks what is asked. CamrtError, Refused."""
-        explainer = self.explainer
-        if isinstance(item, bytes):
-            _check_pixels(item, settings.pixels)
-            image = ImageBatch(item, explainer.manifest).on_host()[0]
-        else:
-            image = item
-            ImageBatch(item, explainer.manifest)  # checks it; a batch copies it later
-        return question(explainer, image, method, options, layers, target)
+        """What is asked of a picture, or of a float32 array (C, H, W), read and checked. CamrtError, Refused."""
+        try:
+            return read_question(self.explainer, item, method, options, layers, target, settings.pixels)
+        except PictureTooLarge as error:
+            raise Refused(413, str(error)) from None
 
     def explain(self, questions: Sequence[Question]) -> list[Explanation | Exception]:
         """Answers questions of one key."""
@@ -82,19 +77,6 @@ class Model:
         if source is None:
             return explanation
         return replace(explanation, images=ImageBatch(source, self.explainer.manifest))
-
-
-def _check_pixels(picture: bytes, most: int) -> None:
-    """Refused (413) by the picture's header alone."""
-    try:
-        with Image.open(io.BytesIO(picture)) as opened:
-            width, height = opened.size
-    except Image.DecompressionBombError:
-        raise Refused(413, f"the picture has more than {most} pixels") from None
-    except Exception:
-        return  # ImageBatch says what is wrong
-    if width * height > most:
-        raise Refused(413, f"the picture has {width} x {height} pixels, at most {most} are allowed")
 
 
 def named(paths: Sequence[str]) -> dict[str, Path]:

@@ -1,0 +1,1 @@
+"""`camrt deploy`: bundles for other people's servers."""
