@@ -89,14 +89,14 @@ def _inside(folder: Path, avoid: set[Path], visited: set[Path], skipped: Counter
         return
     visited.add(place)
     if any(e.name == CONFIGURATION for e in entries):
-        skipped["in a folder of earlier explanations"] += sum(1 for e in entries if e.suffix.lower() in _suffixes())
+        skipped["in a folder of earlier explanations"] += sum(1 for e in entries if e.suffix.lower() in suffixes())
         return
     for entry in entries:
         if entry.name.startswith("."):
             skipped["hidden"] += 1
         elif entry.is_dir():
             yield from _inside(entry, avoid, visited, skipped)
-        elif entry.suffix.lower() in _suffixes():
+        elif entry.suffix.lower() in suffixes():
             if entry.is_file() or (entry.is_symlink() and not entry.exists()):
                 yield entry
             else:
@@ -106,7 +106,7 @@ def _inside(folder: Path, avoid: set[Path], visited: set[Path], skipped: Counter
 
 
 @functools.cache
-def _suffixes() -> set[str]:
+def suffixes() -> set[str]:
     """Of the formats that this Pillow opens, but for those that it opens with outside help, and videos."""
     from PIL import Image
 

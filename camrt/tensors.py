@@ -84,7 +84,7 @@ def read_question(
     picture, refused (PictureTooLarge) by its header alone. CamrtError.
     """
     if isinstance(image, bytes):
-        _check_pixels(image, pixels)
+        check_pixels(image, pixels)
         read = ImageBatch(image, explainer.manifest).on_host()[0]
     else:
         read = image
@@ -92,7 +92,8 @@ def read_question(
     return question(explainer, read, method, options, layers, target)
 
 
-def _check_pixels(picture: bytes, most: int) -> None:
+def check_pixels(picture: bytes, most: int) -> None:
+    """PictureTooLarge if it has more pixels than that, by its header alone."""
     try:
         with Image.open(io.BytesIO(picture)) as opened:
             width, height = opened.size

@@ -164,6 +164,11 @@ _devices: dict[int, Device] = {}
 _devices_lock = threading.Lock()
 
 
+def count() -> int:
+    """How many GPUs this machine has. DeviceError if PyCUDA or the driver is missing."""
+    return _pycuda().Device.count()
+
+
 def device(ordinal: int = 0) -> Device:
     """GPU number `ordinal`; the same object for every call. DeviceError if it does not exist or PyCUDA is missing."""
     with _devices_lock:

@@ -1,0 +1,91 @@
+"""camrt map."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ..method_choice import layers_of, parse_method
+
+HELP = "explain images by the million into Parquet files, on this machine or on a Ray cluster"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "source", nargs="+", help="pictures, folders, patterns, .parquet or .tar files; local, s3://, gs:// or abfs://"
+    )
+    parser.add_argument("--out", required=True, help="folder to write, local or as the sources")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    parser.add_argument("--method", default="winsor_cam", help="NAME or NAME:option=value,... (default: winsor_cam)")
+    parser.add_argument("--target", help="a class number or name (default: each image's top class)")
+    parser.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")
+    parser.add_argument("--map", choices=("float16", "float32", "png", "none"), default="float16", help="(float16)")
+    parser.add_argument("--overlay", action="store_true", help="also keep the map over the photo, as PNG")
+    parser.add_argument("--part", type=int, default=256, help="images of one file (default: 256)")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
+    parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="of a Ray cluster, or local: Ray on this machine (default: RAY_ADDRESS; else processes, without Ray)",
+    )
+    parser.add_argument(
+        "--actors", type=int, help="explainers (default: one for each GPU; else for each core but one in four)"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="images in one run (default: 16)")
+    parser.add_argument("--threads", type=int, default=1, help="of one run on the CPU (default: 1)")
+    parser.add_argument("--readers", type=int, default=2, help="threads of an actor that read pictures (default: 2)")
+    parser.add_argument("--price", type=float, help="of one machine for an hour, for the cost of a million images")
+
+
+def run(options: argparse.Namespace) -> int:
+    """1 if images could not be explained."""
+    from tqdm import tqdm
+
+    from ..mapping.rows import Wanted, target_number
+    from ..mapping.run import Means, Summary, map_images
+    from ..runtime.bundle.reading import read_bundle
+
+    choice = parse_method(options.method)
+    target = target_number(options.target, read_bundle(options.bundle).manifest)
+    layers = layers_of(options.layers)
+    wanted = Wanted(choice.name, choice.options, layers, target, options.map, options.overlay)
+    means = Means(options.backend, options.actors, options.batch, options.threads, options.readers, options.address)
+    bar: Any = None
+
+    def progress(summary: Summary, parts: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=parts, initial=summary.before, unit="part")
+        bar.update(summary.before + summary.parts - bar.n)
+        bar.set_postfix_str(f"{summary.images} images, {summary.images_per_second:.1f} a second")
+
+    try:
+        summary = map_images(
+            options.bundle,
+            options.source,
+            options.out,
+            wanted,
+            means,
+            options.precision,
+            options.part,
+            options.resume,
+            progress,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    if summary.before:
+        print(f"{summary.before} parts were there before")
+    if not summary.parts:
+        return 0
+    print(f"{summary.images} images in {summary.seconds:.1f} s, {summary.images_per_second:.1f} a second, ", end="")
+    print(f"{summary.workers} explainers on {summary.machines} machine{'s' if summary.machines > 1 else ''}")
+    for reason, count in summary.problems.most_common():
+        print(f"{count} not explained: {reason}")
+    if options.price is not None and summary.images:
+        print(f"{summary.cost_per_million(options.price):.2f} for a million images, at {options.price} an hour")
+    return 1 if summary.failed else 0
