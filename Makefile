@@ -4,7 +4,8 @@
 # make quick     a selection of the tests, about two minutes
 # make system    installs what some tests need beside Python, by apt: chromium, npm, g++, and ONNX Runtime's headers where Debian has them
 # make test-all  what needs an environment of its own: the tests at the lowest versions of the runtime's dependencies, the site,
-#                programs in OpenVINO, the page in a browser, the server under schemathesis, models in a Triton server, images on a Ray cluster and in an object store
+#                programs in OpenVINO, the page in a browser, the server under schemathesis, models in a Triton server, images on a Ray cluster and in an object store,
+#                Kubernetes manifests
 # make docs      builds the documentation's site in build/site; any warning fails
 # make coverage  runs them and says which lines they do not reach
 # make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
@@ -20,7 +21,7 @@ WINSOR_CAM ?= winsorcam @ git+https://github.com/USD-AI-ResearchLab/Winsor-CAM@4
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check quick system lowest docs interop browser fuzz triton cluster test-all coverage peers models clean
+.PHONY: demo test check quick system lowest docs interop browser fuzz triton cluster manifests test-all coverage peers models clean
 
 demo: .venv/demo-ready
 	$(BIN)/camrt demo
@@ -61,7 +62,7 @@ LOWEST := tests/test_kernels.py tests/test_methods.py tests/test_explain.py test
 	tests/test_evaluate.py tests/test_cli.py tests/test_bench.py tests/test_recipe.py tests/test_golden.py tests/test_determinism.py \
 	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py
 
-test-all: lowest docs interop browser fuzz triton cluster
+test-all: lowest docs interop browser fuzz triton cluster manifests
 
 system:
 	$(SUDO) apt-get update --quiet
@@ -108,6 +109,15 @@ cluster: .venv/test-ready
 	$(PIP) --editable '.[cpu,ray]' 'moto[server]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/test_map_ray.py tests/test_map.py
 
+manifests: .venv/test-ready .venv-kube/ready
+	$(PIP) pyyaml
+	KUBE=.venv-kube $(BIN)/python -m pytest --quiet tests/test_manifests.py
+
+.venv-kube/ready: Makefile
+	test -d .venv-kube || $(PYTHON) -m venv .venv-kube
+	.venv-kube/bin/python -m pip install --quiet kubernetes-validate==1.37.0 kserve==0.21.0 kubernetes==31.0.0
+	touch $@
+
 docs: .venv/docs-ready
 	rm -rf build/package build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -149,4 +159,4 @@ models: .venv/zoo-ready .venv-keras/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-fuzz .venv-triton .venv-peers .venv-keras build *.egg-info
+	rm -rf .venv .venv-lowest .venv-fuzz .venv-triton .venv-kube .venv-peers .venv-keras build *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import http.client
 import io
 import json
@@ -205,6 +206,29 @@ def test_refusals_are_one_line(server: str, path: str, body: bytes, kind: str, s
     reply = ask(server + path, body, kind)
     assert reply.status == status and message in reply.json["error"], reply.body
     assert "\n" not in reply.json["error"] and "Traceback" not in reply.json["error"]
+
+
+def test_headers_are_small_and_arrive_in_time(server: str) -> None:
+    host, port = server.removeprefix("http://").rstrip("/").split(":")
+
+    def connected() -> socket.socket:
+        return socket.create_connection((host, int(port)), timeout=25)
+
+    asked = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    with connected() as silent, connected() as slow, connected() as second, connected() as large:
+        slow.sendall(asked)
+        second.sendall(asked + b"\r\n")
+        assert b"alive" in second.recv(4096)
+        second.sendall(asked)
+        with contextlib.suppress(ConnectionError):
+            for i in range(100):
+                large.sendall(b"X-%d: " % i + b"a" * 10_000 + b"\r\n" if i else asked)
+        assert b" 431 " in large.recv(4096)
+        began = time.monotonic()
+        for waiting in (slow, second, silent):
+            assert b" 408 " in waiting.recv(4096) and waiting.recv(4096) == b""
+        assert 5 < time.monotonic() - began < 20
+    assert ask(server + "healthz").status == 200
 
 
 def test_a_chunked_body_is_bounded_too(server: str) -> None:

@@ -53,7 +53,9 @@ def run(options: argparse.Namespace) -> int:
     target = target_number(options.target, read_bundle(options.bundle).manifest)
     layers = layers_of(options.layers)
     wanted = Wanted(choice.name, choice.options, layers, target, options.map, options.overlay)
-    means = Means(options.backend, options.actors, options.batch, options.threads, options.readers, options.address)
+    means = Means(
+        options.backend, options.actors, options.batch, options.threads, options.readers, options.address or None
+    )
     bar: Any = None
 
     def progress(summary: Summary, parts: int) -> None:

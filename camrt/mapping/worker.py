@@ -65,16 +65,24 @@ class Worker:
         import pyarrow.parquet
 
         started, problems, images = time.monotonic(), Counter(), 0
-        compressed = {"compression": "zstd", "compression_level": 1}
+        # a dictionary of the numbers of maps costs much time, and saves nothing
+        form = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": ["path"]}
         with (
             self._job.out.child(part_name(task.number)).written() as file,
-            pyarrow.parquet.ParquetWriter(file, self._schema, **compressed) as writer,
+            pyarrow.parquet.ParquetWriter(file, self._schema, **form) as writer,
+            ThreadPoolExecutor(1, "camrt-write") as beside,
         ):
+            writing = None
             for batch in self._batches(task):
                 told, columns = explain_rows(self._explainer, batch, self._job.wanted)
-                writer.write_table(as_table([i.path for i in batch], told, columns, self._schema))
+                table = as_table([i.path for i in batch], told, columns, self._schema)
+                if writing is not None:
+                    writing.result()
+                writing = beside.submit(writer.write_table, table)
                 problems.update(_reason(problem) for problem in told if problem)
                 images += len(batch)
+            if writing is not None:
+                writing.result()
         return Done(task.number, images, dict(problems), time.monotonic() - started)
 
     def _batches(self, task: Task) -> Iterator[list[Prepared]]:

@@ -38,6 +38,7 @@ def serve(
     from ..runtime.bundle.reading import read_bundle
     from .app import create_app
     from .model import Model, named
+    from .protocol import BoundedHeaders
 
     if page is not None and not (page / "index.html").is_file():
         raise InputError(f"{page}: no page: make it with camrt page")
@@ -51,7 +52,14 @@ def serve(
     models = {name: Model(name, path, backend, precision, threads, settings.batch) for name, path in paths.items()}
     app = create_app(models, settings, page)
     config = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE, server_header=False
+        app,
+        host,
+        port,
+        http=BoundedHeaders,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=PATIENCE,
+        server_header=False,
     )
     server = uvicorn.Server(config)
     try:
