@@ -54,13 +54,13 @@ def question(
     complete = explainer.check_arguments(method, number, chosen, dict(options))
     tuned = {name: complete[name] for name in TUNED.get(method, ())}
     if "percentile" in tuned:
-        _check_percentile(tuned["percentile"])
+        check_percentile(tuned["percentile"])
     fixed = {name: value for name, value in options.items() if name not in tuned}
     return Question(image, method, fixed, chosen, number, tuned)
 
 
-def _check_percentile(percentile: Any) -> None:
-    """Here, where it is asked for: in the run it would be refused for all that share it."""
+def check_percentile(percentile: Any) -> None:
+    """InputError unless it is one. Where it is asked for: in the run it would be refused for all that share it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a percentile below 1
         check_options(percentile, "mean", "bilinear", 0.1, 1.0)

@@ -38,7 +38,7 @@ ALLOWED = {
     "camrt/deploy": (
         *("deploy", "compiling.api", "demo", "install", "kernels", "method_choice", "questions", "runtime", "tensors"),
     ),
-    "camrt/mapping": ("mapping", "image_files", "install", "kernels", "runtime", "tensors", "__version__"),
+    "camrt/mapping": ("mapping", "image_files", "install", "kernels", "questions", "runtime", "tensors", "__version__"),
     "camrt/ray.py": ("mapping.rows", "method_choice", "runtime"),
     "camrt/serve": ("serve", "install", "method_choice", "questions", "runtime", "tensors", "__version__"),
     "camrt/questions.py": ("runtime",),

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +26,9 @@ import camrt
 from camrt.cli import main
 from camrt.demo.scenes import draw_scene
 from camrt.kernels import minmax
-from camrt.mapping.places import Place, find
+from camrt.mapping.places import RUN, Place, find
 from camrt.mapping.rows import Wanted
-from camrt.mapping.run import RUN, Means, Summary, map_images
+from camrt.mapping.run import Means, Summary, map_images
 from camrt.mapping.tasks import plan
 from camrt.runtime.errors import InputError
 
@@ -123,6 +124,73 @@ def test_a_source_that_is_named_twice_is_explained_once(photos: Path, tmp_path: 
     assert summary.images == len(rows_of(tmp_path / "o")) == 20
 
 
+def test_each_file_once_whatever_links_and_spellings_there_are(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "loop").symlink_to(".")
+    (photos / "inner" / "up").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    spellings = [
+        "photos",
+        "photos/",
+        "./photos",
+        "inner/../photos",
+        f"file://{photos}",
+        "photos/*.png",
+        "photos/p0?.png",
+    ]
+    (tmp_path / "inner").mkdir()
+    assert sum(t.images for t in plan(spellings, 100)) == 20
+    assert len(find("photos/p0?.png")) == 6
+    odd = tmp_path / "a b#[c] %41"
+    odd.mkdir()
+    raw = os.fsencode(odd) + b"/bad\xff.png"
+    with open(raw, "wb") as file:  # noqa: PTH123  # a name that is not UTF-8
+        file.write(PICTURES[0])
+    (odd / "q?.PNG").write_bytes(PICTURES[1])
+    address = "file://localhost" + quote(str(odd))
+    assert [p.label for p, _ in find(address)] == [p.label for p, _ in find(str(odd))]
+    assert map_images(SHAPES, [str(odd)], str(tmp_path / "o"), Wanted(map="none"), ONE).failed == 0
+    assert sorted(Path(p).name for p in rows_of(tmp_path / "o")) == ["bad\\xff.png", "q?.PNG"]
+
+
+def test_columns_that_hold_pictures(tmp_path: Path) -> None:
+    pictures = pa.array(PICTURES[:3])
+    kinds = {
+        "large": pictures.cast(pa.large_binary()),
+        "view": pictures.cast(pa.binary_view()),
+        "dictionary": pictures.dictionary_encode(),
+    }
+    for name, column in kinds.items():
+        pq.write_table(pa.table({"label": [1, 2, 3], "anything": column}), tmp_path / f"{name}.parquet")
+    summary = map_images(SHAPES, [str(tmp_path)], str(tmp_path.parent / f"{tmp_path.name}-o"), Wanted(map="none"), ONE)
+    assert (summary.images, summary.failed) == (9, 0)
+    unclear = [
+        pa.table({"image": ["a.png"], "thumb": [PICTURES[0]]}),
+        pa.table({"a": [PICTURES[0]], "b": [PICTURES[1]]}),
+    ]
+    for i, table in enumerate(unclear):
+        pq.write_table(table, tmp_path / "unclear.parquet")
+        out = str(tmp_path / f"o{i}")
+        assert map_images(SHAPES, [f"{tmp_path}/unclear.parquet"], out, Wanted(map="none"), ONE).failed == 1
+        (row,) = rows_of(out).values()
+        assert "no column that is certain to hold pictures" in row["error"]
+
+
+def test_members_of_a_shard_have_paths_of_their_own(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for i, name in enumerate(("a.png", "a.png", "__MACOSX/._a.png", ".hidden.png", "./b.JPG")):
+            member = tarfile.TarInfo(name)
+            member.size = len(PICTURES[i])
+            tar.addfile(member, io.BytesIO(PICTURES[i]))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    map_images(SHAPES, [str(tmp_path / "s.tar")], str(tmp_path / "o"), Wanted(map="none"), ONE)
+    names = [p.removeprefix(f"{tmp_path}/s.tar/") for p in rows_of(tmp_path / "o")]
+    assert names == ["a.png", "a.png#2", "./b.JPG"] or names == ["a.png", "a.png#2", "b.JPG"]
+
+
 # ---- rows
 
 
@@ -182,8 +250,11 @@ def test_what_cannot_be_explained_is_a_row(photos: Path, tmp_path: Path) -> None
     (photos / "cut.tar").write_bytes(cut[: 2 * 512 + len(PICTURES[0]) + 2000])
     pq.write_table(pa.table({"image": [PICTURES[0], None, b"", b"x"]}), photos / "t.parquet")
     pq.write_table(pa.table({"label": [1, 2]}), photos / "u.parquet")
+    (photos / "broken.parquet").write_bytes(b"no table")
     summary = map_images(SHAPES, [str(photos)], str(tmp_path / "o"), Wanted(), ONE, part=5)
     rows = rows_of(tmp_path / "o")
+    assert rows[str(photos / "e.png")]["error"] == "no such file"
+    assert "not a Parquet file" in rows[str(photos / "broken.parquet")]["error"]
     for name, (_, message) in bad.items():
         row = rows[str(photos / name)]
         assert message in row["error"] and row["map"] is row["target"] is row["probabilities"] is None, name
@@ -191,7 +262,7 @@ def test_what_cannot_be_explained_is_a_row(photos: Path, tmp_path: Path) -> None
     assert "cannot be read" in rows[str(photos / "broken.tar")]["error"]
     assert rows[f"{photos}/cut.tar/../../0.png"]["error"] is None and not (tmp_path.parent / "0.png").exists()
     assert [rows[f"{photos}/t.parquet#{i}"]["error"] is None for i in range(4)] == [True, False, False, False]
-    assert "no column holds pictures" in rows[str(photos / "u.parquet")]["error"]
+    assert "no column that is certain to hold pictures" in rows[str(photos / "u.parquet")]["error"]
     assert sum(summary.problems.values()) == summary.failed and all("/" not in reason for reason in summary.problems)
 
 
@@ -239,10 +310,83 @@ def test_a_killed_run_is_resumed_and_no_image_is_lost_or_doubled(photos: Path, t
     assert 3 <= len(written) < 10, "it was killed in the middle"
     assert len(pq.read_table(out)) == 2 * len(written), "what is not whole is hidden from those who read the folder"
     assert main([*command[3:], "--resume"]) == 0
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.unfinished"))
     assert len(rows_of(out)) == 20 and all(r["error"] is None for r in rows_of(out).values())
     assert all((out / name).stat().st_mtime_ns == at for name, at in written.items()), "what was there stays"
-    assert json.loads((out / "_summary.json").read_text())["images"] == 20 - 2 * len(written)
+    assert json.loads((out / "_summary.json").read_text())["images"] == 20
+
+
+def test_what_a_killed_run_leaves_behind_ends(photos: Path, tmp_path: Path) -> None:
+    import psutil
+
+    out = tmp_path / "o"
+    command = [sys.executable, "-m", "camrt", "map", str(SHAPES), str(photos), "--out", str(out), "--part", "2"]
+    process = subprocess.Popen([*command, "--batch", "1", "--actors", "2"], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not list(out.glob("part-*.parquet")) and time.monotonic() < until:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=15)
+    assert not alive
+
+
+def test_resuming_counts_what_failed_before_and_mends_damaged_parts(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "bad.png").write_bytes(b"x")
+    out = tmp_path / "o"
+    command = ["map", str(SHAPES), str(photos), "--out", str(out), "--part", "6", "--actors", "1", "--map", "none"]
+    assert main(command) == 1
+    assert main([*command, "--resume"]) == 1, "also when nothing is left to do"
+    assert main([*command, "--resume", "--allow-failures"]) == 0
+    (out / "part-000001.parquet").write_bytes(b"")
+    (out / "part-000002.parquet").unlink()
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 1
+    said = capsys.readouterr().out
+    assert "2 parts with 9 images were there before" in said and "12 images in" in said and "1 not explained" in said
+    assert len(rows_of(out)) == 21
+    told = json.loads((out / "_summary.json").read_text())
+    assert (told["images"], sum(told["problems"].values())) == (21, 1)
+
+
+def test_folders_that_cannot_take_the_run(photos: Path, tmp_path: Path) -> None:
+    wanted = Wanted(map="none")
+    for out in (photos, photos / "maps", photos / "inner" / ".." / "o"):
+        with pytest.raises(InputError, match="would lie among the images"):
+            map_images(SHAPES, [str(photos)], str(out), wanted, ONE)
+    map_images(SHAPES, [f"{photos}/*.png"], str(photos / "maps"), wanted, ONE)  # which this pattern does not name
+    with pytest.raises(InputError, match="an empty path"):
+        map_images(SHAPES, [str(photos)], "", wanted, ONE)
+    out = str(tmp_path / "o")
+    with pytest.raises(camrt.CamrtError):
+        map_images(SHAPES, [str(photos)], out, wanted, Means("tensorrt", 1))
+    with Place.of(out).for_one_run(), pytest.raises(InputError, match="another run writes there"):
+        map_images(SHAPES, [str(photos)], out, wanted, ONE)
+    assert map_images(SHAPES, [str(photos)], out, wanted, ONE).images == 20, "a start that failed leaves it free"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--method", "winsor_cam:percentile=101"],
+        ["--method", "winsor_cam:percentile=abc"],
+        ["--actors", "0"],
+        ["--threads", "0"],
+        ["--price", "-1"],
+        ["--price", "nan"],
+    ],
+)
+def test_what_no_image_can_be_asked_is_refused_at_once(
+    wrong: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["map", str(SHAPES), str(photos), "--out", str(tmp_path / "o"), *wrong]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and wrong[0].strip("-").partition("method")[0] in said
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_worker_that_dies_is_replaced(photos: Path, tmp_path: Path) -> None:
@@ -292,7 +436,7 @@ def test_an_object_store_is_read_and_written(photos: Path, tmp_path: Path) -> No
         summary = map_images(SHAPES, [source], out, Wanted(), ONE, part=8)
         assert (summary.images, summary.failed) == (20, 0)
         again = map_images(SHAPES, [source], out, Wanted(), ONE, part=8, resume=True)
-        assert again.before == 3 and again.images == 0
+        assert again.parts_before == 3 and again.images == again.before == 20
         rows = pq.read_table("bucket/out", filesystem=store.filesystem).to_pylist()
         assert sorted(r["path"] for r in rows) == [f"s3://bucket/in/{i:02d}.png" for i in range(20)]
         told = Place(store.filesystem, f"bucket/out/{RUN}", "").read().decode()

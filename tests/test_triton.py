@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,9 @@ def test_names_and_folders_that_would_do_harm_are_refused(exported: Path, bundle
     ("how", "error"),
     [
         (Deployment(instances=0), InputError),
+        (Deployment(instances=10**12), InputError),
+        (Deployment(max_batch=10**9), InputError),
+        (Deployment(method="winsor_cam:percentile=500"), InputError),
         (Deployment(max_batch=0), InputError),
         (Deployment(delay=float("nan")), InputError),
         (Deployment(backend="tpu"), UnknownName),
@@ -129,6 +134,47 @@ def test_what_cannot_be_served_is_refused(how: Deployment, error: type, exported
         write_repository(exported, tmp_path, how)
     assert isinstance(caught.value, CamrtError) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_dockerfile_is_of_the_last_kind_unless_it_is_the_users(exported: Path, tmp_path: Path) -> None:
+    file = tmp_path / "Dockerfile"
+    write_repository(exported, tmp_path)
+    write_repository(exported, tmp_path, Deployment("gpu", gpu=True))
+    assert "onnxruntime-gpu" in file.read_text()
+    write_repository(exported, tmp_path, Deployment("cpu"))
+    assert "onnxruntime-gpu" in file.read_text(), "it serves on the CPU as well"
+    file.write_text("FROM mine\n")
+    write_repository(exported, tmp_path, Deployment("more"))
+    assert file.read_text() == "FROM mine\n"
+    with pytest.raises(InputError, match="cannot be a model's"):
+        write_repository(exported, tmp_path, Deployment("Dockerfile"))
+    with pytest.raises(InputError, match="not a folder"):
+        write_repository(exported, file)
+
+
+def test_check_of_a_server_that_answers_anything(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Anything(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert main(["deploy", "triton", str(exported), "--check", url]) == 1
+        assert "WRONG" in capsys.readouterr().out
+        server.shutdown()
+    for port in ("99999", "abc"):
+        assert main(["deploy", "triton", str(exported), "--check", f"http://127.0.0.1:{port}"]) == 2
+        assert "its port is no number" in capsys.readouterr().err
 
 
 def test_check_says_that_no_server_answers(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

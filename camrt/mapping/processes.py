@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +22,16 @@ _worker: Worker | None = None
 
 def _open(job: Job, gpus: int) -> None:
     global _worker
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     number = multiprocessing.current_process()._identity[-1] - 1  # 0, 1, ... of this parent's processes
     _worker = Worker(replace(job, device=number % gpus) if gpus else job)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run(task: Task) -> Done:

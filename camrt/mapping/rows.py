@@ -75,10 +75,12 @@ def prepare(path: str, picture: bytes | np.ndarray | Exception, manifest: Manife
     if isinstance(picture, Exception):
         return Prepared(path, problem=str(picture))
     try:
-        if isinstance(picture, bytes):
-            check_pixels(picture, wanted.pixels)
-        photo = ImageBatch(picture, manifest)
-        return Prepared(path, photo.on_host()[0], photo if wanted.overlay else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's: what matters is in the row
+            if isinstance(picture, bytes):
+                check_pixels(picture, wanted.pixels)
+            photo = ImageBatch(picture, manifest)
+            return Prepared(path, photo.on_host()[0], photo if wanted.overlay else None)
     except CamrtError as error:
         return Prepared(path, problem=str(error).removeprefix("image 0: "))
 
@@ -178,10 +180,10 @@ def _array(values: Any, kind: Any) -> Any:
 
 
 def target_number(target: str | int | None, manifest: Manifest) -> int | None:
-    """A class by number or name. InputError if there is none."""
+    """A class by number or name; None for -1, each image's top class. InputError if there is none."""
     from ..runtime.targets import class_index
 
-    if target is None:
+    if target is None or str(target) in ("", "-1"):
         return None
     number = int(target) if isinstance(target, int) or target.isdecimal() else class_index(target, manifest)
     if not 0 <= number < manifest.num_classes:

@@ -9,36 +9,41 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..questions import check_percentile
 from ..runtime.backends import BACKENDS, create
 from ..runtime.bundle.manifest import MANIFEST
 from ..runtime.bundle.reading import Bundle, read_bundle
 from ..runtime.cams import method_named
 from ..runtime.errors import InputError
 from ..runtime.layer_choice import chosen_layers
-from .places import Place
+from .places import RUN, Place, would_find
 from .processes import run_processes
 from .rows import MAPS, Wanted
 from .tasks import Task, fingerprint, plan
-from .worker import Job, part_name
+from .worker import Done, Job, part_name, problems_of
 
-RUN, SUMMARY = "_run.json", "_summary.json"  # what reads a folder of Parquet files leaves _ out
+SUMMARY = "_summary.json"  # what reads a folder of Parquet files leaves names with _ out
 _PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings")
 
 
 @dataclass
 class Summary:
-    """What a run did. problems: reason -> images; before: parts that were written by an earlier run."""
+    """What became of the images. images, problems (reason -> images): of the whole run, with what an earlier leg did;
+    before: of `images`, those of earlier legs, in parts_before. seconds: of this leg alone.
+    """
 
     images: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     parts: int = 0
     before: int = 0
+    parts_before: int = 0
     seconds: float = 0.0
     machines: int = 1
     workers: int = 1
@@ -49,7 +54,7 @@ class Summary:
 
     @property
     def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
+        return (self.images - self.before) / self.seconds if self.seconds else 0.0
 
     def cost_per_million(self, price: float) -> float:
         """price: of one machine for an hour."""
@@ -94,36 +99,64 @@ def map_images(
     means, opened, place = means or Means(), read_bundle(bundle), Place.of(out)
     _check(opened, wanted, means)
     precision = opened.chosen_precision(precision)
+    _check_apart(place, sources)
     tasks = plan(sources, part)
     described = _described(opened, sources, wanted, means, precision, part, tasks)
-    written = _begin(place, described, resume)
-    waiting = [task for task in tasks if part_name(task.number) not in written]
-    summary, started = Summary(before=len(tasks) - len(waiting)), time.monotonic()
-    path = str(opened.path.resolve())
-    job = Job(path, place, wanted, means.backend, precision, means.batch, means.threads, means.readers)
-    progress(summary, len(tasks))
-    if waiting:
-        for done in _running(job, waiting, means, summary):
-            summary.images += done.images
-            summary.problems.update(done.problems)
-            summary.parts += 1
-            summary.seconds = time.monotonic() - started
-            progress(summary, len(tasks))
+    with place.for_one_run():
+        names = _begin(place, described, resume)
+        summary, waiting = _written_before(place, tasks, names)
+        path = str(opened.path.resolve())
+        job = Job(path, place, wanted, means.backend, precision, means.batch, means.threads, means.readers)
+        started = time.monotonic()
+        progress(summary, len(tasks))
+        if waiting:
+            for done in _running(job, waiting, means, summary):
+                summary.images += done.images
+                summary.problems.update(done.problems)
+                summary.parts += 1
+                summary.seconds = time.monotonic() - started
+                progress(summary, len(tasks))
         told = {**vars(summary), "images_per_second": summary.images_per_second}
         place.child(SUMMARY).write((json.dumps(told, indent=1) + "\n").encode())
     return summary
 
 
-def _running(job: Job, tasks: Sequence[Task], means: Means, summary: Summary) -> Any:
+def _check_apart(place: Place, sources: Sequence[str]) -> None:
+    """InputError if the results would lie among the images: a later leg would find them there."""
+    for source in sources:
+        if would_find(source, place.child(part_name(0))):
+            raise InputError(f"{place.label}: the results would lie among the images: choose another --out")
+
+
+def _written_before(place: Place, tasks: Sequence[Task], names: set[str]) -> tuple[Summary, list[Task]]:
+    """What the parts that are there hold, and the tasks without a part that can be read."""
+    there = [task for task in tasks if part_name(task.number) in names]
+    summary, waiting = Summary(), [task for task in tasks if part_name(task.number) not in names]
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda task: problems_of(place.child(part_name(task.number))), there)
+        for task, problems in zip(there, found, strict=True):
+            if problems is None:
+                waiting.append(task)
+                continue
+            rows, told = problems
+            summary.images += rows
+            summary.problems.update(told)
+            summary.parts_before += 1
+    summary.before = summary.images
+    return summary, sorted(waiting, key=lambda task: task.number)
+
+
+def _running(job: Job, tasks: Sequence[Task], means: Means, summary: Summary) -> Iterator[Done]:
     if means.address is not None:
         from .cluster import connect, default_actors, nodes, run_on_ray
 
         ray = connect(means.address)
-        summary.machines, summary.workers = nodes(ray), means.workers or default_actors(ray)
+        summary.machines = nodes(ray)
+        summary.workers = min(means.workers or default_actors(ray), len(tasks))
         return run_on_ray(ray, job, tasks, summary.workers)
     gpus = _gpus(job)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    summary.workers = means.workers or gpus or max(1, cores - cores // 4)
+    summary.workers = min(means.workers or gpus or max(1, cores - cores // 4), len(tasks))
     return run_processes(job, tasks, summary.workers, gpus)
 
 
@@ -146,7 +179,10 @@ def _check(bundle: Bundle, wanted: Wanted, means: Means) -> None:
         raise InputError(f"map {wanted.map!r}: use {', '.join(MAPS)}")
     if means.backend != "auto" and means.backend not in BACKENDS:
         raise InputError(f"no backend {means.backend!r}: use auto, {', '.join(BACKENDS)}")
-    for name, value in (("workers", means.workers), ("batch", means.batch), ("readers", means.readers)):
+    if method.name == "winsor_cam" and "percentile" in wanted.options:
+        check_percentile(wanted.options["percentile"])
+    counts = {"actors": means.workers, "batch": means.batch, "readers": means.readers, "threads": means.threads}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: use 1 or more")
 
@@ -169,6 +205,8 @@ def _described(
         "versions": {"camrt": __version__, **_versions()},
         "backend": means.backend,
         "precision": precision,
+        "batch": means.batch,
+        "threads": means.threads,
         **json.loads(json.dumps(asked, default=str)),
         "sources": [_public(source) for source in sources],
         "files_sha256": fingerprint(tasks),
@@ -193,19 +231,19 @@ def _public(source: str) -> str:
 
 
 def _begin(place: Place, described: dict[str, Any], resume: bool) -> set[str]:
-    """The parts that are there. InputError where they are another run's."""
-    run = place.child(RUN)
-    names = set(place.names())
-    if RUN not in names:
-        parts = [n for n in names if n.startswith("part-")]
-        if parts:
-            raise InputError(f"{place.label}: holds {parts[0]}, and no {RUN}: choose another folder")
+    """The names of the files that are there. InputError where they are another run's. A run without a part is none."""
+    run, names = place.child(RUN), set(place.names())
+    parts = [name for name in names if name.startswith("part-")]
+    if parts and RUN not in names:
+        raise InputError(f"{place.label}: holds {parts[0]}, and no {RUN}: choose another folder")
+    if not parts:
         place.make_folder()
         run.write((json.dumps(described, indent=1) + "\n").encode())
         return set()
     try:
         before = json.loads(run.read())
-        different = [k for k in described if before.get(k) != described[k]]
+        # of the sources, what files there are counts, not how they were named
+        different = [k for k in described if k != "sources" and before.get(k) != described[k]]
     except (ValueError, AttributeError):
         raise InputError(f"{run.label}: cannot be read: choose another folder") from None
     if different:
@@ -213,7 +251,6 @@ def _begin(place: Place, described: dict[str, Any], resume: bool) -> set[str]:
         raise InputError(f"{place.label}: holds another run ({changes}): choose another folder")
     if not resume:
         raise InputError(f"{place.label}: holds this run already: go on with it (--resume), or choose another folder")
-    place.clear_unfinished()
     return names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ..runtime.errors import InputError, first_line
 from .places import Place, find
 
 LARGEST = 256_000_000  # bytes of one picture's file
-_TARS = (".tar", ".tar.gz", ".tgz")
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COLUMNS = ("image", "bytes", "content", "jpg", "png", "data")  # that hold pictures, in this order
 _READ_ROWS = 64
 
@@ -55,7 +56,7 @@ def plan(sources: Sequence[str], part: int) -> list[Task]:
             seen.add(place.label)
             name = place.path.lower()
             if name.endswith(".parquet"):
-                tasks += [Task(0, "parquet", ((place, size),), *rows) for rows in _row_groups(place, part)]
+                tasks += _of_table(place, size, part)
             elif name.endswith(_TARS):
                 tasks.append(Task(0, "tar", ((place, size),)))
             elif "." in name.rpartition("/")[2] and f".{name.rpartition('.')[2]}" in suffixes():
@@ -77,17 +78,20 @@ def fingerprint(tasks: Sequence[Task]) -> str:
     return digest.hexdigest()
 
 
-def _row_groups(place: Place, part: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
-    """(rows, row groups, number of the first row) of each task of a table: whole row groups, `part` rows or more."""
-    metadata = _table(place).metadata
-    chosen: list[int] = []
-    rows = first = 0
+def _of_table(place: Place, size: int, part: int) -> list[Task]:
+    """Whole row groups, `part` rows or more in a task. A table that cannot be read is a task, which will say so."""
+    try:
+        metadata = _table(place).metadata
+    except InputError:
+        return [Task(0, "parquet", ((place, size),), 1)]
+    tasks, chosen, rows, first = [], [], 0, 0
     for group in range(metadata.num_row_groups):
         chosen.append(group)
         rows += metadata.row_group(group).num_rows
         if rows >= part or group == metadata.num_row_groups - 1:
-            yield rows, tuple(chosen), first
+            tasks.append(Task(0, "parquet", ((place, size),), rows, tuple(chosen), first))
             chosen, first, rows = [], first + rows, 0
+    return tasks
 
 
 def _table(place: Place) -> Any:
@@ -95,9 +99,9 @@ def _table(place: Place) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(place.filesystem.open_input_file(place.path))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{place.label}: not a Parquet file that can be read ({first_line(error)})") from None
+        return pyarrow.parquet.ParquetFile(place.open(seeks=True))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"not a Parquet file that can be read ({first_line(error)})") from None
 
 
 def read(task: Task) -> Iterator[tuple[str, Fetch]]:
@@ -106,13 +110,14 @@ def read(task: Task) -> Iterator[tuple[str, Fetch]]:
         for place, size in task.places:
             yield place.label, functools.partial(_file, place, size)
         return
-    place = task.places[0][0]
+    place, begun = task.places[0][0], False
     try:
         for path, picture in _rows(task, place) if task.kind == "parquet" else _members(place):
             yield path, functools.partial(_same, picture)
+            begun = True
     except Exception as error:
-        problem = InputError(f"the rest of the file cannot be read ({first_line(error)})")
-        yield place.label, functools.partial(_same, problem)
+        what = "the rest of the file" if begun else "the file"
+        yield place.label, functools.partial(_same, InputError(f"{what} cannot be read ({first_line(error)})"))
 
 
 def _same(picture: bytes | Exception) -> bytes | Exception:
@@ -131,18 +136,20 @@ def _file(place: Place, size: int) -> bytes | Exception:
 
 
 def _rows(task: Task, place: Place) -> Iterator[tuple[str, bytes | Exception]]:
-    """The first column of _COLUMNS, or else of binary type; of a structure, as Hugging Face writes it, its `bytes`."""
-    import pyarrow as pa
-
+    """The first column of _COLUMNS that is there, else the only one of bytes; of a structure, as Hugging Face has
+    them, its `bytes`.
+    """
     table = _table(place)
-    schema = table.schema_arrow
-    fields = {f.name: f.type for f in schema}
-    binary = [n for n, t in fields.items() if pa.types.is_binary(t) or pa.types.is_large_binary(t) or _pictures(t)]
-    column = next((n for n in _COLUMNS if n in binary), binary[0] if binary else None)
-    if column is None:
-        raise InputError(f"no column holds pictures, it has {', '.join(fields)}")
+    fields = {f.name: f.type for f in table.schema_arrow}
+    named = next((n for n in _COLUMNS if n in fields), None)
+    fitting = [n for n, kind in fields.items() if _holds_pictures(kind)]
+    if named is None and len(fitting) == 1:
+        named = fitting[0]
+    if named is None or named not in fitting:
+        told = ", ".join(f"{n} ({kind})" for n, kind in list(fields.items())[:8])
+        raise InputError(f"no column that is certain to hold pictures; it has {told}")
     row = task.first_row
-    for batch in table.iter_batches(_READ_ROWS, row_groups=list(task.groups), columns=[column]):
+    for batch in table.iter_batches(_READ_ROWS, row_groups=list(task.groups), columns=[named]):
         for value in batch.column(0).to_pylist():
             name = ""
             if isinstance(value, dict):
@@ -152,22 +159,29 @@ def _rows(task: Task, place: Place) -> Iterator[tuple[str, bytes | Exception]]:
             row += 1
 
 
-def _pictures(kind: Any) -> bool:
-    import pyarrow as pa
+def _holds_pictures(kind: Any) -> bool:
+    from pyarrow import types
 
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if types.is_dictionary(kind):
+        return _holds_pictures(kind.value_type)
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return any(
+        f(kind) for f in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    )
 
 
 def _members(place: Place) -> Iterator[tuple[str, bytes | Exception]]:
     """The pictures of a tar file, in their order. Nothing is unpacked to disk: a member's name is only told."""
-    with (
-        place.filesystem.open_input_stream(place.path, compression=None) as stream,
-        tarfile.open(fileobj=stream, mode="r|*") as tar,
-    ):
+    seen: Counter[str] = Counter()
+    with place.open() as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tar:
-            if not member.isfile() or f".{member.name.rpartition('.')[2].lower()}" not in suffixes():
+            name = member.name.encode("utf-8", "backslashreplace").decode()
+            hidden = any(part[:1] in ("_", ".") and part not in (".", "..") for part in name.split("/"))
+            if not member.isfile() or hidden or f".{name.rpartition('.')[2].lower()}" not in suffixes():
                 continue
-            where = f"{place.label}/{member.name}"
+            seen[name] += 1
+            where = f"{place.label}/{name}" + (f"#{seen[name]}" if seen[name] > 1 else "")
             if member.size > LARGEST:
                 yield where, InputError(f"a file of {member.size} bytes, at most {LARGEST} are read")
                 continue

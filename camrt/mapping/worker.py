@@ -52,6 +52,19 @@ def part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
+def problems_of(part: Place) -> tuple[int, Counter[str]] | None:
+    """(rows, reason -> images that were not explained) of a part that is there; None if it cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with part.open(seeks=True) as file:
+            errors = pyarrow.parquet.read_table(file, columns=["error"])["error"]
+    except (pyarrow.ArrowException, OSError):
+        return None
+    return len(errors), Counter(_reason(problem) for problem in errors.drop_null().to_pylist())
+
+
 class Worker:
     """One explainer, and the tasks that it is given one after the other."""
 

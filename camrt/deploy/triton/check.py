@@ -44,6 +44,10 @@ class _Client:
 
     def __init__(self, url: str, model: str) -> None:
         parts = urlsplit(url)
+        try:
+            _ = parts.port
+        except ValueError:
+            raise InputError(f"{url}: its port is no number up to 65535") from None
         if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
             raise InputError(f"{url}: use http://HOST:8000 or grpc://HOST:8001")
         kind = parts.scheme.removesuffix("s") if parts.scheme.startswith("grpc") else "http"
@@ -55,7 +59,7 @@ class _Client:
         self._netloc = parts.netloc
         try:
             if not self.connected().is_model_ready(model):
-                raise CamrtError(f"{url}: the model {model!r} is not ready: the server's log says why")
+                raise CamrtError(f"{url}: no model {model!r} is ready there: the log of the server may say why")
         except CamrtError:
             raise
         except Exception as error:
@@ -130,14 +134,17 @@ def _compared(
     if "percentile" in inputs:
         percentiles = inputs["percentile"][:, 0].astype(np.float64)
     worst = 0.0
+    maps, classes = answer.as_numpy("map"), answer.as_numpy("class")
+    if maps is None or classes is None or len(maps) != len(images):
+        return Row(what, problem="the answer is not of camrt's model: it has no map or no class of each image")
     for i, percentile in enumerate(percentiles):
         options: dict[str, Any] = {"percentile": float(percentile)} if method == "winsor_cam" else {}
         want = explainer.explain(images[i : i + 1], method, None if targets is None else targets[i], **options)
-        explained = int(answer.as_numpy("class").ravel()[i])
+        explained = int(classes.ravel()[i])
         assert want.target is not None
         if explained != int(want.target[0]):
             return Row(what, problem=f"explains class {explained}, here {want.target[0]}")
-        worst = max(worst, float(np.abs(minmax(answer.as_numpy("map")[i]) - minmax(want.maps[0])).max()))
+        worst = max(worst, float(np.abs(minmax(maps[i]) - minmax(want.maps[0])).max()))
     return Row(what, worst)
 
 

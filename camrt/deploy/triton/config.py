@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+_LARGEST_WARM_UP = 64  # images
 DATA_TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "string": "TYPE_STRING"}
 
 
@@ -61,7 +62,7 @@ class ModelConfig:
             lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {round(self.delay * 1000)} }}")
         for name, value in self.parameters.items():
             lines.append(f"parameters {{ key: {_quoted(name)}, value {{ string_value: {_quoted(str(value))} }} }}")
-        for size in sorted({1, self.batch}):
+        for size in sorted({1, min(self.batch, _LARGEST_WARM_UP)}):
             lines += self._warm_up(size)
         return "\n".join(lines) + "\n"
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...compiling.api import check_compiler
 from ...method_choice import parse_method
+from ...questions import check_percentile
 from ...runtime.backends import BACKENDS
 from ...runtime.bundle.reading import read_bundle
 from ...runtime.errors import CamrtError, InputError, UnknownName
@@ -18,6 +20,7 @@ from .config import ModelConfig, Tensor
 IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"  # Python 3.12, CUDA 13.0, TensorRT 10.13
 ENGINES = ("onnxruntime", "tensorrt")
 PIXELS = 50_000_000
+MOST = 1024  # instances, images in a run, threads
 
 _MODEL = '''\
 """Triton's Python backend runs this. The model itself is in camrt."""
@@ -31,8 +34,12 @@ for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
 from camrt.deploy.triton.served import TritonPythonModel  # noqa: E402, F401
 '''
 
+_OURS = (
+    "# Triton with camrt and the models of this folder. camrt deploy writes this file anew as long as it has this line."
+)
 _DOCKERFILE = """\
-# Triton with camrt and the models of this folder. It needs camrt's wheel beside this file, made in camrt's checkout by
+{ours}
+# It needs camrt's wheel beside this file, made in camrt's checkout by
 #   pip wheel --no-deps -w {folder} .
 #   docker build -t camrt-triton {folder}
 #   docker run --rm {run}-p 8000:8000 -p 8001:8001 -p 8002:8002 camrt-triton
@@ -129,6 +136,10 @@ def write_repository(
     for place in places:
         if place.exists() and not overwrite:
             raise InputError(f"{place}: exists: pass another name, or overwrite (--overwrite)")
+    if how.compiled is not None:
+        check_compiler()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: not a folder")
     folder.mkdir(parents=True, exist_ok=True)
 
     def explainer(version: Path) -> str:
@@ -141,43 +152,47 @@ def write_repository(
 
     for place, fill in zip(places, (explainer, compiled), strict=False):
         _write_model(place, fill)
-    if not (folder / "Dockerfile").exists():
-        (folder / "Dockerfile").write_text(_dockerfile(folder, how.gpu))
+    _write_dockerfile(folder / "Dockerfile", how.gpu)
     return places
 
 
 def model_name(bundle: str | Path, name: str | None = None) -> str:
     """The name of the model: the given one, or that of the bundle's folder. InputError if Triton cannot have it."""
     found = Path(bundle).resolve().name.removesuffix(".camrt") if name is None else name
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,100}", found, re.ASCII):
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,99}", found, re.ASCII) or found == "Dockerfile":
         raise InputError(f"the name {found!r} cannot be a model's: pass one (--name) of letters, digits, - _ and .")
     return found
 
 
 def _check(how: Deployment) -> None:
     for what, value in (("instances", how.instances), ("max_batch", how.max_batch), ("threads", how.threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{what} {value}: use 1 or more")
+        if value is not None and not 1 <= value <= MOST:
+            raise InputError(f"{what} {value}: use 1 to {MOST}")
     if not 0 <= how.delay <= 60_000:
         raise InputError(f"delay {how.delay}: use 0 to 60000 milliseconds")
     if how.backend not in (None, "auto", *BACKENDS):
         raise UnknownName(f"no backend {how.backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+    if how.method.partition(":")[0] == "winsor_cam":
+        check_percentile(parse_method(how.method).options.get("percentile", 90))
     if how.compiled not in (None, *ENGINES):
         raise UnknownName(f"no backend of Triton's {how.compiled!r}: use {', '.join(ENGINES)}")
 
 
 def _write_model(place: Path, fill: Any) -> None:
-    """In a folder beside it, then in one step, so that a server that watches the repository sees it whole."""
+    """In a folder beside it, which then takes its place, so that a server that watches sees it whole."""
     beside = place.with_name(f".{place.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    before = place.with_name(f".{place.name}.old")
+    for folder in (beside, before):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         (beside / "1").mkdir(parents=True)
         (beside / "config.pbtxt").write_text(fill(beside / "1"))
         if place.exists():
-            shutil.rmtree(place)
+            place.rename(before)
         beside.rename(place)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for folder in (beside, before):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compiled(bundle: Path, version: Path, name: str, how: Deployment, most: int, precision: str) -> str:
@@ -221,12 +236,19 @@ def _build_engine(inputs: list[Tensor], most: int, precision: str) -> str:
     )
 
 
+def _write_dockerfile(file: Path, gpu: bool) -> None:
+    """With the versions that are installed now, unless it is the user's own. One for GPUs serves on the CPU as well."""
+    before = file.read_text() if file.exists() else _OURS
+    if before.startswith(_OURS):
+        file.write_text(_dockerfile(file.parent, gpu or "--gpus all" in before))
+
+
 def _dockerfile(folder: Path, gpu: bool) -> str:
     extras = ("onnxruntime-gpu[cuda,cudnn]", "pycuda") if gpu else ("onnxruntime",)
     pins = [_pinned(package) for package in ("numpy", "pillow", "tqdm", *extras)]
     install = (_ON_GPU if gpu else _ON_CPU).format(pins=" ".join(pins))
     run = "--gpus all " if gpu else ""
-    return _DOCKERFILE.format(folder=folder, image=IMAGE, install=install, run=run)
+    return _DOCKERFILE.format(ours=_OURS, folder=folder, image=IMAGE, install=install, run=run)
 
 
 def _pinned(package: str) -> str:
