@@ -475,17 +475,18 @@ def test_refusals_are_one_line(method: str, arguments: dict, message: str, expla
 
 def test_eigen_cams_sign_is_not_decided_by_rounding() -> None:
     """Behind a layer norm the mean over channels is zero but for rounding: the sign is told by the distance from it."""
-    random = np.random.default_rng(0)
-    tokens = random.standard_normal((6, 6, 32))
-    tokens[1:3, 2:4] += 3 * random.standard_normal(32)  # what stands out
-    normalized = (tokens - tokens.mean(axis=2, keepdims=True)).transpose(2, 0, 1)[None]
 
     def of(activation: np.ndarray) -> np.ndarray:
         return eigen_cam(SimpleNamespace(activations=[activation.astype(np.float32)], size=(6, 6))).maps[0]  # type: ignore[arg-type]
 
-    for _ in range(20):
-        found = of(normalized + 1e-6 * random.standard_normal(normalized.shape))
-        assert found[1:3, 2:4].min() > 0.5 > found[4:].max()
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        tokens = random.standard_normal((6, 6, 32))
+        tokens[1:3, 2:4] += 3 * random.standard_normal(32)  # what stands out
+        normalized = (tokens - tokens.mean(axis=2, keepdims=True)).transpose(2, 0, 1)[None]
+        for noise in (0, 1e-6, -1e-6):
+            found = of(normalized + noise * random.standard_normal(normalized.shape))
+            assert found[1:3, 2:4].min() > 0.5 > found[4:].max()
     shown = np.zeros((1, 2, 6, 6))
     shown[0, :, 0, 0], shown[0, :, 5, 5] = (1, -1), (-1, 1)  # symmetric: no rule tells the two apart
     with pytest.warns(UserWarning, match="rounding decides the sign"):

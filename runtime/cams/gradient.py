@@ -91,7 +91,7 @@ def _sign(projection: np.ndarray, centred: np.ndarray) -> np.ndarray:
         values = told.mean(axis=2)
         agreement = (projection * (values - values.mean(axis=1, keepdims=True))).sum(axis=1, keepdims=True)
         bound = np.linalg.norm(projection, axis=1) * np.linalg.norm(largest.mean(axis=2), axis=1)
-        sign = np.where(~decided & (agreement < 0), -1, sign)
+        sign = np.where(decided, sign, np.where(agreement < 0, -1.0, 1.0))
         decided |= np.abs(agreement) > _ROUNDING * bound[:, None]
         if decided.all():
             return sign
