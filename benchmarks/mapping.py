@@ -92,14 +92,14 @@ def apart(*arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("bundles", nargs="+")
+    parser.add_argument("bundles", nargs="*")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--method", default="winsor_cam")
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--core", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(sys.argv[1:] if "--one" not in sys.argv else ["x", *sys.argv[1:]])
+    arguments = parser.parse_args()
     if arguments.one:
         how, bundle, folder = arguments.one
         with tempfile.TemporaryDirectory() as out:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import install
 from .kernels import minmax
 from .method_choice import MethodChoice
 from .runtime.errors import BackendUnavailable, CamrtError
@@ -227,20 +227,6 @@ def example(explainer: Explainer, seed: int = 0) -> Any:
 
 def machine(explainer: Explainer) -> dict[str, Any]:
     """The model, the backend, the machine and the versions, for the report."""
-    packages = {}
-    for name in (
-        "camrt",
-        "numpy",
-        "pillow",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "tensorrt",
-        "tensorrt-rtx-cu13-bindings",
-    ):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "model": explainer.manifest.name,
         "input_shape": list(explainer.manifest.input_shape),
@@ -249,7 +235,7 @@ def machine(explainer: Explainer) -> dict[str, Any]:
         "processor": processor(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": install.versions(),
     }
 
 

@@ -1,6 +1,8 @@
-"""The pip command that messages give for a missing package."""
+"""Which packages are installed, and the pip command that messages give for a missing one."""
 
 from __future__ import annotations
+
+_RUNTIME = ("camrt", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings")
 
 
 def extra(name: str) -> str:
@@ -32,6 +34,19 @@ def repair(purpose: str, package: str, name: str, error: ImportError) -> str:
         return f"{purpose} needs {package}: {extra(name)}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{purpose} needs {package}, which cannot be imported ({reason}): install it again"
+
+
+def versions() -> dict[str, str]:
+    """Of camrt, and of the packages on which the last bits of maps depend, those that are installed."""
+    import importlib.metadata
+
+    found = {}
+    for package in _RUNTIME:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _origin() -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .runtime.bundle.manifest import Manifest
 from .runtime.cams.winsor import check_options
 from .runtime.errors import CamrtError
 from .runtime.explainer import Explainer
@@ -49,7 +50,7 @@ def question(
     """A checked question: what it asks for can be explained. target: a class by number or name; -1 or None for the top
     class. InputError, UnknownMethod, UnknownLayer.
     """
-    number = _class(explainer, target)
+    number = class_number(target, explainer.manifest)
     chosen = layers if layers is None or isinstance(layers, str) else tuple(layers)
     complete = explainer.check_arguments(method, number, chosen, dict(options))
     tuned = {name: complete[name] for name in TUNED.get(method, ())}
@@ -66,11 +67,12 @@ def check_percentile(percentile: Any) -> None:
         check_options(percentile, "mean", "bilinear", 0.1, 1.0)
 
 
-def _class(explainer: Explainer, target: str | int | None) -> int | None:
+def class_number(target: str | int | None, manifest: Manifest) -> int | None:
+    """A class by number or name; None for None, "" and -1, the top class. InputError for a name that no class has."""
     if target is None or target in ("", "-1", -1):
         return None
     if isinstance(target, str):
-        return int(target[:DIGITS]) if target.isdecimal() else class_index(target, explainer.manifest)
+        return int(target[:DIGITS]) if target.isdecimal() else class_index(target, manifest)
     return target
 
 

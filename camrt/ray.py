@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .mapping.rows import PIXELS, Wanted, explain_rows, prepare
+from .mapping.rows import Wanted, explain_rows, prepare
 from .method_choice import parse_method
+from .questions import class_number
 from .runtime.explainer import load
+from .tensors import PIXELS
 
 
 class Explain:
@@ -40,11 +42,9 @@ class Explain:
         """bundle: a folder that every node has. method: NAME or NAME:option=value,...; options: of the method, too.
         target: a class by number or name, by default each image's top class. The rest as camrt.load. CamrtError.
         """
-        from .mapping.rows import target_number
-
         choice = parse_method(method)
         self._explainer = load(bundle, backend, max_batch, precision, threads)
-        number = target_number(target, self._explainer.manifest)
+        number = class_number(target, self._explainer.manifest)
         self._wanted = Wanted(choice.name, {**choice.options, **options}, layers, number, "float32", pixels=pixels)
         self._explainer.check_arguments(choice.name, number, layers, dict(self._wanted.options))
 

@@ -17,7 +17,7 @@ from .runtime.explanation import Explanation
 from .runtime.images.image_batch import ImageBatch
 
 INPUTS = ("image", "picture", "target", "percentile")
-PARAMETERS = ("method", "percentile", "layers")
+PIXELS = 50_000_000  # the most of a picture, where nobody says otherwise
 
 
 class PictureTooLarge(InputError):

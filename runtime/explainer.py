@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from .. import __version__
 from ..kernels import OutOfMemory
 from .backends import Backend, Settings, create
 from .bundle.kinds import Kind
-from .bundle.manifest import MANIFEST, Manifest
+from .bundle.manifest import Manifest
 from .bundle.reading import Bundle, read_bundle
 from .cams import GRADIENT_AGGREGATIONS, LayerMaps, Method, Result, join, method_named
 from .cams.data.layer_maps import noise_of
@@ -164,11 +163,10 @@ class Explainer:
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
         """What every explanation says of what made it. bundle_sha256: of its manifest, which holds all other hashes."""
-        manifest = (self.bundle.path / MANIFEST).read_bytes()
         return {
             "camrt": __version__,
             "bundle": self.manifest.name,
-            "bundle_sha256": hashlib.sha256(manifest).hexdigest(),
+            "bundle_sha256": self.bundle.sha256,
             "engine": str(self.backend),
             "precision": self.precision,
         }

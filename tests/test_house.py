@@ -38,8 +38,8 @@ ALLOWED = {
     "camrt/deploy": (
         *("deploy", "compiling.api", "demo", "install", "kernels", "method_choice", "questions", "runtime", "tensors"),
     ),
-    "camrt/mapping": ("mapping", "image_files", "install", "kernels", "questions", "runtime", "tensors", "__version__"),
-    "camrt/ray.py": ("mapping.rows", "method_choice", "runtime"),
+    "camrt/mapping": ("mapping", "image_files", "install", "kernels", "questions", "runtime", "tensors"),
+    "camrt/ray.py": ("mapping.rows", "method_choice", "questions", "runtime", "tensors"),
     "camrt/serve": ("serve", "install", "method_choice", "questions", "runtime", "tensors", "__version__"),
     "camrt/questions.py": ("runtime",),
     "camrt/tensors.py": ("method_choice", "questions", "runtime"),
@@ -52,7 +52,7 @@ ALLOWED = {
     "camrt/methods.py": ("runtime.cams",),
     "camrt/notebook.py": ("install", "runtime"),
     "camrt/__init__.py": ("compiling.api", "explaining", "export.api", "runtime"),
-    "camrt/bench.py": ("verification.distances", "method_choice", "runtime", "kernels"),
+    "camrt/bench.py": ("install", "verification.distances", "method_choice", "runtime", "kernels"),
     "export": (
         "export",
         "install",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -42,7 +43,6 @@ import kserve.models, kubernetes.client.models as core
 for name in dir(kserve.models):
     setattr(core, name, getattr(kserve.models, name))
 given = json.load(sys.stdin)
-class Answer: data = json.dumps(given)
 client = ApiClient()
 read = client._ApiClient__deserialize(given, V1beta1InferenceService)
 print(json.dumps(client.sanitize_for_serialization(read)))
@@ -51,8 +51,6 @@ print(json.dumps(client.sanitize_for_serialization(read)))
 
 def test_inference_service_is_what_kserve_reads(environment: Path) -> None:
     """Read by KServe's own classes and written again, nothing is lost: an unknown name would be."""
-    import json
-
     (given,) = documents("inferenceservice.yaml")
     command = [str(environment / "bin" / "python"), "-c", CHECK]
     done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)

@@ -12,6 +12,8 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -188,7 +190,7 @@ def test_members_of_a_shard_have_paths_of_their_own(tmp_path: Path) -> None:
         tar.addfile(link)
     map_images(SHAPES, [str(tmp_path / "s.tar")], str(tmp_path / "o"), Wanted(map="none"), ONE)
     names = [p.removeprefix(f"{tmp_path}/s.tar/") for p in rows_of(tmp_path / "o")]
-    assert names == ["a.png", "a.png#2", "./b.JPG"] or names == ["a.png", "a.png#2", "b.JPG"]
+    assert names == ["a.png", "a.png#2", "./b.JPG"]
 
 
 # ---- rows
@@ -385,7 +387,7 @@ def test_what_no_image_can_be_asked_is_refused_at_once(
 ) -> None:
     assert main(["map", str(SHAPES), str(photos), "--out", str(tmp_path / "o"), *wrong]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and wrong[0].strip("-").partition("method")[0] in said
+    assert said.count("\n") == 1 and ("percentile" if wrong[0] == "--method" else wrong[0].strip("-")) in said
     assert not (tmp_path / "o").exists()
 
 
@@ -420,18 +422,28 @@ def test_workers_that_always_die_end_the_run(
     assert "workers died 3 times" in capsys.readouterr().err
 
 
-def test_an_object_store_is_read_and_written(photos: Path, tmp_path: Path) -> None:
-    """By a server of S3's protocol on this machine, where moto is installed (make cluster)."""
+@contextmanager
+def object_store(bucket: str) -> Iterator[tuple[Place, str]]:
+    """A bucket with the pictures in BUCKET/in, and the options of its address: a server of S3's protocol on this host,
+    where moto is installed (make cluster).
+    """
     server = pytest.importorskip("moto.server", reason="make cluster installs moto")
     running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     running.start()
     try:
         host, port = running.get_host_and_port()
-        tail = f"?scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
-        store = Place.of(f"s3://key:secret@bucket{tail}")
+        options = f"?scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
+        store = Place.of(f"s3://key:secret@{bucket}{options}")
         store.make_folder()
         for i, data in enumerate(PICTURES):
-            Place(store.filesystem, f"bucket/in/{i:02d}.png", "").write(data)
+            store.child(f"in/{i:02d}.png").write(data)
+        yield store, options
+    finally:
+        running.stop()
+
+
+def test_an_object_store_is_read_and_written(photos: Path, tmp_path: Path) -> None:
+    with object_store("bucket") as (store, tail):
         source, out = f"s3://key:secret@bucket/in{tail}", f"s3://key:secret@bucket/out{tail}"
         summary = map_images(SHAPES, [source], out, Wanted(), ONE, part=8)
         assert (summary.images, summary.failed) == (20, 0)
@@ -439,15 +451,13 @@ def test_an_object_store_is_read_and_written(photos: Path, tmp_path: Path) -> No
         assert again.parts_before == 3 and again.images == again.before == 20
         rows = pq.read_table("bucket/out", filesystem=store.filesystem).to_pylist()
         assert sorted(r["path"] for r in rows) == [f"s3://bucket/in/{i:02d}.png" for i in range(20)]
-        told = Place(store.filesystem, f"bucket/out/{RUN}", "").read().decode()
+        told = store.child(f"out/{RUN}").read().decode()
         assert "secret" not in told and "key" not in told
         pattern = f"s3://key:secret@bucket/in/0*.png{tail}"
         assert map_images(SHAPES, [pattern], str(tmp_path / "o"), Wanted(), ONE).images == 10
         with pytest.raises(InputError, match=r"s3://bucket/nothing: no") as caught:
             find(f"s3://key:secret@bucket/nothing{tail}")
         assert "secret" not in str(caught.value)
-    finally:
-        running.stop()
 
 
 def test_a_full_disk_or_a_folder_without_rights_is_one_line(

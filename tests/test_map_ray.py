@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_map import PICTURES, SHAPES, explained, rows_of
+from test_map import PICTURES, SHAPES, explained, object_store, rows_of
 
 from camrt.mapping.places import Place
 from camrt.mapping.rows import Wanted
@@ -23,12 +23,10 @@ from camrt.mapping.run import Means, Summary, map_images
 
 ray: Any = pytest.importorskip("ray", reason="make cluster installs Ray")
 
-ADDRESS = ["--batch", "2", "--actors", "3", "--backend", "onnxruntime"]
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head and two workers, of two CPUs each."""
+    """A head of one CPU and two workers of two."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
@@ -117,7 +115,8 @@ def test_a_node_that_is_lost_loses_no_image(means: Means, cluster: Any, photos: 
 def test_a_driver_that_is_killed_is_resumed(means: Means, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     command = [sys.executable, "-m", "camrt", "map", str(SHAPES), str(photos), "--out", str(out), "--part", "2"]
-    command += ["--method", "score_cam_pp", "--address", str(means.address), *ADDRESS]
+    command += ["--method", "score_cam_pp", "--address", str(means.address)]
+    command += ["--batch", "2", "--actors", "3", "--backend", "onnxruntime"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + 120
     while len(list(out.glob("part-*.parquet"))) < 3 and time.monotonic() < until:
@@ -155,21 +154,10 @@ def test_the_bundle_travels_to_nodes_that_do_not_have_it(cluster: Any, photos: P
 
 
 def test_an_object_store_is_read_and_written_by_actors(means: Means) -> None:
-    server = pytest.importorskip("moto.server", reason="make cluster installs moto")
-    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    try:
-        host, port = running.get_host_and_port()
-        tail = f"?scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
-        store = Place.of(f"s3://key:secret@cluster{tail}")
-        store.make_folder()
-        for i, data in enumerate(PICTURES):
-            Place(store.filesystem, f"cluster/in/{i:02d}.png", "").write(data)
+    with object_store("cluster") as (store, tail):
         source, out = f"s3://key:secret@cluster/in{tail}", f"s3://key:secret@cluster/out{tail}"
         assert map_images(SHAPES, [source], out, Wanted(map="png"), means, part=6).images == 20
         assert len(pq.read_table("cluster/out", filesystem=store.filesystem)) == 20
-    finally:
-        running.stop()
 
 
 def test_actor_explains_in_a_pipeline_of_ones_own(cluster: Any, photos: Path) -> None:

@@ -46,15 +46,16 @@ def run(options: argparse.Namespace) -> int:
     """1 if images could not be explained."""
     from tqdm import tqdm
 
-    from ..mapping.rows import Wanted, target_number
+    from ..mapping.rows import Wanted
     from ..mapping.run import Means, Summary, map_images
+    from ..questions import class_number
     from ..runtime.bundle.reading import read_bundle
     from ..runtime.errors import InputError
 
     if options.price is not None and not 0 <= options.price < 1e9:
         raise InputError(f"price {options.price}: of a machine for an hour, 0 or more")
     choice = parse_method(options.method)
-    target = target_number(options.target, read_bundle(options.bundle).manifest)
+    target = class_number(options.target, read_bundle(options.bundle).manifest)
     layers = layers_of(options.layers)
     wanted = Wanted(choice.name, choice.options, layers, target, options.map, options.overlay)
     means = Means(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import socket
 import tempfile
@@ -23,7 +24,6 @@ from .worker import Done, Job, Worker
 def _ray() -> Any:
     """CamrtError without the ray extra."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
         import ray.data
@@ -84,8 +84,6 @@ class TaskActor:
         self._worker = Worker(job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import pickle
-
         done = [self._worker.run(pickle.loads(task)) for task in batch["task"]]
         return {"done": [json.dumps(asdict(d)) for d in done]}
 
@@ -96,8 +94,6 @@ class TaskActor:
 
 def run_on_ray(ray: Any, job: Job, tasks: Sequence[Task], actors: int) -> Iterator[Done]:
     """Yields each task when its part is written. What a lost worker or node had begun runs again elsewhere."""
-    import pickle
-
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
@@ -112,7 +108,7 @@ def run_on_ray(ray: Any, job: Job, tasks: Sequence[Task], actors: int) -> Iterat
         TaskActor,
         fn_constructor_args=(job, [files]),  # in a list, so that each actor fetches it itself
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=min(actors, len(tasks))),
+        compute=ActorPoolStrategy(min_size=1, max_size=actors),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
     )

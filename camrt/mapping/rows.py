@@ -13,14 +13,13 @@ from PIL import Image
 
 from ..kernels import minmax
 from ..runtime.bundle.manifest import Manifest
-from ..runtime.errors import CamrtError, InputError
+from ..runtime.errors import CamrtError
 from ..runtime.explainer import Explainer
 from ..runtime.explanation import Explanation
 from ..runtime.images.image_batch import ImageBatch
-from ..tensors import check_pixels
+from ..tensors import PIXELS, check_pixels
 
 MAPS = ("float16", "float32", "png", "none")
-PIXELS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -177,15 +176,3 @@ def _array(values: Any, kind: Any) -> Any:
         flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
         return pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
     return pa.array(list(values) if pa.types.is_list(kind) else values, kind)
-
-
-def target_number(target: str | int | None, manifest: Manifest) -> int | None:
-    """A class by number or name; None for -1, each image's top class. InputError if there is none."""
-    from ..runtime.targets import class_index
-
-    if target is None or str(target) in ("", "-1"):
-        return None
-    number = int(target) if isinstance(target, int) or target.isdecimal() else class_index(target, manifest)
-    if not 0 <= number < manifest.num_classes:
-        raise InputError(f"class {number} is out of range: the network has classes 0..{manifest.num_classes - 1}")
-    return number

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -15,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import install
 from ..questions import check_percentile
 from ..runtime.backends import BACKENDS, create
-from ..runtime.bundle.manifest import MANIFEST
 from ..runtime.bundle.reading import Bundle, read_bundle
 from ..runtime.cams import method_named
 from ..runtime.errors import InputError
 from ..runtime.layer_choice import chosen_layers
+from ..runtime.targets import read_targets
 from .places import RUN, Place, would_find
 from .processes import run_processes
 from .rows import MAPS, Wanted
@@ -30,7 +28,6 @@ from .tasks import Task, fingerprint, plan
 from .worker import Done, Job, part_name, problems_of
 
 SUMMARY = "_summary.json"  # what reads a folder of Parquet files leaves names with _ out
-_PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings")
 
 
 @dataclass
@@ -173,6 +170,7 @@ def _check(bundle: Bundle, wanted: Wanted, means: Means) -> None:
     method = method_named(wanted.method)
     method.check_options(dict(wanted.options))
     chosen_layers(bundle.manifest, method, wanted.layers)
+    read_targets(wanted.target, 1, bundle.manifest)
     if bundle.manifest.preprocess is None:
         raise InputError(f"{bundle.path}: has no recipe to preprocess pictures by: add one with 'camrt recipe'")
     if wanted.map not in MAPS:
@@ -201,8 +199,8 @@ def _described(
     return {
         "format": 1,
         "bundle": bundle.manifest.name,
-        "bundle_sha256": hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
-        "versions": {"camrt": __version__, **_versions()},
+        "bundle_sha256": bundle.sha256,
+        "versions": install.versions(),
         "backend": means.backend,
         "precision": precision,
         "batch": means.batch,
@@ -213,16 +211,6 @@ def _described(
         "images_per_part": part,
         "parts": len(tasks),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _public(source: str) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..image_files import suffixes
@@ -67,7 +67,7 @@ def plan(sources: Sequence[str], part: int) -> list[Task]:
     if not tasks:
         named = ", ".join(source.partition("?")[0] for source in sources)
         raise InputError(f"{named}: no pictures, .parquet or .tar files there")
-    return [Task(i, t.kind, t.places, t.images, t.groups, t.first_row) for i, t in enumerate(tasks)]
+    return [replace(task, number=number) for number, task in enumerate(tasks)]
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,7 +44,6 @@ class Done:
     number: int
     images: int
     problems: dict[str, int]
-    seconds: float
 
 
 def part_name(number: int) -> str:
@@ -77,7 +75,7 @@ class Worker:
         """Explains a task's images and writes its part, all or nothing. OSError if it cannot be written."""
         import pyarrow.parquet
 
-        started, problems, images = time.monotonic(), Counter(), 0
+        problems, images = Counter(), 0
         # a dictionary of the numbers of maps costs much time, and saves nothing
         form = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": ["path"]}
         with (
@@ -96,7 +94,7 @@ class Worker:
                 images += len(batch)
             if writing is not None:
                 writing.result()
-        return Done(task.number, images, dict(problems), time.monotonic() - started)
+        return Done(task.number, images, dict(problems))
 
     def _batches(self, task: Task) -> Iterator[list[Prepared]]:
         """The images, read and decoded ahead of the network, which does not wait for them."""

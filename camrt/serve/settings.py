@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..tensors import PIXELS
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,7 +19,7 @@ class Settings:
     wait: float = 0.002
     queue: int = 256
     body: int = 32_000_000
-    pixels: int = 50_000_000
+    pixels: int = PIXELS
     images: int = 64
     timeout: float = 60.0
     keep: float = 300.0

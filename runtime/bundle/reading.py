@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import stat
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ class Bundle:
     path: Path
     manifest: Manifest
     _checked: set[str] = field(default_factory=set, compare=False)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of its manifest, which holds the hashes of all other files."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
     @property
     def precisions(self) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from ...demo.scenes import draw_scene
 from ...kernels import minmax
 from ...runtime.errors import CamrtError, InputError, first_line
 from ...runtime.explainer import Explainer, load
+from ...runtime.explanation import Explanation
 from ...runtime.images.image_batch import ImageBatch
 
 LIMIT = 1e-5  # largest difference of maps after min-max, where engine and precision are the same
@@ -79,6 +80,28 @@ class _Client:
             return client.infer(self._model, given, parameters=dict(parameters) or None)
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A request. images: what it asks to explain, as arrays; inputs: as they are sent."""
+
+    what: str
+    images: np.ndarray
+    inputs: dict[str, np.ndarray]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def wanted(self, explainer: Explainer) -> Iterator[Explanation]:
+        """Of each image, explained here."""
+        method = self.parameters.get("method", "winsor_cam")
+        for i, image in enumerate(self.images):
+            target = int(self.inputs["target"][i, 0]) if "target" in self.inputs else None
+            options: dict[str, Any] = {}
+            if method == "winsor_cam":
+                options["percentile"] = self.parameters.get("percentile", 90)
+            if "percentile" in self.inputs:
+                options["percentile"] = float(self.inputs["percentile"][i, 0])
+            yield explainer.explain(image[None], method, target, **options)
+
+
 def check_server(bundle: str | Path, url: str, name: str, precision: str | None = None) -> list[Row]:
     """Sends the demo's pictures by several clients at once, and one wrong request.
 
@@ -86,66 +109,50 @@ def check_server(bundle: str | Path, url: str, name: str, precision: str | None 
     answers there or its model is not ready.
     """
     explainer, client = load(bundle, "onnxruntime", precision=precision), _Client(url, name)
-    rng = np.random.default_rng(0)
+    cases = _cases(explainer)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda case: _compared(explainer, client, case), cases))
+    return [*rows, _refused(client, cases[0].images, explainer.manifest.num_classes)]
+
+
+def _cases(explainer: Explainer) -> list[_Case]:
     manifest = explainer.manifest
+    cases = []
     if manifest.preprocess is None:
-        arrays = rng.standard_normal((_PICTURES, *manifest.input_shape), np.float32)
-        pictures = None
+        arrays = np.random.default_rng(0).standard_normal((_PICTURES, *manifest.input_shape), np.float32)
     else:
         pictures = [_png(draw_scene(seed)[0]) for seed in range(_PICTURES)]
         arrays = np.concatenate([ImageBatch(p, manifest).on_host() for p in pictures])
-    last = manifest.num_classes - 1
-    cases: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = []
-    for i in range(_PICTURES):
-        cases.append((f"image {i}", {"image": arrays[i : i + 1]}, {}))
-        if pictures is not None:
-            cases.append((f"picture {i}", {"picture": np.array([[pictures[i]]], object)}, {}))
-    ones = np.ones((_PICTURES, 1))
-    cases += [
-        ("a batch" if manifest.batch == "dynamic" else "", {"image": arrays}, {}),
-        ("class and percentile", {"image": arrays, "target": (ones * last).astype(np.int64)}, {"percentile": 50}),
-        ("percentiles", {"image": arrays, "percentile": (ones * [[0], [30], [60], [99]]).astype(np.float32)}, {}),
-        ("grad_cam", {"image": arrays}, {"method": "grad_cam"}),
+        for i, picture in enumerate(pictures):
+            cases.append(_Case(f"picture {i}", arrays[i : i + 1], {"picture": np.array([[picture]], object)}))
+    cases += [_Case(f"image {i}", arrays[i : i + 1], {"image": arrays[i : i + 1]}) for i in range(_PICTURES)]
+    several = arrays if manifest.batch == "dynamic" else arrays[:1]
+    classes = np.full((len(several), 1), manifest.num_classes - 1, np.int64)
+    percentiles = np.linspace(0, 99, len(several), dtype=np.float32)[:, None]
+    return [
+        *cases,
+        _Case("a batch", several, {"image": several}),
+        _Case("class and percentile", several, {"image": several, "target": classes}, {"percentile": 50}),
+        _Case("percentiles", several, {"image": several, "percentile": percentiles}),
+        _Case("grad_cam", several, {"image": several}, {"method": "grad_cam"}),
     ]
-    if manifest.batch != "dynamic":
-        cases = [(w, {k: v[:1] for k, v in inputs.items()}, p) for w, inputs, p in cases if w]
-    with ThreadPoolExecutor(4) as pool:
-        rows = list(pool.map(lambda case: _compared(explainer, client, arrays, *case), cases))
-    return [*rows, _refused(client, arrays[:1], last + 1)]
 
 
-def _compared(
-    explainer: Explainer,
-    client: _Client,
-    arrays: np.ndarray,
-    what: str,
-    inputs: dict[str, np.ndarray],
-    parameters: dict[str, Any],
-) -> Row:
+def _compared(explainer: Explainer, client: _Client, case: _Case) -> Row:
     try:
-        answer = client.infer(inputs, {"method": "winsor_cam"} | parameters)
+        answer = client.infer(case.inputs, {"method": "winsor_cam"} | case.parameters)
     except Exception as error:
-        return Row(what, problem=first_line(error))
-    which = slice(int(what.split()[1]), int(what.split()[1]) + 1) if what[-1].isdigit() else slice(len(arrays))
-    images = inputs.get("image", arrays[which])
-    targets = inputs["target"][:, 0].tolist() if "target" in inputs else None
-    method = parameters.get("method", "winsor_cam")
-    percentiles = np.full(len(images), parameters.get("percentile", 90), np.float64)
-    if "percentile" in inputs:
-        percentiles = inputs["percentile"][:, 0].astype(np.float64)
-    worst = 0.0
+        return Row(case.what, problem=first_line(error))
     maps, classes = answer.as_numpy("map"), answer.as_numpy("class")
-    if maps is None or classes is None or len(maps) != len(images):
-        return Row(what, problem="the answer is not of camrt's model: it has no map or no class of each image")
-    for i, percentile in enumerate(percentiles):
-        options: dict[str, Any] = {"percentile": float(percentile)} if method == "winsor_cam" else {}
-        want = explainer.explain(images[i : i + 1], method, None if targets is None else targets[i], **options)
-        explained = int(classes.ravel()[i])
+    if maps is None or classes is None or len(maps) != len(case.images):
+        return Row(case.what, problem="the answer is not of camrt's model: it has no map or no class of each image")
+    worst = 0.0
+    for got, explained, want in zip(maps, classes.ravel(), case.wanted(explainer), strict=True):
         assert want.target is not None
-        if explained != int(want.target[0]):
-            return Row(what, problem=f"explains class {explained}, here {want.target[0]}")
-        worst = max(worst, float(np.abs(minmax(maps[i]) - minmax(want.maps[0])).max()))
-    return Row(what, worst)
+        if explained != want.target[0]:
+            return Row(case.what, problem=f"explains class {explained}, here {want.target[0]}")
+        worst = max(worst, float(np.abs(minmax(got) - minmax(want.maps[0])).max()))
+    return Row(case.what, worst)
 
 
 def _refused(client: _Client, image: np.ndarray, number: int) -> Row:

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...compiling.api import check_compiler
+from ...compiling.api import check_compiler, check_outside
 from ...method_choice import parse_method
 from ...questions import check_percentile
 from ...runtime.backends import BACKENDS
+from ...runtime.bundle.manifest import Manifest
 from ...runtime.bundle.reading import read_bundle
 from ...runtime.errors import CamrtError, InputError, UnknownName
+from ...tensors import PIXELS
 from .config import ModelConfig, Tensor
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"  # Python 3.12, CUDA 13.0, TensorRT 10.13
 ENGINES = ("onnxruntime", "tensorrt")
-PIXELS = 50_000_000
 MOST = 1024  # instances, images in a run, threads
 
 _MODEL = '''\
@@ -85,7 +86,7 @@ class Deployment:
 def write_repository(
     bundle: str | Path, repository: str | Path, how: Deployment | None = None, overwrite: bool = False
 ) -> list[Path]:
-    """Adds the models of a bundle to a model repository, and a Dockerfile where it has none. Returns their folders.
+    """Adds the models of a bundle to a model repository, and a Dockerfile. Returns the models' folders.
 
     The bundle is copied into the repository. BundleError, InputError, UnknownName, UnknownMethod; CamrtError where
     `compiled` lacks the compile extra.
@@ -95,41 +96,10 @@ def write_repository(
     manifest = opened.manifest
     name = model_name(bundle, how.name)
     _check(how)
-    if folder.resolve().is_relative_to(opened.path.resolve()):
-        raise InputError(f"{folder}: lies in the bundle, whose files must not change: write it elsewhere")
+    check_outside(folder, opened.path)
     most = how.max_batch if manifest.batch == "dynamic" else 1
     choice, precision = parse_method(how.method), opened.chosen_precision(how.precision)
-    image = Tensor("image", "float32", manifest.input_shape, optional=True)
-    picture = [Tensor("picture", "string", (1,), optional=True)] if manifest.preprocess is not None else []
-    config = ModelConfig(
-        name,
-        "python",
-        most,
-        [
-            image,
-            *picture,
-            Tensor("target", "int64", (1,), optional=True),
-            Tensor("percentile", "float32", (1,), optional=True),
-        ],
-        [
-            Tensor("map", "float32", manifest.input_shape[1:]),
-            Tensor("logits", "float32", (manifest.num_classes,)),
-            Tensor("layer_weights", "float32", (-1,)),
-            Tensor("class", "int64", ()),
-        ],
-        ["image"],
-        how.delay,
-        how.gpu,
-        how.instances,
-        {
-            "bundle": "bundle.camrt",
-            "backend": how.backend or ("auto" if how.gpu else "onnxruntime"),
-            "precision": precision,
-            "threads": how.threads or "",
-            "method": how.method,
-            "pixels": PIXELS,
-        },
-    )
+    config = _explainers_config(name, manifest, how, most, precision)
     places = [folder / name]
     if how.compiled is not None:
         places.append(folder / f"{name}_{choice.name}")
@@ -154,6 +124,41 @@ def write_repository(
         _write_model(place, fill)
     _write_dockerfile(folder / "Dockerfile", how.gpu)
     return places
+
+
+def _explainers_config(name: str, manifest: Manifest, how: Deployment, most: int, precision: str) -> ModelConfig:
+    """Of the model that the Python backend runs."""
+    image = Tensor("image", "float32", manifest.input_shape, optional=True)
+    picture = [Tensor("picture", "string", (1,), optional=True)] if manifest.preprocess is not None else []
+    return ModelConfig(
+        name,
+        "python",
+        most,
+        inputs=[
+            image,
+            *picture,
+            Tensor("target", "int64", (1,), optional=True),
+            Tensor("percentile", "float32", (1,), optional=True),
+        ],
+        outputs=[
+            Tensor("map", "float32", manifest.input_shape[1:]),
+            Tensor("logits", "float32", (manifest.num_classes,)),
+            Tensor("layer_weights", "float32", (-1,)),
+            Tensor("class", "int64", ()),
+        ],
+        warm=["image"],
+        delay=how.delay,
+        gpu=how.gpu,
+        instances=how.instances,
+        parameters={
+            "bundle": "bundle.camrt",
+            "backend": how.backend or ("auto" if how.gpu else "onnxruntime"),
+            "precision": precision,
+            "threads": how.threads or "",
+            "method": how.method,
+            "pixels": PIXELS,
+        },
+    )
 
 
 def model_name(bundle: str | Path, name: str | None = None) -> str:

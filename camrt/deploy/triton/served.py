@@ -10,7 +10,7 @@ from typing import Any
 from ...questions import Question, answers
 from ...runtime.backends import Settings, create
 from ...runtime.bundle.reading import read_bundle
-from ...runtime.errors import CamrtError, InputError, first_line
+from ...runtime.errors import CamrtError, first_line
 from ...runtime.explainer import Explainer
 from ...runtime.explanation import Explanation
 from ...tensors import INPUTS, read_question, read_tensors, write_tensors
@@ -84,7 +84,7 @@ class TritonPythonModel:
         return self._triton.InferenceResponse([self._triton.Tensor(*named) for named in tensors.items()])
 
     def _error(self, error: Exception) -> Any:
-        if isinstance(error, InputError | CamrtError):
+        if isinstance(error, CamrtError):
             return self._triton.TritonError(str(error), self._triton.TritonError.INVALID_ARG)
         self._triton.Logger.log_error(f"camrt: {type(error).__name__}: {first_line(error)}")
         internal = self._triton.TritonError.INTERNAL
