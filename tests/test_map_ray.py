@@ -27,7 +27,7 @@ ray: Any = pytest.importorskip("ray", reason="make cluster installs Ray")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head of one CPU and two workers of two."""
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     memory = 150 * 2**20

@@ -26,7 +26,7 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     try:
         import ray
-        import ray.data
+        import ray.data  # pyright: ignore[reportMissingImports]
 
         return ray
     except ImportError as error:
@@ -71,10 +71,8 @@ class TaskActor:
     """Runs tasks. The bundle travels with it, to nodes that do not have it."""
 
     def __init__(self, job: Job, files: Any) -> None:
-        import ray
-
         self._folder: str | None = None
-        contents: dict[str, bytes] = ray.get(files[0])
+        contents: dict[str, bytes] = _ray().get(files[0])
         here = Path(job.bundle) / MANIFEST
         if not (here.is_file() and here.read_bytes() == contents[MANIFEST]):
             self._folder = tempfile.mkdtemp(prefix="camrt-bundle-")
@@ -94,9 +92,7 @@ class TaskActor:
 
 def run_on_ray(ray: Any, job: Job, tasks: Sequence[Task], actors: int) -> Iterator[Done]:
     """Yields each task when its part is written. What a lost worker or node had begun runs again elsewhere."""
-    from ray.data import ActorPoolStrategy, DataContext
-
-    context = DataContext.get_current()
+    context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     bundle = Path(job.bundle)
@@ -108,7 +104,7 @@ def run_on_ray(ray: Any, job: Job, tasks: Sequence[Task], actors: int) -> Iterat
         TaskActor,
         fn_constructor_args=(job, [files]),  # in a list, so that each actor fetches it itself
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
     )
