@@ -32,14 +32,20 @@ def kernels_of(source: Path) -> list[str]:
     return re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\s*\(', done.stdout)
 
 
-def compile_server(folder: Path, sources: Path = SOURCES, optimization: str = "-O1") -> Path:
-    """The server program with every kernel of `sources`, in `folder`."""
+def list_kernels(folder: Path, sources: Path = SOURCES) -> Path:
+    """Writes folder/kernels.inc: every .cu of `sources` in a namespace, and ALL_KERNELS."""
     lines, kernels = ['#include "common.cuh"'], []
     for source in sorted(sources.glob("*.cu")):
         lines += [f"namespace {source.stem} {{", f'#include "{source}"', "}"]
         kernels += [f"KERNEL({source.stem}, {name})" for name in kernels_of(source)]
     listing = folder / "kernels.inc"
     listing.write_text("\n".join([*lines, f"#define ALL_KERNELS {' '.join(kernels)}", ""]))
+    return listing
+
+
+def compile_server(folder: Path, sources: Path = SOURCES, optimization: str = "-O1") -> Path:
+    """The server program with every kernel of `sources`, in `folder`."""
+    listing = list_kernels(folder, sources)
     server = folder / "server"
     options = ["-std=c++20", optimization, "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *SANITIZERS]
     places = [f"-I{EMULATION}", f"-I{sources}", f'-DKERNELS_FILE="{listing}"']

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from .device import Device
 
 
+def _block_of(array: np.ndarray) -> Any:
+    """The block of a pinned array, or of a part of one; None if its memory is pageable."""
+    memory: Any = array
+    while isinstance(memory, np.ndarray):
+        memory = memory.base
+    return memory.block if isinstance(memory, HostMemory) else None
+
+
 class Stream:
     """A queue of work on a GPU, with the memory that it uses. Made by `Device.stream`.
 
@@ -86,23 +94,26 @@ class Stream:
         return np.asarray(HostMemory(block.memory.ctypes.data, shape, dtype, block))
 
     def upload(self, array: np.ndarray, out: DeviceArray | None = None) -> DeviceArray:
-        """Queues a copy to the GPU, into `out` or a new array."""
+        """Queues a copy to the GPU, into `out` or a new array. The array may be changed as soon as this returns.
+
+        An array of `pinned` is read later, when the copy runs. ValueError if it does not fit into `out`; OutOfMemory.
+        """
         array = np.asarray(array, order="C")
         out = self.empty(array.shape, array.dtype) if out is None else out
         if (out.shape, out.dtype) != (array.shape, array.dtype):
             raise ValueError(f"upload: {array.dtype}{list(array.shape)} does not fit into {out.dtype}{list(out.shape)}")
         if not array.size:
             return out
+        if _block_of(array) is None:  # the driver may read pageable memory whenever it likes
+            staged = self.pinned((array.nbytes,), np.uint8)
+            staged[:] = array.reshape(-1).view(np.uint8)
+            array = staged
         with self.device.active("upload") as cuda:
             cuda.memcpy_htod_async(out.pointer, array, self._stream)
             if self._graph is not None:
                 self.hold((array, out))
             else:
-                memory = array
-                while isinstance(memory, np.ndarray):
-                    memory = memory.base
-                if isinstance(memory, HostMemory):
-                    memory.block.busy = cuda.Event().record(self._stream)
+                _block_of(array).busy = cuda.Event().record(self._stream)
         return out
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
