@@ -9,9 +9,11 @@ reads it, as with any two streams.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+
+import numpy as np
 
 from .gpu.arrays import DeviceArray, device_array, is_device_array
 from .gpu.queue import Queue
@@ -19,36 +21,58 @@ from .gpu.queue import Queue
 Stream = Queue | int | None
 
 
-@contextmanager
-def prepared(kernel: str, stream: Stream, written: str = "", **values: Any) -> Iterator[tuple[Queue | None, list[Any]]]:
-    """(queue, values as DeviceArrays) if at least one value is on a GPU; else (None, the values as they are).
+class prepared:
+    """Gives (queue, values as DeviceArrays) if at least one value is on a GPU; else (None, the values as they are).
 
     A value that is None stays None. written: the name of the value that the kernel writes. The queue first waits for
     the streams that the arrays come from; afterwards these streams wait for the queued work. ValueError; DeviceError.
     """
-    if not any(map(is_device_array, values.values())):
-        yield None, list(values.values())
-        return
-    if not isinstance(stream, int | Queue | None):
-        raise ValueError(f"{kernel}: stream {stream!r}: use a camrt Stream, a handle (an int) or None")
-    handle = stream.handle if isinstance(stream, Queue) else stream or 0
-    device_values = [
-        None if v is None else device_array(v, f"{kernel}: {name}", handle, name == written)
-        for name, v in values.items()
-    ]
-    arrays = [a for a in device_values if a is not None]
-    with _queue(stream, arrays) as queue:
-        others = {a.stream for a in arrays if a.stream is not None} - {handle, queue.handle}
-        for other in others:
+
+    __slots__ = ("_following", "_kernel", "_others", "_queue", "_stream", "_values", "_written")
+
+    def __init__(self, kernel: str, stream: Stream, written: str = "", **values: Any) -> None:
+        self._kernel, self._stream, self._written, self._values = kernel, stream, written, values
+        self._queue: Queue | None = None
+        self._others: set[int] = set()
+        self._following: AbstractContextManager[Queue] | None = None
+
+    def __enter__(self) -> tuple[Queue | None, list[Any]]:
+        values, kernel, stream = self._values, self._kernel, self._stream
+        for value in values.values():
+            if not (value is None or isinstance(value, np.ndarray)) and is_device_array(value):
+                break
+        else:
+            return None, list(values.values())
+        if not (isinstance(stream, Queue | int) or stream is None):
+            raise ValueError(f"{kernel}: stream {stream!r}: use a camrt Stream, a handle (an int) or None")
+        handle = stream.handle if isinstance(stream, Queue) else stream or 0
+        arrays = [
+            v
+            if v is None or isinstance(v, DeviceArray)
+            else device_array(v, f"{kernel}: {name}", handle, name == self._written)
+            for name, v in values.items()
+        ]
+        queue = stream if isinstance(stream, Queue) else self._follow(handle, arrays)
+        self._queue = queue
+        for array in arrays:
+            if array is not None and array.stream is not None and array.stream not in (handle, queue.handle):
+                self._others.add(array.stream)
+        for other in self._others:
             queue.wait_for(other)
-        yield queue, device_values
-        for other in others:
-            queue.hold_back(other)
+        return queue, arrays
 
+    def _follow(self, handle: int, arrays: Sequence[DeviceArray | None]) -> Queue:
+        from .gpu.device import in_order_of
 
-def _queue(stream: Stream, arrays: Sequence[DeviceArray]) -> AbstractContextManager[Queue]:
-    if isinstance(stream, Queue):
-        return nullcontext(stream)
-    from .gpu.device import in_order_of
+        pointer = next((a.pointer for a in arrays if a is not None and a.pointer), 0)
+        self._following = in_order_of(handle, pointer)
+        return self._following.__enter__()
 
-    return in_order_of(stream or 0, next((a.pointer for a in arrays if a.pointer), 0))
+    def __exit__(self, *error: Any) -> None:
+        if self._queue is None:
+            return
+        if error[0] is None:
+            for other in self._others:
+                self._queue.hold_back(other)
+        if self._following is not None:
+            self._following.__exit__(*error)

@@ -14,10 +14,12 @@ def expect(
     """ValueError if the array has another shape or dtype. shape: a number for a fixed length, a letter for any."""
     if not hasattr(array, "shape") or not isinstance(array.dtype, np.dtype):
         raise ValueError(f"{kernel}: {name} is a {type(array).__name__}, needed a NumPy or GPU array")
-    fits = all(isinstance(want, str) or want == got for want, got in zip(shape, array.shape, strict=False))
-    if len(array.shape) != len(shape) or not fits:
+    fits = len(array.shape) == len(shape)
+    for want, got in zip(shape, array.shape, strict=False):
+        fits = fits and (isinstance(want, str) or want == got)
+    if not fits:
         raise ValueError(f"{kernel}: {name} is {tuple(array.shape)}, needed ({', '.join(map(str, shape))})")
-    if np.dtype(array.dtype).name not in dtypes:
+    if array.dtype not in dtypes:
         raise ValueError(f"{kernel}: {name} {tuple(array.shape)} is {array.dtype}, needed {' or '.join(dtypes)}")
 
 

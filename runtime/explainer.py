@@ -16,7 +16,7 @@ from .backends import Backend, Settings, create
 from .bundle.kinds import Kind
 from .bundle.manifest import Manifest
 from .bundle.reading import Bundle, read_bundle
-from .cams import GRADIENT_AGGREGATIONS, LayerMaps, Method, Result, join, method_named
+from .cams import GRADIENT_AGGREGATIONS, LayerMaps, MaskedRuns, Method, Result, join, method_named
 from .cams.data.layer_maps import noise_of
 from .errors import CamrtError, InputError, UnknownMethod, warn
 from .explanation import Explanation
@@ -29,23 +29,36 @@ from .session.session import Session
 from .session.timing import Stages
 from .targets import Targets, read_targets
 
+MASKS_ON_GPU = 64  # masked images in one run on a GPU; halved while its memory does not suffice
+
 
 class Explainer:
     """Explains images with the programs of one bundle. May be used from several threads.
 
-    backend: an opened backend; max_batch: the most images, targets or masked images in one run; precision: "fp32" or
-    "fp16", by default the bundle's first. session: runs the programs. InputError if max_batch is below 1 or the bundle
-    does not have the precision.
+    backend: an opened backend; max_batch: the most images or targets in one run; precision: "fp32" or "fp16", by
+    default the bundle's first; mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a
+    GPU. session: runs the programs. InputError if max_batch or mask_batch is below 1 or the bundle does not have the
+    precision.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int = 16, precision: str | None = None):
-        if max_batch < 1:
-            raise InputError(f"max_batch {max_batch}: use 1 or more")
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        max_batch: int = 16,
+        precision: str | None = None,
+        mask_batch: int | None = None,
+    ):
+        if mask_batch is None:
+            mask_batch = max_batch if backend.gpu is None else max(max_batch, MASKS_ON_GPU)
+        for name, value in (("max_batch", max_batch), ("mask_batch", mask_batch)):
+            if value < 1:
+                raise InputError(f"{name} {value}: use 1 or more")
         self.bundle = bundle
         self.backend = backend
         self.manifest: Manifest = bundle.manifest
         self.precision = bundle.chosen_precision(precision)
-        self.session = Session(bundle, backend, max_batch, self.precision)
+        self.session = Session(bundle, backend, max_batch, mask_batch, self.precision)
         self._settings: tuple[int | None, int] = (None, 0)  # threads and device, as `load` took them
 
     @property
@@ -82,7 +95,8 @@ class Explainer:
         with self.session.stage("preprocess"):
             pictures = ImageBatch(images, self.manifest)
         targets = read_targets(target, len(pictures), self.manifest)
-        return self._within_memory(lambda: self._explained(pictures, chosen, targets, names, options))
+        masks = issubclass(chosen.data(options), MaskedRuns)
+        return self._within_memory(lambda: self._explained(pictures, chosen, targets, names, options), masks)
 
     def check_arguments(
         self, method: str, target: Any, layers: Sequence[str] | str | None, options: dict[str, Any]
@@ -174,22 +188,26 @@ class Explainer:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, it is a bundle's path and settings: the bundle is opened again where it is loaded."""
         path = str(self.bundle.path.resolve())
-        return load, (path, self.backend.name, self.session.max_batch, self.precision, *self._settings)
+        batches = self.session.max_batch, self.session.mask_batch
+        return _loaded_again, (path, self.backend.name, self.precision, *batches, *self._settings)
 
     def _placed(self, images: ImageBatch) -> Any:
         """The network's input, on the host or the GPU."""
         stream = self.session.memory.stream
         return images.on_host() if stream is None else images.on_gpu(stream)
 
-    def _within_memory(self, work: Callable[[], Any]) -> Any:
-        """Returns work(). If the GPU's memory runs out, frees some or halves the batch, and tries again. CamrtError."""
+    def _within_memory(self, work: Callable[[], Any], masks: bool = False) -> Any:
+        """Returns work(). If the GPU's memory runs out, frees some or halves the batch, and tries again. CamrtError.
+
+        masks: the work's largest runs are of masked images.
+        """
         while True:
             try:
                 with self.session.exclusive(halving=True):
                     return work()
             except OutOfMemory as error:
                 problem = CamrtError(str(error))
-            if not self.session.make_room():
+            if not self.session.make_room(masks):
                 raise problem
 
     @contextmanager
@@ -256,18 +274,27 @@ def load(
     threads: int | None = None,
     device: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    mask_batch: int | None = None,
 ) -> Explainer:
     """Opens a bundle.
 
     path: the bundle's folder. backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto": the first of these
-    that works on this machine. max_batch: the most images, targets or masked images in one run. precision: "fp32" or
-    "fp16", by default the first that the bundle has. threads: CPU threads of one run, by default one per core. device:
-    the GPU's number. progress: called with one line of text before work that takes seconds, e.g. building an engine.
+    that works on this machine. max_batch: the most images or targets in one run. precision: "fp32" or "fp16", by
+    default the first that the bundle has. threads: CPU threads of one run, by default one per core. device: the GPU's
+    number. progress: called with one line of text before work that takes seconds, e.g. building an engine. mask_batch:
+    the most masked images in one run, by default max_batch on a CPU and 64 on a GPU.
 
     BundleError if the bundle is missing or damaged; BackendUnavailable if no backend can run it here; UnknownName for
     an unknown backend; InputError for a precision that the bundle does not have.
     """
-    engine = create(backend, Settings(threads, device, max_batch, progress))
-    explainer = Explainer(read_bundle(path), engine, max_batch, precision)
+    engine = create(backend, Settings(threads, device, max_batch, progress, mask_batch or max(max_batch, MASKS_ON_GPU)))
+    explainer = Explainer(read_bundle(path), engine, max_batch, precision, mask_batch)
     explainer._settings = threads, device
     return explainer
+
+
+def _loaded_again(
+    path: str, backend: str, precision: str, max_batch: int, mask_batch: int, threads: int | None, device: int
+) -> Explainer:
+    """What a pickled Explainer becomes."""
+    return load(path, backend, max_batch, precision, threads, device, mask_batch=mask_batch)

@@ -16,7 +16,8 @@ import numpy as np
 from support import ROOT
 
 from camrt.kernels.gpu.arrays import CUDA, DeviceArray
-from camrt.kernels.gpu.queue import FAULTS, Launch
+from camrt.kernels.gpu.protocol import GpuStream
+from camrt.kernels.gpu.queue import FAULTS, Launch, Queue
 
 SOURCES = ROOT / "kernels" / "cuda"
 EMULATION = ROOT / "tests" / "emulated"
@@ -59,7 +60,7 @@ class _Owner:
     """Of an allocation."""
 
 
-class EmulatedGpu:
+class EmulatedGpu(GpuStream):
     """A `Queue` whose memory and kernels are in the server's process. Its death, with the sanitizer's words, is an
     error.
     """
@@ -68,6 +69,7 @@ class EmulatedGpu:
     shared_limit = 99 * 1024
 
     def __init__(self, server: Path) -> None:
+        self._device = EmulatedDevice()
         self._process = subprocess.Popen(
             [server], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -101,6 +103,10 @@ class EmulatedGpu:
     def _fail(self) -> None:
         assert self._process.stderr is not None
         raise AssertionError(self._process.stderr.read().decode(errors="replace")[:6000])
+
+    @property
+    def device(self) -> EmulatedDevice:
+        return self._device
 
     # ---- memory
 
@@ -150,10 +156,6 @@ class EmulatedGpu:
     def hold(self, value: Any) -> None:
         """What is captured holds its arrays by itself."""
 
-    @property
-    def device(self) -> EmulatedDevice:
-        return EmulatedDevice()
-
     def event(self) -> EmulatedEvent:
         return EmulatedEvent()
 
@@ -199,7 +201,7 @@ class EmulatedGpu:
 class EmulatedDevice:
     ordinal, compute_capability, model, closed = 0, (0, 0), "emulated", False
 
-    def active(self, what: str = "") -> AbstractContextManager[Any]:
+    def active(self, what: object = "") -> AbstractContextManager[Any]:
         return nullcontext()
 
     def memory(self) -> tuple[int, int]:
@@ -227,7 +229,7 @@ class EmulatedGraph:
             step()
 
 
-class Ledger:
+class Ledger(Queue):
     """A queue that only notes launches: for shapes that no memory holds."""
 
     handle, shared_limit = 7, 99 * 1024

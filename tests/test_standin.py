@@ -83,10 +83,10 @@ class Defect(NamedTuple):
 
 DEFECTS = {
     "a busy event is dropped": Defect(
-        "kernels/gpu/stream.py", ".busy = cuda.Event().record(self._stream)", ".busy = None"
+        "kernels/gpu/stream.py", "        block.busy = True\n", ""
     ),
     "a download does not wait": Defect(
-        "kernels/gpu/stream.py", "        self.synchronize()\n        return [result", "        return [result"
+        "kernels/gpu/stream.py", "            self.synchronize()\n        # pinned", "        # pinned"
     ),
     "a stream does not wait for another": Defect(
         "kernels/gpu/stream.py", "            self._order(stream, self.handle)", "            pass"
@@ -95,13 +95,15 @@ DEFECTS = {
         "kernels/gpu/stream.py", "            self._order(self.handle, stream)", "            pass"
     ),
     "a graph does not hold its blocks": Defect("kernels/gpu/stream.py", "        self.hold(block)\n", ""),
-    "a graph does not hold what it uploads": Defect("kernels/gpu/stream.py", "self.hold((array, out))", "pass"),
+    "a graph does not hold what it uploads": Defect("kernels/gpu/stream.py", "self.hold((array, block, out))", "pass"),
     "a replayed result is not copied": Defect(
         "runtime/session/explaining.py",
         "replace(data, alphas=memory.copied(data.alphas), maps=memory.copied(data.maps))",
         "data",
     ),
-    "an upload reads pageable memory": Defect("kernels/gpu/stream.py", "if _block_of(array) is None:", "if False:"),
+    "an upload reads pageable memory": Defect(
+        "kernels/gpu/stream.py", "            if block is None:", "            if False:"
+    ),
     "a constant does not live": Defect(
         "kernels/gpu/stream.py", "self._constants[key] = self.upload(array)\n        return self._constants[key]",
         "return self.upload(array)",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ CPU, CUDA = 1, 2  # DLPack's device types
 LEGACY_STREAM = 1  # both protocols' name for the default stream
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class DeviceArray:
     """A C-contiguous array in a GPU's memory.
 
@@ -31,8 +31,8 @@ class DeviceArray:
     dtype: np.dtype
     stream: int | None = None
     device: tuple[int, int] = (CUDA, 0)
-    owner: Any = field(default=None, repr=False, compare=False)
-    follow: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+    owner: Any = field(default=None, repr=False)
+    follow: Callable[[int], None] | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +48,7 @@ class DeviceArray:
             raise ValueError(f"array[{part}]: neighbouring rows only")
         rows = max(stop - start, 0)
         row = self.dtype.itemsize * math.prod(self.shape[1:])
-        return replace(self, pointer=self.pointer + start * row, shape=(rows, *self.shape[1:]))
+        return self._viewed(self.pointer + start * row, (rows, *self.shape[1:]))
 
     def reshape(self, *shape: int) -> DeviceArray:
         """The same memory in another shape; one length may be -1. ValueError if the sizes differ."""
@@ -57,7 +57,10 @@ class DeviceArray:
         full = tuple(size // product if n < 0 and product else n for n in shape)
         if math.prod(full) != size:
             raise ValueError(f"an array of shape {self.shape} does not take the shape {shape}")
-        return replace(self, shape=full)
+        return self._viewed(self.pointer, full)
+
+    def _viewed(self, pointer: int, shape: tuple[int, ...]) -> DeviceArray:
+        return DeviceArray(pointer, shape, self.dtype, self.stream, self.device, self.owner, self.follow)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("this array is on a GPU: copy it to the host with Stream.download")
@@ -89,7 +92,9 @@ class DeviceArray:
 
 def is_device_array(value: Any) -> bool:
     """Whether a value is an array on a GPU, by __cuda_array_interface__ or DLPack."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, DeviceArray):
+        return True
+    if value is None or isinstance(value, np.ndarray):
         return False
     if _cuda_interface(value) is not None:
         return True

@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ... import install
 from ..build import sources_hash
 from ..errors import DeviceError, OutOfMemory
+from .arrays import DeviceArray
 from .driver import ordinal_of
 from .pool import Pool
 from .queue import Launch
@@ -45,10 +48,13 @@ def _pycuda() -> Any:
 
 
 class Device:
-    """GPU number `ordinal`. Made by `device()`. DeviceError if it does not exist."""
+    """GPU number `ordinal`. Made by `device()`. DeviceError if it does not exist.
+
+    cuda: pycuda.driver. context: the primary context.
+    """
 
     def __init__(self, ordinal: int = 0) -> None:
-        self._cuda = cuda = _pycuda()
+        self.cuda = cuda = _pycuda()
         count = cuda.Device.count()
         if not 0 <= ordinal < count:
             raise DeviceError(f"no GPU {ordinal}: this machine has {count}")
@@ -62,7 +68,7 @@ class Device:
         self.shared_limit: int = self._device.get_attribute(cuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
         self.closed = False
-        self._context = self._device.retain_primary_context()
+        self.context = self._device.retain_primary_context()
         self._modules: dict[str, Any] = {}
         self._functions: dict[str, Any] = {}
         self._followers: dict[int, Stream] = {}
@@ -72,42 +78,33 @@ class Device:
     def _close(self) -> None:
         """At the end of the process. After this, PyCUDA objects are deleted without calling the driver."""
         self.closed = True
-        self._context.detach()
+        self.context.detach()
 
     def __str__(self) -> str:
         return f"GPU {self.ordinal} ({self.name}, compute capability {'.'.join(map(str, self.compute_capability))})"
 
-    @contextmanager
-    def active(self, what: str = "the GPU") -> Iterator[Any]:
-        """Makes the primary context current on this thread and yields pycuda.driver.
+    def active(self, what: object = "the GPU") -> Active:
+        """Makes the primary context current on this thread and gives pycuda.driver.
 
-        PyCUDA's errors inside become DeviceError or OutOfMemory; the message starts with `what`.
+        PyCUDA's errors inside become DeviceError or OutOfMemory; the message starts with `what`, as str() has it.
         """
-        self._context.push()
-        try:
-            yield self._cuda
-        except (self._cuda.MemoryError, OverflowError) as error:
-            free, total = (size >> 20 for size in self._cuda.mem_get_info())
-            raise OutOfMemory(
-                f"{what}: out of memory on {self}, {free} of {total} MiB free: use a smaller batch"
-            ) from error
-        except self._cuda.Error as error:
-            raise DeviceError(f"{what}: {error}") from error
-        finally:
-            self._cuda.Context.pop()
+        return Active(self, what)
 
     def function(self, launch: Launch) -> Any:
         """The kernel of a launch, loaded on first use. Call it inside `active`. DeviceError if it cannot be loaded."""
+        function = self._functions.get(launch.kernel)
+        return self._loaded(launch) if function is None else function
+
+    def _loaded(self, launch: Launch) -> Any:
         with self._lock:
             if launch.module not in self._modules:
                 self._modules[launch.module] = self._load(launch.module)
-            if launch.kernel not in self._functions:
-                function = self._modules[launch.module].get_function(launch.kernel)
-                if launch.shared:
-                    attribute = self._cuda.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    function.set_attribute(attribute, self.shared_limit - function.shared_size_bytes)
-                self._functions[launch.kernel] = function
-            return self._functions[launch.kernel]
+            function = self._modules[launch.module].get_function(launch.kernel)
+            attribute = self.cuda.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
+            function.set_attribute(attribute, self.shared_limit - function.shared_size_bytes)
+            function.prepare([np.uintp if isinstance(a, DeviceArray) else type(a) for a in launch.arguments])
+            self._functions[launch.kernel] = function
+            return function
 
     def _load(self, module: str) -> Any:
         file, described = BINARIES / f"{module}.fatbin", BINARIES / "build.json"
@@ -117,9 +114,9 @@ class Device:
         if built.get("sources") != sources_hash():
             raise DeviceError(f"{file.name} was built from other sources than the installed ones: run `{BUILD}`")
         try:
-            return self._cuda.module_from_buffer(file.read_bytes())
-        except self._cuda.Error as error:
-            version = self._cuda.get_driver_version()
+            return self.cuda.module_from_buffer(file.read_bytes())
+        except self.cuda.Error as error:
+            version = self.cuda.get_driver_version()
             raise DeviceError(
                 f"{file.name}, built by CUDA {built['cuda']} for compute capability "
                 f"{', '.join(built['architectures'])}, does not load on {self} with a driver for CUDA "
@@ -160,6 +157,45 @@ class Device:
             return self._followers[handle]
 
 
+class Active:
+    """A context manager: see Device.active. Inside another one of the same device it costs next to nothing."""
+
+    __slots__ = ("_device", "_outside", "_what")
+
+    def __init__(self, device: Device, what: object) -> None:
+        self._device, self._what = device, what
+
+    def __enter__(self) -> Any:
+        device = self._device
+        self._outside = _here.device
+        if self._outside is not device:
+            device.context.push()
+            _here.device = device
+        return device.cuda
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        device, cuda = self._device, self._device.cuda
+        try:
+            if isinstance(error, cuda.MemoryError | OverflowError):
+                free, total = (size >> 20 for size in cuda.mem_get_info())
+                raise OutOfMemory(
+                    f"{self._what}: out of memory on {device}, {free} of {total} MiB free: use a smaller batch"
+                ) from error
+            if isinstance(error, cuda.Error):
+                raise DeviceError(f"{self._what}: {error}") from error
+        finally:
+            if self._outside is not device:
+                _here.device = self._outside
+                cuda.Context.pop()
+
+
+class _Here(threading.local):
+    """The device whose context this thread has made current."""
+
+    device: Device | None = None
+
+
+_here = _Here()
 _devices: dict[int, Device] = {}
 _devices_lock = threading.Lock()
 

@@ -15,17 +15,18 @@ import numpy as np
 class Block:
     """Memory of a pool. When the block is deleted, in any thread and without a context, the pool gets its memory back.
 
-    busy: a PyCUDA event; the memory must not be used again before it has happened. None: no need to wait.
+    event: a PyCUDA event that the memory keeps for good, None until it is first needed. busy: the memory must not be
+    used again before the event has happened.
     """
 
-    __slots__ = ("_pool", "_size", "busy", "memory")
+    __slots__ = ("_pool", "_size", "busy", "event", "memory")
 
-    def __init__(self, pool: Pool, memory: Any, size: int) -> None:
-        self._pool, self.memory, self._size = pool, memory, size
-        self.busy: Any = None
+    def __init__(self, pool: Pool, memory: Any, size: int, event: Any) -> None:
+        self._pool, self.memory, self._size, self.event = pool, memory, size, event
+        self.busy = False
 
     def __del__(self) -> None:
-        self._pool.give_back(self._size, self.memory, self.busy)
+        self._pool.give_back(self._size, self.memory, self.event, self.busy)
 
 
 class Pool:
@@ -37,44 +38,46 @@ class Pool:
 
     def __init__(self, make: Callable[[int], Any], exhausted: type[Exception], siblings: weakref.WeakSet[Pool]) -> None:
         self._make, self._exhausted, self._siblings = make, exhausted, siblings
-        self._free: dict[int, list[tuple[Any, Any]]] = {}
-        self._returned: deque[tuple[int, Any, Any]] = deque()  # not yet sorted by size
+        self._free: dict[int, list[tuple[Any, Any, bool]]] = {}
+        self._returned: deque[tuple[int, Any, Any, bool]] = deque()  # not yet sorted by size
         self._lock = threading.Lock()
         siblings.add(self)
 
     def allocate(self, size: int) -> Block:
         step = max(size.bit_length() - 4, 9)  # rounded up in steps of at most 1/8, so that similar sizes share memory
         size = -(-size >> step) << step
-        memory = self._take(size)
-        if memory is None:
-            try:
-                memory = self._make(size)
-            except self._exhausted:
-                gc.collect()
-                memory = self._take(size)
-        if memory is None:
-            for pool in list(self._siblings):
-                pool.clear()
-            memory = self._make(size)
-        return Block(self, memory, size)
+        block = self._take(size)
+        if block is not None:
+            return block
+        try:
+            return Block(self, self._make(size), size, None)
+        except self._exhausted:
+            gc.collect()
+            block = self._take(size)
+        if block is not None:
+            return block
+        for pool in list(self._siblings):
+            pool.clear()
+        return Block(self, self._make(size), size, None)
 
-    def _take(self, size: int) -> Any:
+    def _take(self, size: int) -> Block | None:
         with self._lock:
-            self._sort()
+            if self._returned:
+                self._sort()
             free = self._free.get(size, [])
-            for i, (memory, busy) in enumerate(free):
-                if busy is None or busy.query():
+            for i, (memory, event, busy) in enumerate(free):
+                if not busy or event.query():
                     del free[i]
-                    return memory
+                    return Block(self, memory, size, event)
         return None
 
-    def give_back(self, size: int, memory: Any, busy: Any) -> None:  # no lock: __del__ may run inside one
-        self._returned.append((size, memory, busy))
+    def give_back(self, size: int, memory: Any, event: Any, busy: bool) -> None:  # no lock: __del__ may run inside one
+        self._returned.append((size, memory, event, busy))
 
     def _sort(self) -> None:
         for _ in range(len(self._returned)):
-            size, memory, busy = self._returned.popleft()
-            self._free.setdefault(size, []).append((memory, busy))
+            size, memory, event, busy = self._returned.popleft()
+            self._free.setdefault(size, []).append((memory, event, busy))
 
     def clear(self) -> None:
         """Frees all unused memory. The context must be current."""

@@ -1,7 +1,8 @@
-"""The GPU interface that the runtime uses; gpu/device.py and gpu/stream.py implement it with PyCUDA."""
+"""The GPU as the runtime uses it; gpu/device.py and gpu/stream.py implement it with PyCUDA."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ class GpuDevice(Protocol):
     @property
     def closed(self) -> bool: ...
 
-    def active(self, what: str = ...) -> AbstractContextManager[Any]:
+    def active(self, what: object = ...) -> AbstractContextManager[Any]:
         """Makes the GPU's context current on this thread. Errors inside become DeviceError, starting with `what`."""
         ...
 
@@ -56,35 +57,37 @@ class GpuGraph(Protocol):
         ...
 
 
-class GpuStream(Queue, Protocol):
+class GpuStream(Queue):
     """A queue of kernels, copies and engines on one GPU, with the memory that they use."""
 
     @property
+    @abstractmethod
     def device(self) -> GpuDevice: ...
 
     @property
+    @abstractmethod
     def capturing(self) -> bool: ...
 
+    @abstractmethod
     def upload(self, array: np.ndarray, out: DeviceArray | None = None) -> DeviceArray:
         """Queues a copy to the GPU, into `out` or a new array."""
-        ...
 
+    @abstractmethod
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
         """Queues a copy on the GPU."""
-        ...
 
+    @abstractmethod
     def download_all(self, arrays: Iterable[DeviceArray]) -> list[np.ndarray]:
         """Copies arrays to the host. Waits once, for all work queued before."""
-        ...
 
+    @abstractmethod
     def hold(self, value: Any) -> None:
         """Keeps `value` alive as long as the graph that is being captured."""
-        ...
 
+    @abstractmethod
     def capture(self) -> AbstractContextManager[GpuGraph]:
         """Records the work queued inside as a graph, without running it."""
-        ...
 
+    @abstractmethod
     def event(self) -> GpuEvent:
         """The current end of the queue."""
-        ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ FAULTS = {1: "winsorize: a row holds NaN", NOT_FINITE: "NaN or infinity"}  # the
 Argument = DeviceArray | np.number
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Launch:
     """One launch: blocks (x, y), threads per block, bytes of dynamic shared memory, the kernel's arguments in order."""
 
@@ -37,40 +38,36 @@ class Launch:
         return f"{self.kernel}({', '.join(f'{a.dtype}{list(a.shape)}' for a in arrays)})"
 
 
-@runtime_checkable
-class Queue(Protocol):
-    """A stream of one GPU."""
+class Queue(ABC):
+    """A stream of one GPU. handle: its CUDA handle. shared_limit: bytes of shared memory that a block may have.
 
-    @property
-    def handle(self) -> int: ...
+    fault: an int32 (1,), a key of FAULTS: a kernel sets it if its input is invalid.
+    """
 
-    @property
-    def shared_limit(self) -> int:
-        """Bytes of shared memory that a block may have."""
-        ...
+    handle: int
+    shared_limit: int
+    fault: DeviceArray
 
-    @property
-    def fault(self) -> DeviceArray:
-        """An int32 (1,), a key of FAULTS: a kernel sets it if its input is invalid."""
-        ...
-
+    @abstractmethod
     def empty(self, shape: Sequence[int], dtype: Any = np.float32) -> DeviceArray: ...
 
+    @abstractmethod
     def constant(self, array: np.ndarray) -> DeviceArray:
         """A small array on the GPU, uploaded once."""
-        ...
 
+    @abstractmethod
     def upload(self, array: np.ndarray) -> DeviceArray: ...
 
+    @abstractmethod
     def launch(self, launch: Launch) -> None: ...
 
+    @abstractmethod
     def wait_for(self, stream: int) -> None:
         """Work queued here later waits for the work that is now queued on `stream` (a handle)."""
-        ...
 
+    @abstractmethod
     def hold_back(self, stream: int) -> None:
         """Work queued on `stream` (a handle) later waits for the work that is now queued here."""
-        ...
 
 
 def int32s(kernel: str, **counts: int) -> tuple[np.int32, ...]:

@@ -13,14 +13,32 @@ import numpy as np
 from ..errors import DeviceError
 from . import driver
 from .arrays import CUDA, DeviceArray
-from .pool import HostMemory, Pool
+from .pool import Block, HostMemory, Pool
+from .protocol import GpuStream
 from .queue import FAULTS, Launch
 
 if TYPE_CHECKING:
     from .device import Device
 
 
-def _block_of(array: np.ndarray) -> Any:
+_ALIGNMENT = 256  # bytes, of the parts of a download
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+
+
+class _Wanted:
+    """What an allocation is for, as an error says it."""
+
+    __slots__ = ("_dtype", "_shape", "_what")
+
+    def __init__(self, what: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._what, self._shape, self._dtype = what, shape, dtype
+
+    def __str__(self) -> str:
+        size = math.prod(self._shape) * self._dtype.itemsize
+        return f"{self._what} {self._dtype}{list(self._shape)} of {size} bytes"
+
+
+def _block_of(array: np.ndarray) -> Block | None:
     """The block of a pinned array, or of a part of one; None if its memory is pageable."""
     memory: Any = array
     while isinstance(memory, np.ndarray):
@@ -28,7 +46,7 @@ def _block_of(array: np.ndarray) -> Any:
     return memory.block if isinstance(memory, HostMemory) else None
 
 
-class Stream:
+class Stream(GpuStream):
     """A queue of work on a GPU, with the memory that it uses. Made by `Device.stream`.
 
     The memory of a deleted array returns to the stream's pool, and only later work of this stream gets it. So if
@@ -36,9 +54,15 @@ class Stream:
     """
 
     def __init__(self, device: Device, stream: Any) -> None:
-        """stream: a PyCUDA stream, None for the legacy default stream."""
-        self.device = device
+        """stream: a PyCUDA stream, None for the legacy default stream.
+
+        handle: e.g. for TensorRT, ONNX Runtime or torch.cuda.ExternalStream; 0 for the default stream.
+        """
+        self._device = device
         self._stream = stream
+        self.handle = 0 if stream is None else stream.handle
+        self.shared_limit = device.shared_limit
+        self._place = CUDA, device.ordinal
         self._constants: dict[tuple[str, tuple[int, ...], bytes], DeviceArray] = {}
         self._graph: Graph | None = None  # the graph that is being captured
         with device.active() as cuda:
@@ -60,13 +84,8 @@ class Stream:
                 del self.fault, self._flag, self._stream
 
     @property
-    def handle(self) -> int:
-        """The CUDA handle, e.g. for TensorRT, ONNX Runtime or torch.cuda.ExternalStream; 0 for the default stream."""
-        return 0 if self._stream is None else self._stream.handle
-
-    @property
-    def shared_limit(self) -> int:
-        return self.device.shared_limit
+    def device(self) -> Device:
+        return self._device
 
     # ---- memory
 
@@ -74,14 +93,13 @@ class Stream:
         """An uninitialised array on the GPU. OutOfMemory if the GPU's memory runs out."""
         shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
-        block = None
+        block, pointer = None, 0
         if size:
-            with self.device.active(f"an array {dtype}{list(shape)} of {size} bytes"):
+            with self.device.active(_Wanted("an array", shape, dtype)):
                 block = self._pool.allocate(size)
+            pointer = int(block.memory)
         self.hold(block)
-        pointer = 0 if block is None else int(block.memory)
-        place = CUDA, self.device.ordinal
-        return DeviceArray(pointer, shape, dtype, self.handle, place, owner=(block, self), follow=self.hold_back)
+        return DeviceArray(pointer, shape, dtype, self.handle, self._place, (block, self), self.hold_back)
 
     def pinned(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
         """An uninitialised array in pinned host memory, which is copied to the GPU faster.
@@ -89,7 +107,7 @@ class Stream:
         Do not write to it while a copy from it is queued. OutOfMemory.
         """
         shape, dtype = tuple(map(int, shape)), np.dtype(dtype)
-        with self.device.active(f"a pinned array {dtype}{list(shape)}"):
+        with self.device.active(_Wanted("a pinned array", shape, dtype)):
             block = self._pinned.allocate(max(1, math.prod(shape) * dtype.itemsize))
         return np.asarray(HostMemory(block.memory.ctypes.data, shape, dtype, block))
 
@@ -100,25 +118,34 @@ class Stream:
         """
         array = np.asarray(array, order="C")
         out = self.empty(array.shape, array.dtype) if out is None else out
-        if (out.shape, out.dtype) != (array.shape, array.dtype):
+        if out.shape != array.shape or out.dtype != array.dtype:
             raise ValueError(f"upload: {array.dtype}{list(array.shape)} does not fit into {out.dtype}{list(out.shape)}")
         if not array.size:
             return out
-        if _block_of(array) is None:  # the driver may read pageable memory whenever it likes
-            staged = self.pinned((array.nbytes,), np.uint8)
-            staged[:] = array.reshape(-1).view(np.uint8)
-            array = staged
         with self.device.active("upload") as cuda:
+            block = _block_of(array)
+            if block is None:  # the driver may read pageable memory whenever it likes
+                block = self._pinned.allocate(array.nbytes)
+                staged = block.memory[: array.nbytes]
+                staged[:] = array.reshape(-1).view(np.uint8)
+                array = staged
             cuda.memcpy_htod_async(out.pointer, array, self._stream)
             if self._graph is not None:
-                self.hold((array, out))
+                self.hold((array, block, out))
             else:
-                _block_of(array).busy = cuda.Event().record(self._stream)
+                self._keep_until_now(block)
         return out
+
+    def _keep_until_now(self, block: Block) -> None:
+        """The block's memory is used again only after what is queued now."""
+        if block.event is None:
+            block.event = self.device.cuda.Event(_NO_TIMING)
+        block.event.record(self._stream)
+        block.busy = True
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
         """Queues a copy on the GPU."""
-        if (source.shape, source.dtype) != (target.shape, target.dtype):
+        if source.shape != target.shape or source.dtype != target.dtype:
             raise ValueError(f"copy: {source.dtype}{list(source.shape)} into {target.dtype}{list(target.shape)}")
         if not source.nbytes:
             return
@@ -132,17 +159,24 @@ class Stream:
 
     def download_all(self, arrays: Iterable[DeviceArray]) -> list[np.ndarray]:
         """As `download`, of several arrays, with one wait."""
-        staged = []
+        arrays = list(arrays)
+        starts = [0]
         for array in arrays:
-            if array.stream is not None and array.stream != self.handle:
-                self.wait_for(array.stream)
-            result = self.pinned(array.shape, array.dtype)
-            if result.size:
-                with self.device.active("download") as cuda:
-                    cuda.memcpy_dtoh_async(result, array.pointer, self._stream)
-            staged.append(result)
-        self.synchronize()
-        return [result.copy() for result in staged]  # pinned memory is scarce: the caller gets a copy
+            starts.append(starts[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
+        with self.device.active("download") as cuda:
+            block = self._pinned.allocate(max(1, starts[-1]))
+            staged = block.memory
+            for array, start in zip(arrays, starts, strict=False):
+                if array.stream is not None and array.stream != self.handle:
+                    self.wait_for(array.stream)
+                if size := array.nbytes:
+                    cuda.memcpy_dtoh_async(staged[start : start + size], array.pointer, self._stream)
+            self.synchronize()
+        # pinned memory is scarce: the caller gets copies
+        return [
+            staged[start : start + array.nbytes].view(array.dtype).reshape(array.shape).copy()
+            for array, start in zip(arrays, starts, strict=False)
+        ]
 
     def constant(self, array: np.ndarray) -> DeviceArray:
         key = array.dtype.str, array.shape, array.tobytes()
@@ -165,11 +199,16 @@ class Stream:
 
     def launch(self, launch: Launch) -> None:
         """Queues a kernel. DeviceError names the kernel and its arrays."""
-        with self.device.active(str(launch)):
-            function = self.device.function(launch)
-            grid, block = (*launch.grid, 1), (launch.threads, 1, 1)
-            function(*launch.arguments, grid=grid, block=block, shared=launch.shared, stream=self._stream)
-        self.hold(launch.arguments)
+        arguments = launch.arguments
+        with self.device.active(launch):
+            self.device.function(launch).prepared_async_call(
+                (*launch.grid, 1),
+                (launch.threads, 1, 1),
+                self._stream,
+                *[a.pointer if isinstance(a, DeviceArray) else a for a in arguments],
+                shared_size=launch.shared,
+            )
+        self.hold(arguments)
 
     def wait_for(self, stream: int) -> None:
         if self._graph is not None:

@@ -31,8 +31,8 @@ BACKENDS = {  # the best first
 
 @dataclass(frozen=True)
 class Settings:
-    """threads: CPU threads of one run, None for one per core; device: the GPU's number; max_batch: the most images in
-    one run.
+    """threads: CPU threads of one run, None for one per core; device: the GPU's number; max_batch: the most images or
+    targets in one run; masks: the most masked images.
 
     progress: called with one line of text before work that takes seconds, such as building an engine.
     """
@@ -41,6 +41,7 @@ class Settings:
     device: int = 0
     max_batch: int = 16
     progress: Callable[[str], None] = lambda _: None
+    masks: int = 64
 
 
 class Executable(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels import accumulate_maps, channel_extremes, class_scores, fuse_layers, gate, mask_batch, take_channels
+from ...kernels import accumulate_maps, class_scores, fuse_layers, gate, mask_batch, take_channels
 from ..errors import InputError
 from ..scores import complements
 from .baseline import combined
@@ -51,35 +51,64 @@ def _score(
     default; offset (S,): 0 by default; weights: one per live channel, 1 by default. For the class "not" of a single
     score the probability is 1 - p.
     """
-    memory, stream = runs.memory, runs.memory.stream
     lacking = complements(runs.seeds)
     if offset is None and probability != "logits" and lacking.any():  # a difference of two scores needs no complement
-        offset = memory.put(-lacking)
-    seeds, index = memory.put(runs.seeds), live.astype(np.int32)
+        offset = runs.memory.put(-lacking)
+    ask = _Asked(kind, interpolation, summed_gate, probability or runs.probability, offset, weights)
+    return (_score_on_host if runs.memory.stream is None else _score_on_gpu)(runs, activation, live, ask)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `_score` that say how."""
+
+    kind: str
+    interpolation: str
+    summed_gate: str | None
+    probability: str
+    offset: Any
+    weights: np.ndarray | None
+
+
+def _score_on_gpu(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Asked) -> _Scores:
+    """Queues everything; waits for nothing."""
+    memory, stream = runs.memory, runs.memory.stream
+    total = memory.zeros((len(runs.seeds), *runs.size))
+    if not len(live):
+        return _Scores({}, total)
+    logits = runs.logits_under_masks(activation, live, ask.kind, ask.interpolation)
+    weights = None if ask.weights is None else memory.put(ask.weights)
+    scores = class_scores(logits, memory.put(runs.seeds), ask.probability, ask.offset, weights, stream=stream)
+    if ask.summed_gate is not None:
+        channels = take_channels(activation, memory.put(live.astype(np.int32)), stream=stream)
+        accumulate_maps(total, scores, channels, ask.summed_gate, ask.interpolation, stream=stream)
+    return _Scores({0: scores}, total)
+
+
+def _score_on_host(runs: MaskedRuns, activation: np.ndarray, live: np.ndarray, ask: _Asked) -> _Scores:
+    """Batch after batch, in the lanes of the backend."""
 
     def in_lane(lane: Lane) -> tuple[dict[int, Any], Any]:
         """(scores of each batch, by the number of its first mask; the lane's weighted sum of gates, or None)."""
-        parts, total = {}, None if summed_gate is None else memory.zeros((len(runs.seeds), *runs.size))
+        parts, total = {}, None if ask.summed_gate is None else np.zeros((len(runs.seeds), *runs.size), np.float32)
         for masks in lane.batches:
-            channels = take_channels(activation, memory.put(index[masks]), stream=stream)
+            channels = take_channels(activation, live[masks].astype(np.int32))
             masked = lane.masked[: len(channels)]
             gates = None if lane.gates is None else lane.gates[: len(channels)]
-            mask_batch(runs.image, channels, kind, interpolation, out=masked, gates=gates, stream=stream)
-            weighed = None if weights is None else memory.put(weights[masks])
-            scores = class_scores(
-                lane.run(masked), seeds, probability or runs.probability, offset, weighed, stream=stream
-            )
+            mask_batch(runs.image, channels, ask.kind, ask.interpolation, out=masked, gates=gates)
+            weights = None if ask.weights is None else ask.weights[masks]
+            scores = class_scores(lane.run(masked), runs.seeds, ask.probability, ask.offset, weights)
             parts[masks.start] = scores
-            if summed_gate is not None:
-                same = gates if summed_gate == kind else None
-                accumulate_maps(total, scores, channels, summed_gate, interpolation, gates=same, stream=stream)
+            if ask.summed_gate is not None:
+                same = gates if ask.summed_gate == ask.kind else None
+                accumulate_maps(total, scores, channels, ask.summed_gate, ask.interpolation, gates=same)
         return parts, total
 
     lanes = runs.share(len(live), in_lane)
     parts = {start: scores for own, _ in lanes for start, scores in own.items()}
     totals = [total for _, total in lanes if total is not None]
     if not totals:
-        return _Scores(parts, memory.zeros((len(runs.seeds), *runs.size)))
+        return _Scores(parts, np.zeros((len(runs.seeds), *runs.size), np.float32))
     first, *others = totals  # always summed in the same order: every run gives the same bits
     for other in others:
         first += other
@@ -118,11 +147,6 @@ def _result(maps: Any, runs: MaskedRuns, masked_runs: int, error_bound: float = 
     return Result(maps, np.full((rows, layers), 1 / layers, np.float32), details)
 
 
-def _extremes(runs: MaskedRuns, activation: Any) -> np.ndarray:
-    """Lowest and highest value of each channel, (K, 2), on the host: they decide which masks run."""
-    return runs.memory.get(channel_extremes(activation, stream=runs.memory.stream))[0]
-
-
 def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: float) -> tuple[np.ndarray, float]:
     """Drops as many channels as max_error allows, the weakest first: (channels left, bound on the error).
 
@@ -156,8 +180,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     reach = float(np.abs(runs.seeds).sum(axis=1).max())  # |s_k| <= reach: 1 for a class
     offset = _score_of_zeros(runs) if baseline == "zero" else None
     totals, count, bounds = [], 0, []
-    for activation in runs.activations:
-        extremes = _extremes(runs, activation)
+    for activation, extremes in zip(runs.activations, runs.extremes, strict=True):
         still = np.logical_not(extremes.any(axis=1))
         candidates = np.arange(len(activation)) if kind == "sigmoid_relu" else np.flatnonzero(np.logical_not(still))
         candidates, bound = _within(extremes, summed_gate, candidates, max_error / reach)
@@ -181,8 +204,7 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
     """
     chosen(variant, SCORE_CAM_VARIANTS, "variant")
     totals, count = [], 0
-    for activation in runs.activations:
-        extremes = _extremes(runs, activation)
+    for activation, extremes in zip(runs.activations, runs.extremes, strict=True):
         flat = extremes[:, 0] == extremes[:, 1]
         live = np.flatnonzero(~flat)
         count += len(live)

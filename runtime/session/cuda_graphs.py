@@ -43,7 +43,7 @@ class CudaGraphs:
         capture = self._kept.pop(key, None)
         first = capture is None
         if capture is None:
-            capture = _Captured([self._stream.empty(a.shape) for a in inputs])
+            capture = _Captured([self._stream.empty(a.shape, a.dtype) for a in inputs])
         for array, place in zip(inputs, capture.inputs, strict=True):
             if isinstance(array, np.ndarray):
                 self._stream.upload(array, out=place)

@@ -30,15 +30,16 @@ from .timing import Stages, TimedExecutable
 class Session:
     """Runs the programs of one bundle. May be used from several threads.
 
-    max_batch: the most images or targets in one run; it is halved when the GPU's memory runs out. stages: measures the
-    time of each stage while `Explainer.timed` is active, else None.
+    max_batch: the most images or targets in one run; mask_batch: the most masked images. They are halved when the
+    GPU's memory runs out. stages: measures the time of each stage while `Explainer.timed` is active, else None.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int, precision: str) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, max_batch: int, mask_batch: int, precision: str) -> None:
         self.bundle = bundle
         self.backend = backend
         self.precision = precision
-        self.max_batch = 1 if bundle.manifest.batch == 1 else max_batch
+        one = bundle.manifest.batch == 1
+        self.max_batch, self.mask_batch = (1, 1) if one else (max_batch, mask_batch)
         self.memory = Memory(None if backend.gpu is None else backend.gpu.stream)
         self.lanes = Lanes(backend.lanes)
         self.stages: Stages | None = None
@@ -156,11 +157,11 @@ class Session:
                 raise
             raise CamrtError(str(error)) from error
 
-    def make_room(self) -> bool:
+    def make_room(self, masks: bool = False) -> bool:
         """Makes room after the GPU's memory ran out: frees unused memory and CUDA graphs; if there were no graphs,
-        halves max_batch.
+        halves max_batch, or mask_batch if masked images ran.
 
-        Returns False if there were no graphs and max_batch is 1 already.
+        Returns False if there were no graphs and it is 1 already.
         """
         with self.exclusive():
             cleared = self._cuda_graphs is not None and self._cuda_graphs.clear()
@@ -168,7 +169,8 @@ class Session:
                 self.memory.stream.device.give_back()
             if cleared:
                 return True
-            if self.max_batch == 1:
-                return False
-            self.max_batch //= 2
-            return True
+            if masks:
+                halved, self.mask_batch = self.mask_batch > 1, max(1, self.mask_batch // 2)
+            else:
+                halved, self.max_batch = self.max_batch > 1, max(1, self.max_batch // 2)
+            return halved

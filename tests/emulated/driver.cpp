@@ -65,9 +65,14 @@ std::vector<std::string> complaints;
 std::map<std::string, std::pair<long, CUresult>> planned;  // function -> which of its next calls fails, and how
 std::map<std::string, long> calls;
 CUresult sticky = CUDA_SUCCESS;  // after an illegal address, every call fails
-bool does_nothing = false;       // nothing that is queued runs, and memory is zero: to time the host
+bool does_nothing = false;  // nothing that is queued runs: to time the host
 
-int poison() { return does_nothing ? 0 : 0xff; }  // float32: NaN; int32: -1
+// Of new and freed memory: float32 NaN, int32 -1. Where nothing runs, numbers that a network's outputs could be.
+void spoil(void* at, std::size_t bytes) {
+    std::memset(at, 0xff, bytes);
+    if (does_nothing)
+        for (std::size_t i = 0; i < bytes / sizeof(float); ++i) static_cast<float*>(at)[i] = 0.5f + 0.001f * (i % 97);
+}
 
 CUresult complain(const std::string& what, CUresult code) {
     complaints.push_back(what);
@@ -450,7 +455,7 @@ API CUresult cuMemAlloc(CUdeviceptr* at, std::size_t bytes) {
     if (allocated + bytes > total_memory || bytes > total_memory) return CUDA_ERROR_OUT_OF_MEMORY;
     void* memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
     if (memory == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
-    std::memset(memory, poison(), bytes);
+    spoil(memory, bytes);
     *at = reinterpret_cast<CUdeviceptr>(memory);
     device_memory[*at] = bytes;
     allocated += bytes;
@@ -462,7 +467,7 @@ API CUresult cuMemFree(CUdeviceptr at) {
     if (found == device_memory.end()) return complain("cuMemFree of what is not allocated", CUDA_ERROR_INVALID_VALUE);
     finish_all();  // as the driver does
     allocated -= found->second;
-    std::memset(bytes_at(at), poison(), found->second);
+    spoil(bytes_at(at), found->second);
     std::free(bytes_at(at));
     device_memory.erase(found);
     return CUDA_SUCCESS;
@@ -471,7 +476,7 @@ API CUresult cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
     ENTER;
     *at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     if (*at == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
-    std::memset(*at, poison(), bytes);
+    spoil(*at, bytes);
     pinned_memory[reinterpret_cast<CUdeviceptr>(*at)] = bytes;
     return CUDA_SUCCESS;
 }
@@ -480,7 +485,7 @@ API CUresult cuMemFreeHost(void* at) {  // waits for nothing
     ENTER;
     const auto found = pinned_memory.find(reinterpret_cast<CUdeviceptr>(at));
     if (found == pinned_memory.end()) return complain("cuMemFreeHost of what is not allocated", CUDA_ERROR_INVALID_VALUE);
-    std::memset(at, poison(), found->second);
+    spoil(at, found->second);
     std::free(at);
     pinned_memory.erase(found);
     return CUDA_SUCCESS;
@@ -514,7 +519,7 @@ API CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void* from, std::size_t byt
         }
         const iovec local{bytes_at(to), bytes}, remote{const_cast<void*>(from), bytes};  // the memory may be gone
         const bool read = process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == static_cast<ssize_t>(bytes);
-        if (!read) std::memset(bytes_at(to), poison(), bytes);
+        if (!read) spoil(bytes_at(to), bytes);
         if (!read || (!then->empty() && std::memcmp(bytes_at(to), then->data(), bytes) != 0))
             complain("an upload read pageable memory that had changed since it was queued", CUDA_SUCCESS);
     });
@@ -530,7 +535,7 @@ API CUresult cuMemcpyDtoHAsync(void* to, CUdeviceptr from, std::size_t bytes, CU
         std::memcpy(to, bytes_at(from), bytes);
         return CUDA_SUCCESS;
     }
-    if (stream->captured == nullptr) std::memset(to, poison(), bytes);
+    if (stream->captured == nullptr) spoil(to, bytes);
     return enqueue(handle, [=] {
         if (!on_device(from, bytes)) return void(misplaced("a queued download", from, bytes));
         if (!is_pinned(to, bytes)) return void(misplaced("a queued download writes", reinterpret_cast<CUdeviceptr>(to), bytes));

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ....kernels import channel_extremes, mask_batch, take_channels
 from ...bundle.kinds import Kind
 from ...bundle.manifest import Tap
 from ...session.batches import check_finite, scores_of
+from ...session.cuda_graphs import CudaGraphs
 from ...session.lanes import Lanes
 from ...session.memory import HOST, Memory
 from .base import MethodData
@@ -40,8 +42,10 @@ class Lane:
 class MaskedRuns(MethodData):
     """One image (C, H, W), its activations (K, h, w) per layer, and the network, to run masked images.
 
-    logits and seeds (S, classes) are on the host; the image and the activations are in `memory`. probability:
-    "softmax" or "sigmoid", the `kind` of kernels.class_scores. run: masked images (n, C, H, W) -> logits (n, classes).
+    logits and seeds (S, classes) are on the host, as extremes are: per layer, each channel's lowest and highest value
+    (K, 2). The image and the activations are in `memory`. probability: "softmax" or "sigmoid", the `kind` of
+    kernels.class_scores. run: masked images (n, C, H, W) -> logits (n, classes). mask_batch: the most masked images in
+    one run. graphs: of the GPU, None without one.
     """
 
     kinds = (Kind.ACTIVATIONS, Kind.CLASSIFY)
@@ -53,11 +57,13 @@ class MaskedRuns(MethodData):
     seeds: np.ndarray
     image: Any
     activations: tuple[Any, ...]
+    extremes: tuple[np.ndarray, ...]
     probability: str
     run: Callable[[Any], Any]
-    max_batch: int
+    mask_batch: int
     lanes: Lanes
     memory: Memory = HOST
+    graphs: CudaGraphs | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -67,16 +73,41 @@ class MaskedRuns(MethodData):
         """Divides `count` masks among lanes and returns work(lane) of each; lanes run at the same time if there are
         several.
         """
-        room, starts = min(self.max_batch, count), range(0, count, self.max_batch)
+        room, starts = min(self.mask_batch, count), range(0, count, self.mask_batch)
         number = min(self.lanes.count, len(starts))
 
         def in_lane(first: int) -> T:
             masked = self.memory.empty((room, *self.image.shape))
             gates = None if self.memory.stream is not None else np.empty((room, *self.size), np.float32)
-            batches = tuple(slice(s, min(s + self.max_batch, count)) for s in starts[first::number])
+            batches = tuple(slice(s, min(s + self.mask_batch, count)) for s in starts[first::number])
             return work(Lane(batches, self.run, masked, gates))
 
         return self.lanes.map(in_lane, range(number))
+
+    def logits_under_masks(self, activation: Any, channels: np.ndarray, kind: str, interpolation: str) -> Any:
+        """On a GPU: the logits (n, classes) of the image under the masks of n channels, without a wait.
+
+        Every run has the same number of masks, the last one some of them twice, so that one CUDA graph serves them all.
+        """
+        memory, stream = self.memory, self.memory.stream
+        assert stream is not None
+        count = len(channels)
+        room = min(self.mask_batch, 1 << (count - 1).bit_length())
+        padded = np.resize(channels.astype(np.int32), -(-count // room) * room)
+        index, found = memory.put(padded), memory.empty((len(padded), self.logits.shape[1]))
+
+        def work(image: Any, activation: Any, index: Any) -> Any:
+            taken = take_channels(activation, index, stream=stream)
+            masked = memory.empty((room, *image.shape))
+            mask_batch(image, taken, kind, interpolation, out=masked, stream=stream)
+            return self.run(masked)
+
+        key = "masks", kind, interpolation, room, activation.shape
+        for start in range(0, len(padded), room):
+            inputs = self.image, activation, index[start : start + room]
+            logits = work(*inputs) if self.graphs is None else self.graphs.run(key, inputs, work)
+            stream.copy(logits, found[start : start + room])
+        return found[:count]
 
     @classmethod
     def read(
@@ -90,20 +121,25 @@ class MaskedRuns(MethodData):
         out = session.open(session.program(Kind.ACTIVATIONS, layers)).run({"image": batch.images})
         taps = session.taps(layers)
         activations = tuple(a.reshape(*a.shape[1:]) for a in (out[f"activation:{t.name}"] for t in taps))
-        logits, seeds = scores_of({"logits": memory.get(out["logits"])[0]}, batch)
+        fetched, *extremes = memory.get(
+            out["logits"], *(channel_extremes(a, stream=memory.stream) for a in activations)
+        )
+        logits, seeds = scores_of({"logits": fetched}, batch)
         check_finite(logits)
         kind, entry = (Kind.CLASSIFY, "image") if manifest.normalized is None else (Kind.SCORE, "normalized")
         scored = session.open(session.program(kind), concurrent=session.lanes.count > 1)
         image = session.normalized(batch.images)
         return cls(
-            taps,
-            logits,
-            seeds,
-            image.reshape(*image.shape[1:]),
-            activations,
-            manifest.probability,
-            lambda masked: scored.run({entry: masked})["logits"],
-            session.max_batch,
-            session.lanes,
-            memory,
+            taps=taps,
+            logits=logits,
+            seeds=seeds,
+            image=image.reshape(*image.shape[1:]),
+            activations=activations,
+            extremes=tuple(extremes),
+            probability=manifest.probability,
+            run=lambda masked: scored.run({entry: masked})["logits"],
+            mask_batch=session.mask_batch,
+            lanes=session.lanes,
+            memory=memory,
+            graphs=session.cuda_graphs,
         )
