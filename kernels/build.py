@@ -44,6 +44,12 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
+def options_of(*warnings: str) -> list[str]:
+    """nvcc's options, without those for its output and its targets."""
+    # fmad=false: only fmaf in the sources is fused, so results are the same as on the host
+    return ["-std=c++17", "-O3", "--fmad=false", *warnings]
+
+
 def build(
     out: Path = SOURCES,
     architectures: Sequence[str] | None = None,
@@ -73,8 +79,7 @@ def build(
     def compile_one(source: Path) -> Path:
         binary = out / f"{source.stem}.fatbin"
         unfinished = binary.with_suffix(f".{os.getpid()}.tmp")
-        # fmad=false: only fmaf in the sources is fused, so results are the same as on the host
-        options = ["-fatbin", "-std=c++17", "-O3", "--fmad=false", *warnings, *codes]
+        options = ["-fatbin", *options_of(*warnings), *codes]
         try:
             _run([nvcc, *options, "-o", str(unfinished), str(source)])
             unfinished.replace(binary)

@@ -30,7 +30,7 @@ def kernels_of(source: Path) -> list[str]:
     done = subprocess.run(
         ["g++", "-E", "-P", "-x", "c++", f"-I{EMULATION}", str(source)], capture_output=True, text=True, check=True
     )
-    return re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\s*\(', done.stdout)
+    return re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(', done.stdout)
 
 
 def list_kernels(folder: Path, sources: Path = SOURCES) -> Path:

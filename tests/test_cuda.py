@@ -63,7 +63,8 @@ def test_what_is_not_finite_is_found(queue: Any, bad: float, at: int) -> None:
         (np.float32, 33, 0, "mask_batch_f32"),
         (np.float32, 32, 4, "mask_batch_f32"),
         (np.float16, 32, 0, "mask_batch_f16_wide"),
-        (np.float16, 36, 0, "mask_batch_f16"),
+        (np.float16, 36, 0, "mask_batch_f16_wide"),
+        (np.float16, 34, 0, "mask_batch_f16"),
         (np.float16, 32, 2, "mask_batch_f16"),
     ],
 )
@@ -107,7 +108,7 @@ def test_kernels_stride_over_what_a_grid_does_not_cover(emulated: EmulatedGpu, m
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("side", [1, 30_001, 200_000])
+@pytest.mark.parametrize("side", [1, 30_001, 46_340])
 @pytest.mark.parametrize("count", [1, 2**20 + 1, 2**31 - 1])
 def test_no_grid_overflows(side: int, count: int) -> None:
     queue = Ledger()
@@ -139,7 +140,7 @@ def test_the_order_of_sums_depends_on_shapes_alone() -> None:
     """Wherever the total lies; and partial sums do not grow with the number of scores."""
     queue = Ledger()
     activations = queue.empty((192, 7, 7))
-    for rows, most in ((1, 6), (1000, 1)):
+    for rows, chunks in ((1, 18), (1000, 1)):
         total = queue.empty((rows, 224, 224))
         found = set()
         for skew in (0, 4):
@@ -147,7 +148,7 @@ def test_the_order_of_sums_depends_on_shapes_alone() -> None:
             skewed = dataclasses.replace(total, pointer=total.pointer + skew)
             kernels.accumulate_maps(skewed, queue.empty((rows, 192)), activations, stream=queue)
             found.add(tuple(int(str(a)) for a in queue.launched[0].arguments[-2:]))  # maps per chunk, chunks
-        assert found == {(192 // most, most)}
+        assert found == {(-(-192 // chunks), chunks)}
 
 
 @needs_compiler
@@ -188,7 +189,7 @@ DEFECTS = {
     "a read past the end": (
         OVERRUN,
         "common.cuh",
-        "for (int i = threadIdx.x % WARP; i < sources.count; i += WARP) {",
+        "for (int i = lane; i < sources.count; i += WARP) {",
         "for (int i = threadIdx.x % WARP; i <= sources.count; i += WARP) {",
     ),
     "a missing barrier": (

@@ -56,6 +56,8 @@ def bad_calls(queue: Any) -> dict[str, Any]:
         "mask_batch: image is 8 x 0, needed at least 1 x 1": mask(image=(3, 8, 0)),
         "mask_batch: out is (4, 3, 8, 9), needed (4, 3, 8, 8)": mask(out=new((4, 3, 8, 9))),
         "mask_batch: out (4, 3, 8, 8) is int32, needed float32 or float16": mask(out=new((4, 3, 8, 8), np.int32)),
+        "mask_batch: pixels is 2500000000, at most 2147483647": mask(image=(3, 50_000, 50_000)),
+        "accumulate_maps: pixels is 2500000000, at most 2147483647": sums(total=(3, 50_000, 50_000)),
         "mask_batch: gate 'relu': use tanh, sigmoid_relu, minmax, identity": mask(kind="relu"),
         "mask_batch: interpolation 'bicubic': use bilinear, align_corners, nearest": mask(interpolation="bicubic"),
         "mask_batch: gates are not kept on a GPU, computing them again is faster: leave gates out": mask(

@@ -4,36 +4,35 @@
 // single chunk, into total. add_partials: adds the chunks, always in the same order. No atomics: every run gives the same bits.
 #include "common.cuh"
 
-constexpr int SCORES = 4;  // sums held in registers together
+constexpr int SCORES = 3;  // sums held in registers together
 
 template <int V>
-__device__ inline void sum_strips(float* staged, const float* scores, const float* activations, const Tap* rows,
+__device__ inline void sum_strips(StripMemory<V>* shared, const float* scores, const float* activations, const Tap* rows,
                                   const Tap* columns, const float* extremes, float* total, float* partial, int count,
                                   int maps, int height, int width, int h, int w, int gate, int maps_per_chunk,
                                   int chunks) {
-    const long long plane = static_cast<long long>(height) * width, map_size = static_cast<long long>(h) * w;
-    const long long across = (width - 1) / Strip<V>::COLUMNS + 1, tasks = across * height;
+    const int plane = height * width, across = (width - 1) / Strip<V>::COLUMNS + 1;
+    const unsigned tasks = static_cast<unsigned>(across) * height;
     const bool same_size = h == height && w == width;
-    for (long long task = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / WARP; task < tasks;
-         task += static_cast<long long>(gridDim.x) * WARPS) {
+    for (unsigned task = blockIdx.x * WARPS + threadIdx.x / WARP; task < tasks; task += gridDim.x * WARPS) {
         const int y = static_cast<int>(task / across), left = static_cast<int>(task % across) * Strip<V>::COLUMNS;
-        const Strip<V> strip(rows, columns, y, left, width);
+        const Strip<V> strip(shared, rows, columns, y, left, width);
         const bool inside = strip.inside();
-        const long long at = static_cast<long long>(y) * width + strip.x;
+        const int at = y * width + strip.x;
         for (int chunk = blockIdx.y; chunk < chunks; chunk += gridDim.y) {
-            const long long start = static_cast<long long>(chunk) * maps_per_chunk;
-            const long long end = start + maps_per_chunk < maps ? start + maps_per_chunk : maps;
+            const int start = chunk * maps_per_chunk;  // chunks are as few as the maps need: no overflow
+            const int end = maps - start > maps_per_chunk ? start + maps_per_chunk : maps;
             for (int first = 0; first < count; first += SCORES) {
                 float sums[SCORES][V] = {};
-                for (long long k = start; k < end; ++k) {
+                for (int k = start; k < end; ++k) {
                     float gates[V];
                     if (same_size) {
-                        if (inside) load(activations + k * map_size + at, gates);
+                        if (inside) load(activations + static_cast<long long>(k) * (h * w) + at, gates);
                     } else {
-                        strip.resize(activations + k * map_size, w, staged, gates);
+                        strip.resize(activations + static_cast<long long>(k) * (h * w), w, gates);
                     }
                     if (!inside) continue;
-                    open_gates(gates, gate, extremes + 2 * k);
+                    open_gates(gates, gate, extremes + 2ll * k);
 #pragma unroll
                     for (int s = 0; s < SCORES; ++s)
                         if (first + s < count) {
@@ -47,11 +46,12 @@ __device__ inline void sum_strips(float* staged, const float* scores, const floa
                 for (int s = 0; s < SCORES; ++s)
                     if (first + s < count) {
                         if (chunks == 1) {
+                            float* sum = total + static_cast<long long>(first + s) * plane + at;
                             float before[V];
-                            load(total + (first + s) * plane + at, before);
+                            load(sum, before);
 #pragma unroll
                             for (int j = 0; j < V; ++j) sums[s][j] += before[j];
-                            store(total + (first + s) * plane + at, sums[s]);
+                            store(sum, sums[s]);
                         } else {
                             store(partial + (static_cast<long long>(chunk) * count + first + s) * plane + at, sums[s]);
                         }
@@ -62,12 +62,12 @@ __device__ inline void sum_strips(float* staged, const float* scores, const floa
 }
 
 #define ACCUMULATE_MAPS(name, V)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                             \
         name(const float* scores, const float* activations, const Tap* rows, const Tap* columns, const float* extremes,  \
              float* total, float* partial, int count, int maps, int height, int width, int h, int w, int gate,           \
              int maps_per_chunk, int chunks) {                                                                           \
-        SHARED(float, staged, WARPS * Strip<V>::STAGED);                                                                 \
-        sum_strips<V>(staged + threadIdx.x / WARP * Strip<V>::STAGED, scores, activations, rows, columns, extremes,      \
+        SHARED(StripMemory<V>, shared, WARPS);                                                                 \
+        sum_strips<V>(shared, scores, activations, rows, columns, extremes,      \
                       total, partial, count, maps, height, width, h, w, gate, maps_per_chunk, chunks);                   \
     }
 

@@ -1,4 +1,4 @@
-// What the kernels share: positions of a resize, gates, reductions over a block, 16-byte access.
+// What the kernels share: positions of a resize, gates, reductions over a block, access to neighbours at once.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -55,21 +55,30 @@ __device__ inline int place(const Sources& sources, const Tap* taps, int tap, bo
     return 2 * tap + high;
 }
 
+// Shared memory of a warp's strip. Each lane reads only the places and weights that it wrote: they would need too many registers.
+template <int V>
+struct StripMemory {
+    static constexpr int COLUMNS = WARP * V;
+    float row[2 * COLUMNS];     // of a map, resized along the columns
+    unsigned places[COLUMNS];   // in `row`: of the lower neighbour, and, 16 bits higher, of the upper one
+    float weights[COLUMNS];
+};
+
 // A warp's part of resized maps: a row of 32 V columns, V adjacent columns for each lane. Rows are resized first, once for
 // all lanes, into shared memory; then columns.
 template <int V>
 struct Strip {
-    static constexpr int COLUMNS = WARP * V, STAGED = 2 * COLUMNS;  // floats of shared memory for each warp
+    static constexpr int COLUMNS = StripMemory<V>::COLUMNS;
 
-    int x, columns;  // the lane's first column; how many the warp has
+    StripMemory<V>* memory;  // the warp's
+    int x, columns;          // the lane's first column; how many the warp has
     Tap row;
     const Tap* taps;
     Sources sources;
-    int low[V], high[V];
-    float weight[V];
 
-    __device__ Strip(const Tap* rows, const Tap* all_columns, int y, int left, int width) {
+    __device__ Strip(StripMemory<V>* shared, const Tap* rows, const Tap* all_columns, int y, int left, int width) {
         const int lane = threadIdx.x % WARP;
+        memory = shared + threadIdx.x / WARP;
         x = left + lane * V;
         columns = width - left < COLUMNS ? width - left : COLUMNS;
         row = rows[y];
@@ -78,26 +87,30 @@ struct Strip {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const int tap = lane * V + j < columns ? lane * V + j : columns - 1;
-            low[j] = place(sources, taps, tap, false);
-            high[j] = place(sources, taps, tap, true);
-            weight[j] = taps[tap].weight;
+            const unsigned low = place(sources, taps, tap, false), high = place(sources, taps, tap, true);
+            memory->places[lane * V + j] = low | high << 16;
+            memory->weights[lane * V + j] = taps[tap].weight;
         }
     }
 
     // Whether the lane has columns; it then has all V of them, since V divides the width.
     __device__ bool inside() const { return static_cast<int>(threadIdx.x % WARP) * V < columns; }
 
-    // The whole warp calls it. staged: the warp's STAGED floats of shared memory.
-    __device__ void resize(const float* map, int w, float* staged, float (&values)[V]) const {
+    // The whole warp calls it.
+    __device__ void resize(const float* map, int w, float (&values)[V]) const {
         const float* upper = map + static_cast<long long>(row.low) * w;
         const float* lower = map + static_cast<long long>(row.high) * w;
-        for (int i = threadIdx.x % WARP; i < sources.count; i += WARP) {
+        const int lane = threadIdx.x % WARP;
+        for (int i = lane; i < sources.count; i += WARP) {
             const int column = source(sources, taps, i);
-            staged[i] = row.weight == 0.0f ? upper[column] : between(upper[column], lower[column], row.weight);
+            memory->row[i] = row.weight == 0.0f ? upper[column] : between(upper[column], lower[column], row.weight);
         }
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < V; ++j) values[j] = between(staged[low[j]], staged[high[j]], weight[j]);
+        for (int j = 0; j < V; ++j) {
+            const unsigned places = memory->places[lane * V + j];
+            values[j] = between(memory->row[places & 0xffff], memory->row[places >> 16], memory->weights[lane * V + j]);
+        }
         __syncwarp();  // before the next map overwrites it
     }
 };
@@ -128,7 +141,7 @@ __device__ inline void open_gates(float (&values)[V], int gate, const float* ext
     }
 }
 
-// ---- 16-byte access; V = 1 for arrays that are not aligned
+// ---- access to V neighbours at once, which must be aligned to their size; V = 1 for arrays that are not
 
 template <int V>
 __device__ inline void load(const float* from, float (&values)[V]) {
@@ -158,14 +171,14 @@ __device__ inline void store(float* to, const float (&values)[V]) {
 
 template <int V>
 __device__ inline void store(__half* to, const float (&values)[V]) {
-    if constexpr (V == 8) {
+    if constexpr (V == 4) {
         union {
-            __half2 pairs[4];
-            uint4 bytes;
+            __half2 pairs[2];
+            uint2 bytes;
         } packed;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) packed.pairs[j] = __floats2half2_rn(values[2 * j], values[2 * j + 1]);
-        *reinterpret_cast<uint4*>(to) = packed.bytes;
+        for (int j = 0; j < 2; ++j) packed.pairs[j] = __floats2half2_rn(values[2 * j], values[2 * j + 1]);
+        *reinterpret_cast<uint2*>(to) = packed.bytes;
     } else {
 #pragma unroll
         for (int j = 0; j < V; ++j) to[j] = __float2half_rn(values[j]);

@@ -5,7 +5,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
     resized_extremes(const float* maps, const Tap* rows, const Tap* columns, float* extremes, int count, int height,
                      int width, int h, int w) {
-    SHARED(float, staged, WARPS * Strip<1>::STAGED);
+    SHARED(StripMemory<1>, strips, WARPS);
     SHARED(float, shared, WARP);
     const int warp = threadIdx.x / WARP;
     const long long across = (width - 1) / WARP + 1;
@@ -13,10 +13,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float* map = maps + k * h * w;
         float low = INFINITY, high = -INFINITY;
         for (long long task = warp; task < across * height; task += WARPS) {
-            const Strip<1> strip(rows, columns, static_cast<int>(task / across), static_cast<int>(task % across) * WARP,
-                                 width);
+            const Strip<1> strip(strips, rows, columns, static_cast<int>(task / across),
+                                 static_cast<int>(task % across) * WARP, width);
             float values[1];
-            strip.resize(map, w, staged + warp * Strip<1>::STAGED, values);
+            strip.resize(map, w, values);
             if (!strip.inside()) continue;
             low = Least()(low, values[0]);
             high = Greatest()(high, values[0]);

@@ -14,6 +14,7 @@ from .arrays import DeviceArray
 LARGEST = 2**31 - 1
 MAX_GRID = (LARGEST, 65535)  # blocks along x and y; a kernel loops if its work needs more blocks
 THREADS = 256
+FULL = 1024  # blocks that fill a large GPU: a few for each of 100 to 200 multiprocessors
 WARP = 32
 NOTHING = np.uint64(0)  # a null pointer
 NOT_FINITE = 2

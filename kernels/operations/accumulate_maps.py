@@ -9,11 +9,11 @@ import numpy as np
 
 from ..call import Stream, prepared
 from ..checks import expect, expect_choice, expect_sides
-from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s, is_wide, strips
+from ..gpu.queue import FULL, NOTHING, THREADS, Argument, Launch, blocks, int32s, is_wide, strips
 from .gates import GATES, gate, gate_extremes, refuse_gates_on_gpu, within_range
 from .resizing import INTERPOLATIONS, resize_tables, upsample
 
-MAPS_PER_CHUNK = 32  # short float32 sums are more accurate, and many chunks fill the GPU
+MAPS_PER_CHUNK = 32  # at most: short float32 sums are more accurate
 PARTIAL_SUMS = 2**21  # the most partial sums in memory, if there is more than one chunk
 
 
@@ -53,9 +53,12 @@ def accumulate_maps(
         if count == 0 or rows == 0:
             return
         sides = int32s("accumulate_maps", scores=rows, maps=count, height=height, width=width, h=h, w=w)
+        int32s("accumulate_maps", pixels=height * width, pixels_of_a_map=h * w)
         # the chunks depend only on the shapes, so every GPU and every alignment gives the same bits
         entries = math.prod(total.shape)
-        chunks = min(-(-count // MAPS_PER_CHUNK), max(1, PARTIAL_SUMS // entries))
+        filling = -(-FULL // strips((height, width), 4))
+        wanted = min(count, max(-(-count // MAPS_PER_CHUNK), filling))
+        chunks = min(wanted, max(1, PARTIAL_SUMS // entries))
         per_chunk = -(-count // chunks)
         chunks = -(-count // per_chunk)
         vector = 4 if is_wide(4, width, total, activations) else 1

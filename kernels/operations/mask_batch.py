@@ -8,11 +8,11 @@ import numpy as np
 
 from ..call import Stream, prepared
 from ..checks import expect, expect_choice, expect_sides
-from ..gpu.queue import THREADS, Launch, blocks, int32s, is_wide, strips
+from ..gpu.queue import FULL, THREADS, Launch, blocks, int32s, is_wide, strips
 from .gates import GATES, gate, gate_extremes, refuse_gates_on_gpu, within_range
 from .resizing import INTERPOLATIONS, resize_tables, resized_bands, resized_columns
 
-MAPS_PER_BLOCK = 16  # the maps of a block share the image's pixels and the resize taps
+MAPS_PER_BLOCK = 16  # at most; the maps of a block share the image's pixels and the resize taps
 
 
 def mask_batch(
@@ -52,15 +52,16 @@ def mask_batch(
         if count == 0 or channels == 0:
             return out
         sides = int32s("mask_batch", maps=count, channels=channels, height=height, width=width, h=h, w=w)
-        half = out.dtype == np.float16
-        vector = 8 if half else 4
-        vector = vector if is_wide(vector, width, image, out) else 1
+        int32s("mask_batch", pixels=height * width, pixels_of_a_map=h * w)
+        vector = 4 if is_wide(4, width, image, out) else 1
         tables = resize_tables(queue, (h, w), (height, width), interpolation)
         extremes = gate_extremes(queue, kind, activations, tables)
-        kernel = f"mask_batch_{'f16' if half else 'f32'}{'_wide' if vector > 1 else ''}"
-        modes = np.int32(GATES.index(kind)), np.int32(MAPS_PER_BLOCK)
+        kernel = f"mask_batch_{'f16' if out.dtype == np.float16 else 'f32'}{'_wide' if vector > 1 else ''}"
+        across = strips((height, width), vector)
+        per_block = max(1, min(MAPS_PER_BLOCK, count * across // FULL))
+        modes = np.int32(GATES.index(kind)), np.int32(per_block)
         arguments = (image, activations, *tables, extremes, out, *sides, *modes)
-        grid = strips((height, width), vector), blocks(count, MAPS_PER_BLOCK, 1)
+        grid = across, blocks(count, per_block, 1)
         queue.launch(Launch("mask_batch", kernel, grid, THREADS, 0, arguments))
         return out
 

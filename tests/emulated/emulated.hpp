@@ -21,7 +21,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define SHARED(type, name, count) type* const name = static_cast<type*>(emulated::shared(__COUNTER__, sizeof(type) * (count)))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulated::shared(-1, emulated::dynamic_bytes))
 
@@ -33,8 +33,8 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
+struct alignas(8) uint2 {
+    unsigned x, y;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
