@@ -29,7 +29,7 @@ from camrt.page.serving import server
 from camrt.page.site import make_page
 from camrt.runtime.backends.tensorrt.bindings import find_library
 from camrt.runtime.backends.tensorrt.build import build_engine
-from camrt.runtime.backends.tensorrt.target import Shapes, Target
+from camrt.runtime.backends.tensorrt.target import Profile, Target
 from camrt.runtime.bundle.kinds import Kind
 from camrt.runtime.bundle.manifest import PRECISIONS, Program
 from camrt.runtime.bundle.reading import read_bundle
@@ -89,7 +89,7 @@ def engines(bundle: Path, method: str, folder: Path) -> dict[str, Any]:
         program = Program(Kind.LAYER_MAPS, path.name, "", (), inputs, {}, PRECISIONS[precision])
         library, target = find_library("tensorrt_rtx"), Target(CAPABILITY, None)
         try:
-            found[precision] = len(build_engine(library, path, program, target, Shapes("batch", 4)).engine)
+            found[precision] = len(build_engine(library, path, program, target, [Profile("batch", 1, 4)]).engine)
         except CamrtError as error:
             found[precision] = str(error)
     return found

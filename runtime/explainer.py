@@ -131,9 +131,16 @@ class Explainer:
         logits = np.empty((len(pictures), self.manifest.num_classes), np.float32)
         results = []
         by_image = method.data(options).by_image
-        for batch in batches(images, seeds, by_image, self.session.max_batch):
+        equal = self.backend.gpu is not None
+        for batch in batches(images, seeds, by_image, self.session.max_batch, equal):
             result, found = explain_batch(self.session, method, batch, names, options)
-            logits[batch.first : batch.first + len(batch.images)] = found[: len(batch.images)]
+            if batch.repeats:
+                result = result.rows(slice(batch.repeats, None))
+            if len(batch.images) > 1:
+                found = found[batch.repeats :]
+                logits[batch.first : batch.first + len(found)] = found
+            else:
+                logits[batch.first] = found[0]
             results.append(result)
         result = join(results)
         details = result.checked()

@@ -25,7 +25,7 @@ from camrt.kernels import minmax
 from camrt.method_choice import parse_method
 from camrt.runtime.backends.tensorrt.bindings import find_library
 from camrt.runtime.backends.tensorrt.build import build_engine
-from camrt.runtime.backends.tensorrt.target import Shapes, Target
+from camrt.runtime.backends.tensorrt.target import Profile, Target
 from camrt.runtime.bundle.kinds import Kind
 from camrt.runtime.bundle.manifest import PRECISIONS, Program
 from camrt.runtime.errors import UnknownLayer, UnknownMethod
@@ -232,7 +232,7 @@ def test_tensorrt_for_rtx_builds_an_engine(text: str, precision: str, in_both_pr
     inputs |= {"percentile": ["batch"]} if text == "winsor_cam" else {}
     program = Program(Kind.LAYER_MAPS, path.name, "", (), inputs, {"map": ["batch", 32, 32]}, PRECISIONS[precision])
     library = find_library("tensorrt_rtx")
-    made = build_engine(library, path, program, Target((8, 9), None), Shapes("batch", 4))
+    made = build_engine(library, path, program, Target((8, 9), None), [Profile("batch", 1, 4)])
     assert len(made.engine) > 100_000
     assert all("Int64 binding" in warning for warning in made.warnings)  # which is what the target is
 

@@ -34,8 +34,7 @@ from camrt.runtime.backends.tensorrt.bindings import Library, find_library
 from camrt.runtime.backends.tensorrt.build import build_engine
 from camrt.runtime.backends.tensorrt.cache import EngineCache
 from camrt.runtime.backends.tensorrt.engine import TensorRtEngine
-from camrt.runtime.backends.tensorrt.target import Shapes, Target, engine_key
-from camrt.runtime.bundle.onnx_symbols import rename_symbol
+from camrt.runtime.backends.tensorrt.target import Profile, Target, chosen, engine_key, profiles_of
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.errors import EngineError
 
@@ -80,11 +79,11 @@ def test_a_machine_builds_the_engines_that_it_looks_up(
     monkeypatch.setattr(backend_module, "logger", lambda trt: None)
     monkeypatch.setattr("camrt.kernels.gpu.device.device", lambda: card)
     bundle = read_bundle(exported)
-    program, shapes = bundle.manifest.programs[0], Shapes("single")
+    program, profiles = bundle.manifest.programs[0], [Profile("single")]
     (target,) = build.targets(library, None)
     found = backend_module.create(Settings())
-    assert engine_key(library, bundle, program, target, shapes) == engine_key(
-        library, bundle, program, found.target, shapes
+    assert engine_key(library, bundle, program, target, profiles) == engine_key(
+        library, bundle, program, found.target, profiles
     )
     assert (target.gpu is None) == (name == "tensorrt_rtx")
 
@@ -210,20 +209,23 @@ def test_build_and_cache_commands(both: Path, capsys: pytest.CaptureFixture[str]
     command = ["build", str(both), "--compute-capability", "8.6", "12.0", "--precision", "fp16", "--max-batch", "5"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 2 * 3 + 1
-    assert lines[0].split()[:6] == ["classify.fp16.onnx", "float16", "single", "compute", "capability", "8.6"]
+    assert len(lines) == 2 * 3 + 1
+    start = "classify.fp16.onnx        float16  single, batch 64, masks 64        compute capability 8.6"
+    assert lines[0].startswith(start), lines[0]
     assert all("built in" in line for line in lines[:-1])
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all("was built before" in line for line in lines[:-1])
     assert main(["cache", "list"]) == 0
     said = capsys.readouterr().out
-    assert "12 engines" in said and "small layer_maps.fp16.onnx float16 tensorrt_rtx" in said
+    assert "6 engines" in said and "small layer_maps.fp16.onnx float16 tensorrt_rtx" in said
+    names = sorted(p.name for p in (folder / "engines").glob("*.engine"))
+    assert re.fullmatch(r"small-classify.fp16-tensorrt_rtx_[\d.]+-sm_12.0-[0-9a-f]{24}.engine", names[0]), names
     (folder / "engines" / f"{'0' * 64}.engine").write_bytes(b"?")
     assert main(["cache", "list"]) == 0
     assert "damaged: it will be built again" in capsys.readouterr().out
     assert main(["cache", "clear"]) == 0
-    assert capsys.readouterr().out == f"13 engines removed from {folder / 'engines'}\n"
+    assert capsys.readouterr().out == f"7 engines removed from {folder / 'engines'}\n"
     assert main(["cache", "list"]) == 0
     assert capsys.readouterr().out.startswith("0 engines, 0.0 of 20000 MB")
 
@@ -257,28 +259,52 @@ def test_a_precision_that_the_bundle_lacks_is_refused(exported: Path, capsys: py
         camrt.load(exported, precision="fp16")
 
 
-def test_every_shape_of_every_program_is_built(both: Path) -> None:
+def test_a_dry_run_builds_nothing(both: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    command = ["build", str(both), "--compute-capability", "8.9", "--mask-batch", "8"]
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    count = said.count("would be built (size estimated)")
+    assert count == len(said.splitlines()) - 1 and "single, batch 16, masks 8" in said
+    assert not (folder / "engines").exists()
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("was built before") == count
+
+
+def test_every_profile_of_every_program_is_built(both: Path) -> None:
     """Also those of the other programs, and for several targets."""
     bundle, library = read_bundle(both), find_library("tensorrt_rtx")
     seen: list[str] = []
     for program in bundle.manifest.programs:
-        for shapes in Shapes("single"), Shapes("batch", 16), Shapes("targets", 16):
-            if shapes.kind == "targets" and "seed" not in program.inputs:
-                continue
-            made = build_engine(library, both / program.file, program, ADA, shapes, seen.append)
-            assert made.warnings == [], (program.file, shapes)
+        profiles = profiles_of(bundle, program, 16, 64)
+        made = build_engine(library, both / program.file, program, ADA, profiles, seen.append)
+        assert made.warnings == [], program.file
     assert {p.kind for p in bundle.manifest.programs} > {"head", "trunk", "full_grad"}
     assert len(set(seen)) > 5, "the monitor says what is being done"
 
 
-def test_shapes_follow_the_run() -> None:
-    assert Shapes.of({"batch": 1}, 16) == Shapes.of({"batch": 1, "seeds": 1}, 99) == Shapes("single", 1)
-    assert Shapes.of({"batch": 3, "seeds": 3}, 8) == Shapes("batch", 16) == Shapes.of({"batch": 2}, 16)
-    assert Shapes.of({"batch": 1, "seeds": 3}, 17) == Shapes("targets", 32)
-    assert Shapes("targets", 32).of_input(["batch", 3, 8, 8]) == ((1, 3, 8, 8), (1, 3, 8, 8))
-    assert Shapes.of({"seeds": 3}, 16) == Shapes("targets", 16), "where the batch is pinned"
-    assert Shapes.of({}, 16) == Shapes("single")
-    assert Shapes("targets", 32).of_input(["seeds", 5]) == ((1, 5), (32, 5))
+def test_profiles_follow_the_program_and_the_run(both: Path) -> None:
+    opened = read_bundle(both)
+    single, batch, masks = profiles_of(opened, opened.program("classify"), 5, 48)
+    assert (single, batch, masks) == (Profile("single"), Profile("batch", 1, 64), Profile("masks", 48, 48))
+    layer_maps = opened.program("layer_maps", [t.name for t in opened.manifest.taps])
+    profiles = profiles_of(opened, layer_maps, 17, 64)
+    assert profiles == (single, Profile("batch", 1, 32), Profile("targets", 1, 32))
+    for sizes, kind in (
+        ({"batch": 1, "seeds": 1}, "single"),
+        ({"batch": 3, "seeds": 3}, "batch"),
+        ({"batch": 1, "seeds": 3}, "targets"),
+        ({"seeds": 3}, "targets"),
+        ({}, "single"),
+    ):
+        assert profiles[chosen(profiles, sizes)].kind == kind, sizes
+    for count, kind in ((1, "single"), (2, "batch"), (47, "batch"), (48, "masks"), (49, "batch")):
+        assert (single, batch, masks)[chosen((single, batch, masks), {"batch": count})].kind == kind, count
+    assert profiles[2].of_input(["batch", 3, 8, 8]) == ((1, 3, 8, 8), (1, 3, 8, 8))
+    assert profiles[2].of_input(["seeds", 5]) == ((1, 5), (32, 5))
+    assert profiles[1].of_input(["seeds", 5]) == ((1, 5), (32, 5))
+    assert masks.of_input(["batch", 3, 8, 8]) == ((48, 3, 8, 8), (48, 3, 8, 8))
 
 
 def test_a_program_that_the_library_does_not_take_names_its_node(both: Path, tmp_path: Path) -> None:
@@ -290,7 +316,7 @@ def test_a_program_that_the_library_does_not_take_names_its_node(both: Path, tmp
     shutil.copy(both / "weights.bin", tmp_path)
     (tmp_path / program.file).write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match=r"tensorrt_rtx .* does not take it: Celu9 'the_odd_one': .+"):
-        build_engine(find_library("tensorrt_rtx"), tmp_path / program.file, program, ADA, Shapes("single"))
+        build_engine(find_library("tensorrt_rtx"), tmp_path / program.file, program, ADA, [Profile("single")])
 
 
 def test_an_interruption_ends_the_build(both: Path) -> None:
@@ -300,20 +326,21 @@ def test_an_interruption_ends_the_build(both: Path) -> None:
     bundle = read_bundle(both)
     program = bundle.program("layer_maps", [t.name for t in bundle.manifest.taps])
     with pytest.raises(KeyboardInterrupt):
-        build_engine(find_library("tensorrt_rtx"), both / program.file, program, ADA, Shapes("single"), interrupt)
+        build_engine(find_library("tensorrt_rtx"), both / program.file, program, ADA, [Profile("single")], interrupt)
 
 
 def test_the_key_holds_all_that_determines_an_engine(both: Path, bundle: Path) -> None:
     opened, library = read_bundle(both), find_library("tensorrt_rtx")
     program, other = opened.program("classify"), opened.program("classify", (), "fp16")
+    one, several = [Profile("single")], [Profile("single"), Profile("batch", 1, 16)]
     keys = [
-        engine_key(library, opened, program, ADA, Shapes("single")),
-        engine_key(library, opened, other, ADA, Shapes("single")),
-        engine_key(library, opened, program, ADA, Shapes("batch", 16)),
-        engine_key(library, opened, program, ADA, Shapes("batch", 32)),
-        engine_key(library, opened, program, Target((8, 6), None), Shapes("single")),
-        engine_key(library, opened, program, Target((8, 9), "Some GPU"), Shapes("single")),
-        engine_key(library, read_bundle(bundle), program, ADA, Shapes("single")),  # other weights, or the same file
+        engine_key(library, opened, program, ADA, one),
+        engine_key(library, opened, other, ADA, one),
+        engine_key(library, opened, program, ADA, several),
+        engine_key(library, opened, program, ADA, [Profile("single"), Profile("batch", 1, 32)]),
+        engine_key(library, opened, program, Target((8, 6), None), one),
+        engine_key(library, opened, program, Target((8, 9), "Some GPU"), one),
+        engine_key(library, read_bundle(bundle), program, ADA, one),  # other weights, or the same file
     ]
     assert len({json.dumps(k, sort_keys=True) for k in keys[:6]}) == 6
     assert keys[0]["weights"] == opened.manifest.weights["sha256"]
@@ -324,7 +351,7 @@ def test_engines_in_a_bundle_are_not_looked_at(both: Path, tmp_path: Path, monke
     path = Path(shutil.copytree(both, tmp_path / "small.camrt"))
     opened, library = read_bundle(path), find_library("tensorrt_rtx")
     program = opened.program("classify")
-    key = engine_key(library, opened, program, ADA, Shapes("single"))
+    key = engine_key(library, opened, program, ADA, [Profile("single")])
     planted = EngineCache(path)
     planted.fetch(key, lambda: b"evil")
     shutil.copy(planted.path(key), path / planted.path(key).name)
@@ -374,6 +401,11 @@ class NotedContext:
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 512 == 0 and size == 1000
 
+    def set_optimization_profile_async(self, profile: int, handle: int) -> bool:
+        self.calls += 1
+        self.profile = profile
+        return True
+
     def is_stream_capturable(self, handle: int) -> bool:
         return "capture" not in self.trouble
 
@@ -382,10 +414,26 @@ class NotedContext:
         return "run" not in self.trouble
 
 
+class CompiledKernels:
+    """TensorRT for RTX's runtime cache. read: what it was given."""
+
+    accepted = True
+
+    def __init__(self) -> None:
+        self.read: bytes | None = None
+
+    def serialize(self) -> bytes:
+        return b"compiled kernels"
+
+    def deserialize(self, data: bytes) -> bool:
+        self.read = data
+        return self.accepted
+
+
 class NotedStream:
     """Its memory is only addresses."""
 
-    handle, closed, capturing = 7, False, False
+    handle, closed, capturing, model = 7, False, False, "Some GPU, 4 multiprocessors"
 
     def __init__(self) -> None:
         self.device = self
@@ -419,6 +467,7 @@ class Noted:
     trouble: set[str]
     backend: TensorRtBackend
     key: dict[str, Any]
+    compiled: list[CompiledKernels]
 
     def run(self, images: int, offset: int = 0) -> None:
         array = DeviceArray((1 << 30) + offset, (images, 3, 32, 32), np.dtype(np.float32), 7)
@@ -429,10 +478,19 @@ class Noted:
 def noted(both: Path) -> Noted:
     contexts: list[NotedContext] = []
     trouble: set[str] = set()
+    compiled: list[CompiledKernels] = []
 
     def context(_: Any) -> NotedContext:
         contexts.append(NotedContext(trouble))
         return contexts[-1]
+
+    def runtime_config() -> Any:
+        compiled.append(CompiledKernels())
+        return SimpleNamespace(
+            set_execution_context_allocation_strategy=lambda _: None,
+            create_runtime_cache=lambda: compiled[-1],
+            set_runtime_cache=lambda _: None,
+        )
 
     class Runtime:
         def __init__(self, log: Any) -> None:
@@ -443,23 +501,28 @@ def noted(both: Path) -> Noted:
             if "memory" in trouble:
                 self.log.log(1, "Error Code 2: OutOfMemory (Requested size was 42 bytes.)")
                 return None
-            return SimpleNamespace(create_execution_context=context, device_memory_size_v2=1000)
+            return SimpleNamespace(
+                create_execution_context=context, device_memory_size_v2=1000, create_runtime_config=runtime_config
+            )
 
     class Logger:
         Severity = SimpleNamespace(ERROR=1, WARNING=2)
 
     strategies = SimpleNamespace(USER_MANAGED=2)
     trt = SimpleNamespace(
-        __version__="11.0.0", ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=strategies
+        __version__="11.0.0",
+        ILogger=Logger,
+        Runtime=Runtime,
+        ExecutionContextAllocationStrategy=strategies,
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER=1),
     )
     stream, opened = NotedStream(), read_bundle(both)
     target = Target((9, 0), "Some GPU")
     backend = TensorRtBackend(Library("tensorrt", trt), Gpu(cast(Any, stream)), target, Settings())
     program = opened.program("classify")
-    for shapes in (Shapes("single"), Shapes("batch", 16)):
-        key = engine_key(backend.tensorrt, opened, program, target, shapes)
-        backend.cache.fetch(key, lambda: b"engine")
-    return Noted(TensorRtEngine(backend, opened, program), stream, contexts, trouble, backend, key)
+    key = engine_key(backend.tensorrt, opened, program, target, profiles_of(opened, program, 16, 64))
+    backend.cache.fetch(key, lambda: b"engine")
+    return Noted(TensorRtEngine(backend, opened, program), stream, contexts, trouble, backend, key, compiled)
 
 
 def test_a_captured_graph_has_its_context_to_itself(noted: Noted) -> None:
@@ -469,9 +532,11 @@ def test_a_captured_graph_has_its_context_to_itself(noted: Noted) -> None:
     noted.run(2)
     assert len(noted.contexts) == 1, "outside of graphs one context does"
     noted.stream.capturing = True
+    with pytest.raises(camrt.CamrtError, match="run the same work once before it is captured"):
+        noted.run(3)  # its shapes would be set in the capture
     noted.run(2)
     first = noted.contexts[0]
-    assert first in noted.stream.held[0]
+    assert noted.stream.held[0][0] is first
     with pytest.raises(camrt.CamrtError, match="run the same work once before it is captured"):
         noted.run(2)
     noted.stream.capturing = False
@@ -501,7 +566,8 @@ def test_an_image_that_lies_anywhere_in_a_batch_is_aligned(noted: Noted) -> None
     ],
 )
 def test_what_the_library_refuses_is_an_error(noted: Noted, trouble: str, said: str) -> None:
-    noted.run(1)
+    if trouble != "size":  # it is asked for once
+        noted.run(1)
     noted.trouble.add(trouble)
     with pytest.raises(camrt.CamrtError, match=said):
         noted.run(1)
@@ -552,25 +618,31 @@ def test_onnx_runtime_reads_and_writes_the_arrays_that_it_is_given(both: Path) -
 # ---- symbols
 
 
-def test_a_symbol_is_renamed_and_nothing_else(both: Path) -> None:
-    data = (both / "layer_maps.onnx").read_bytes()
-    changed = onnx.load_from_string(rename_symbol(data, "seeds", "batch"))
-    original = onnx.load_from_string(data)
-    symbols = {d.dim_param for v in changed.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
-    assert symbols == {"batch"}
-    for values in ("input", "output", "value_info"):
-        for value in getattr(original.graph, values):
-            for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_param == "seeds":
-                    dim.dim_param = "batch"
-    assert changed == original
-    assert rename_symbol(data, "other", "batch") == data
+def test_kernels_that_were_compiled_are_kept_for_the_next_process(
+    noted: Noted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT for RTX's runtime cache comes back, unless the driver refuses it."""
+    monkeypatch.setattr(Library, "ahead_of_time", True)
+
+    def another_process() -> CompiledKernels:
+        noted.engine = TensorRtEngine(noted.backend, noted.engine._bundle, noted.engine._program)
+        noted.run(1)
+        return noted.compiled[-1]
+
+    assert another_process().read is None
+    CompiledKernels.accepted = False
+    assert another_process().read == b"compiled kernels"
+    CompiledKernels.accepted = True
+    assert another_process().read == b"compiled kernels", "and were compiled again"
+    assert len(noted.backend.cache.entries()) == 2
 
 
-@pytest.mark.parametrize("cut", [1, 10, 1000, 5000])
-def test_a_cut_model_is_refused_not_followed(both: Path, cut: int) -> None:
-    data = (both / "layer_maps.onnx").read_bytes()
-    with pytest.raises(camrt.CamrtError, match=r"an ONNX file is (cut off|damaged)"):
-        rename_symbol(data[:-cut] if cut < 100 else data[:cut], "seeds", "batch")
-    with pytest.raises(ValueError, match="differ in length"):
-        rename_symbol(data, "seeds", "longer")
+def test_an_old_message_explains_no_later_failure(noted: Noted) -> None:
+    noted.run(1)
+    noted.backend.log.log(1, "Error Code 2: OutOfMemory (Requested size was 42 bytes.)")
+    noted.trouble.add("run")
+    with pytest.raises(EngineError, match="could not be run: no reason given"):
+        noted.run(1)
+    for i in range(1000):
+        noted.backend.log.log(1, f"message {i}")
+    assert len(noted.backend.log.failed) <= 20

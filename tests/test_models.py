@@ -22,7 +22,7 @@ import camrt
 from camrt.export.probes import smooth_images
 from camrt.runtime.backends.tensorrt.bindings import find_library
 from camrt.runtime.backends.tensorrt.build import build_engine
-from camrt.runtime.backends.tensorrt.target import Shapes, Target
+from camrt.runtime.backends.tensorrt.target import Profile, Target, profiles_of
 from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.verification import method_runs
 from camrt.verification.distances import cosine_distance, largest_difference
@@ -56,8 +56,9 @@ def build_engines(bundle: Bundle) -> None:
             program = bundle.program(kind, () if kind == "classify" else layers, precision)
             if program.file in built:
                 continue  # activations are the same file
-            shapes = Shapes("batch", 16) if program.file == "layer_maps.onnx" else Shapes("single")
-            made = build_engine(library, bundle.file(program), program, Target((8, 9), None), shapes)
+            every = program.file == "layer_maps.onnx"
+            profiles = profiles_of(bundle, program, 16, 64) if every else [Profile("single")]
+            made = build_engine(library, bundle.file(program), program, Target((8, 9), None), profiles)
             assert len(made.engine) > 1000
             assert made.warnings == [], program.file
             built.append(program.file)

@@ -6,6 +6,7 @@ import argparse
 import functools
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from ..runtime.backends.tensorrt.bindings import Capability, Library
-    from ..runtime.backends.tensorrt.target import Shapes, Target
+    from ..runtime.backends.tensorrt.target import Profile, Target
     from ..runtime.bundle.manifest import Program
     from ..runtime.bundle.reading import Bundle
 
@@ -33,13 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "fp16"), help="which programs (default: all that the bundle has)"
     )
-    parser.add_argument("--max-batch", type=int, default=16, help="images or masks in one run (default: 16)")
+    parser.add_argument("--max-batch", type=int, default=16, help="images or targets in one run (default: 16)")
+    parser.add_argument("--mask-batch", type=int, default=64, help="masked images in one run (default: 64)")
     parser.add_argument(
-        "--shapes",
-        nargs="+",
-        choices=("single", "batch", "targets"),
-        default=["single", "batch"],
-        help="one image, several, or several targets of one image (default: single batch)",
+        "--dry-run", action="store_true", help="say what would be built, and about how much memory it takes"
     )
     parser.add_argument(
         "--programs",
@@ -51,33 +49,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..runtime.backends.tensorrt.bindings import find_library
+    from ..runtime.backends.tensorrt.build import expected_size
     from ..runtime.backends.tensorrt.cache import EngineCache
-    from ..runtime.backends.tensorrt.target import engine_key
+    from ..runtime.backends.tensorrt.target import engine_key, profiles_of
     from ..runtime.bundle.reading import read_bundle
 
-    if options.max_batch < 1:
-        raise InputError(f"--max-batch {options.max_batch}: use 1 or more")
+    for name in ("max_batch", "mask_batch"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more")
     bundle = read_bundle(options.bundle)
     programs = _programs(bundle, options)
     library = find_library("tensorrt_rtx" if options.compute_capability else None)
     cache = EngineCache()
     warned: dict[str, None] = {}
-    for target in targets(library, options.compute_capability):
-        whom = str(target)
-        for program, shapes in itertools.product(programs, _shapes(options)):
-            if shapes.kind == "targets" and "seed" not in program.inputs:
-                continue
-            key, started = engine_key(library, bundle, program, target, shapes), time.perf_counter()
-            engine, how = cache.get(key), "was built before"
-            if engine is None:
-                make = functools.partial(_make, library, bundle, program, target, shapes, whom, warned)
-                engine = cache.fetch(key, make)
-                how = f"built in {time.perf_counter() - started:.1f} s"
-            what = f"{program.file:26}{program.precision:9}{shapes.kind:9}"
-            print(f"{what}{whom:26}{len(engine) / 1e6:8.1f} MB  {how}", flush=True)
+    total = 0
+    for target, program in itertools.product(targets(library, options.compute_capability), programs):
+        profiles = profiles_of(bundle, program, options.max_batch, options.mask_batch)
+        key, started = engine_key(library, bundle, program, target, profiles), time.perf_counter()
+        engine, how = cache.get(key), "was built before"
+        if engine is not None:
+            size = len(engine)
+        elif options.dry_run:
+            size, how = expected_size(bundle, program), "would be built (size estimated)"
+        else:
+            make = functools.partial(_make, library, bundle, program, target, profiles, warned)
+            size = len(cache.fetch(key, make))
+            how = f"built in {time.perf_counter() - started:.1f} s"
+        total += size
+        what = f"{program.file:26}{program.precision:9}{', '.join(map(str, profiles)):34}"
+        print(f"{what}{target!s:26}{size / 1e6:8.1f} MB  {how}", flush=True)
     for warning in warned:
         print(f"{library.name} warns: {warning}")
-    print(f"{library.name} {library.version}: {cache.folder}")
+    print(f"{library.name} {library.version}: {total / 1e6:.1f} MB in {cache.folder}")
     return 0
 
 
@@ -86,23 +89,16 @@ def _make(
     bundle: Bundle,
     program: Program,
     target: Target,
-    shapes: Shapes,
-    whom: str,
+    profiles: Sequence[Profile],
     warned: dict[str, None],
 ) -> bytes:
     from ..runtime.backends.tensorrt.build import build_engine
 
     with Progress() as progress:
-        progress(f"building {program.file} ({shapes.kind}) for {whom}")
-        built = build_engine(library, bundle.file(program), program, target, shapes, progress.detail)
+        progress(f"building {program.file} for {target}")
+        built = build_engine(library, bundle.file(program), program, target, profiles, progress.detail)
     warned.update(dict.fromkeys(built.warnings))
     return built.engine
-
-
-def _shapes(options: argparse.Namespace) -> list[Shapes]:
-    from ..runtime.backends.tensorrt.target import Shapes
-
-    return [Shapes.of_kind(kind, options.max_batch) for kind in dict.fromkeys(options.shapes)]
 
 
 def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:

@@ -33,4 +33,9 @@ def _described(key: dict | None) -> str:
         return "damaged: it will be built again"
     whom = key.get("gpu") or "compute capability " + ".".join(map(str, key.get("compute_capability", [])))
     values = (key.get(field, "?") for field in ("model", "file", "precision", "library"))
-    return f"{' '.join(map(str, values))}, {whom}, {key.get('shapes', '?')} up to {key.get('largest', '?')}"
+    what = (
+        "kernels compiled for " + str(key["compiled on"])
+        if "compiled on" in key
+        else ", ".join(key.get("profiles", []))
+    )
+    return f"{' '.join(map(str, values))}, {whom}: {what}"

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from ... import install
 from ..build import sources_hash
 from ..errors import DeviceError, OutOfMemory
 from .arrays import DeviceArray
@@ -39,7 +38,7 @@ def _pycuda() -> Any:
     except ImportError as error:
         if "libcuda" in str(error) or "undefined symbol" in str(error):
             raise DeviceError(f"no GPU to use: the NVIDIA driver is missing or too old ({error})") from error
-        raise DeviceError(f"the kernels need PyCUDA: {install.extra('cuda')} ({error})") from error
+        raise DeviceError(f"the kernels need PyCUDA: pip install pycuda ({error})") from error
     try:
         cuda.init()
     except cuda.Error as error:

@@ -172,6 +172,7 @@ class OrtCudaBackend:
             "device_id": str(self.gpu.stream.device.ordinal),
             "user_compute_stream": str(self.gpu.stream.handle),
             "use_tf32": "0",
+            "cudnn_conv_algo_search": "HEURISTIC",  # as fast (ResNet-50, H200), without a search at every new shape
             "arena_extend_strategy": "kSameAsRequested",
         }
         path_or_bytes = str(model) if isinstance(model, Path) else model

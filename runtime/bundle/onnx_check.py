@@ -35,8 +35,8 @@ _INT64 = 7
 _SIZED = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3}
 
 
-def check_program(file: Path, weights: str, weights_size: int) -> None:
-    """BundleError if an ONNX file holds anything that camrt does not write.
+def check_program(file: Path, weights: str, weights_size: int) -> int:
+    """BundleError if an ONNX file holds anything that camrt does not write. Returns the bytes of weights that it reads.
 
     weights: the name of the only other file that may hold its tensors; weights_size: that file's bytes.
     """
@@ -45,7 +45,9 @@ def check_program(file: Path, weights: str, weights_size: int) -> None:
     except OSError as error:
         raise BundleError(f"{file}: cannot be read ({error.strerror}): export the bundle again") from None
     try:
-        _Check(memoryview(data), weights, weights_size).model()
+        check = _Check(memoryview(data), weights, weights_size)
+        check.model()
+        return check.read
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from None
 
@@ -56,6 +58,7 @@ class _Check:
         self._weights = weights
         self._weights_size = weights_size
         self._numbers: dict[bytes, tuple[int, ...]] = {}  # of small int64 tensors
+        self.read = 0  # bytes of tensors in the weights' file
 
     def model(self) -> None:
         graphs = []
@@ -146,6 +149,7 @@ class _Check:
             offset = length = -1
         if offset < 0 or length != size or offset + length > self._weights_size:
             raise BundleError("a tensor's place in the weights is wrong: export the bundle again")
+        self.read += length
 
     def _declared(self, start: int, end: int) -> None:
         """The shape of an input, an output or a tensor between."""

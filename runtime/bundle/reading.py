@@ -23,7 +23,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    _checked: set[str] = field(default_factory=set, compare=False)
+    _checked: dict[str, int] = field(default_factory=dict, compare=False)  # file -> bytes of weights that it reads
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -50,9 +50,13 @@ class Bundle:
         path = self.path / program.file
         if program.file not in self._checked:
             weights = self.manifest.weights["file"]
-            check_program(path, weights, (self.path / weights).stat().st_size)
-            self._checked.add(program.file)
+            self._checked[program.file] = check_program(path, weights, (self.path / weights).stat().st_size)
         return path
+
+    def weights_read(self, program: Program) -> int:
+        """How many bytes of the bundle's weights a program reads. BundleError as `file`."""
+        self.file(program)
+        return self._checked[program.file]
 
     def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
         """The program of a kind with the fewest taps that has all the layers.

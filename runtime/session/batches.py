@@ -18,29 +18,40 @@ class Batch:
     """S explanations that run together: S images with a seed each, or one image with S seeds.
 
     first: the number of the first image. images: (S or 1, C, H, W), on the GPU if the backend has one; seeds
-    (S, classes), on the host.
+    (S, classes), on the host. repeats: how many explanations at its start belong to the batch before too.
     """
 
     first: int
     images: Any
     seeds: np.ndarray
+    repeats: int = 0
 
 
-def batches(images: Any, seeds: np.ndarray, by_image: bool, largest: int) -> Iterator[Batch]:
+def batches(images: Any, seeds: np.ndarray, by_image: bool, largest: int, equal: bool = False) -> Iterator[Batch]:
     """Divides B images with seeds (B, K, classes) into batches, image after image.
 
-    by_image: one batch per image, with all of its seeds; else a batch has at most `largest` images or seeds.
+    by_image: one batch per image, with all of its seeds; else a batch has at most `largest` images or seeds. equal: of
+    several batches, the last one has the size of the others, and explains some images again: a GPU's engine or graph
+    for another size would cost more.
     """
     if by_image:
         for index, rows in enumerate(seeds):
             yield Batch(index, images[index : index + 1], rows)
     elif seeds.shape[1] == 1:
-        for start, batch_images in chunks(images, largest):
-            yield Batch(start, batch_images, seeds[start : start + len(batch_images), 0])
+        for start, repeats, part in _divided(len(images), largest, equal):
+            yield Batch(start, images[part], seeds[part, 0], repeats)
     else:
         for index, rows in enumerate(seeds):
-            for _, batch_seeds in chunks(rows, largest):
-                yield Batch(index, images[index : index + 1], batch_seeds)
+            for _, repeats, part in _divided(len(rows), largest, equal):
+                yield Batch(index, images[index : index + 1], rows[part], repeats)
+
+
+def _divided(count: int, largest: int, equal: bool) -> Iterator[tuple[int, int, slice]]:
+    """(the first row, how many rows before it the part has, the part)."""
+    for start in range(0, count, largest):
+        stop = min(start + largest, count)
+        repeats = largest - (stop - start) if equal and start else 0
+        yield start, repeats, slice(start - repeats, stop)
 
 
 def chunks(array: Any, size: int) -> Iterator[tuple[int, Any]]:

@@ -62,7 +62,8 @@ class CudaGraphs:
         return result
 
     def _capture(self, capture: _Captured, work: Callable[..., Any]) -> None:
-        """Captures the work, right after the same work ran. If that fails, warns, and later runs are not captured."""
+        """Captures the work, after the same work ran. If that fails, warns, and later runs are not captured."""
+        self._stream.event().synchronize()  # nothing runs while the work is recorded
         try:
             with self._stream.capture() as graph:
                 capture.result = work(*capture.inputs)

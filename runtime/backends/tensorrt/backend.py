@@ -11,7 +11,7 @@ from ...errors import BackendUnavailable, EngineError
 from ..gpu import Gpu, GpuProgram, open_gpu
 from .bindings import Library, compute_capability_member, find_library, first_line_of, logger
 from .cache import EngineCache
-from .engine import TensorRtEngine
+from .engine import Scratch, TensorRtEngine
 from .target import Target
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class TensorRtBackend:
         self.tensorrt = library
         self.gpu = gpu
         self.target = target
-        self.max_batch = settings.max_batch
+        self.max_batch, self.masks = settings.max_batch, settings.masks
+        self.scratch = Scratch(gpu.stream)
         self.progress = settings.progress
         self.cache = EngineCache()
         self.log = logger(library.trt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,20 +74,27 @@ def compute_capability_member(library: Library, capability: Capability) -> Any:
     return getattr(library.trt.ComputeCapability, "SM{}{}".format(*capability))
 
 
+KEPT = 20  # messages: an explainer may live for weeks
+
+
 def logger(trt: Any) -> Any:
-    """A logger that keeps warnings and errors."""
+    """A logger that keeps the last warnings and errors. clear() forgets them, so that none explains a later failure."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.warned: list[str] = []
-            self.failed: list[str] = []
+            self.warned: deque[str] = deque(maxlen=KEPT)
+            self.failed: deque[str] = deque(maxlen=KEPT)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.failed.append(message)
             elif severity == trt.ILogger.Severity.WARNING:
                 self.warned.append(message)
+
+        def clear(self) -> None:
+            self.warned.clear()
+            self.failed.clear()
 
         def problem(self) -> str:
             return first_line_of(self.failed[0]) if self.failed else ""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...bundle.manifest import Program
-from ...bundle.onnx_symbols import rename_symbol
+from ...bundle.reading import Bundle
 from ...errors import EngineError, first_line
 from .bindings import Library, compute_capability_member, first_line_of, logger
-from .target import Shapes, Target
+from .target import Profile, Target
 
 Progress = Callable[[str], None]
 
@@ -29,10 +29,12 @@ def build_engine(
     file: Path,
     program: Program,
     target: Target,
-    shapes: Shapes,
+    profiles: Sequence[Profile],
     progress: Progress = lambda _: None,
 ) -> BuiltEngine:
-    """Builds a program's engine; TensorRT for RTX needs no GPU for it. progress: called with the name of each step.
+    """Builds a program's engine with these optimization profiles; TensorRT for RTX needs no GPU for it.
+
+    progress: called with the name of each step.
 
     float32 stays float32: TF32 is off. EngineError, with the failing ONNX node if the file cannot be parsed.
     """
@@ -47,10 +49,7 @@ def build_engine(
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 has no other kind
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
-    model = file.read_bytes()
-    if shapes.kind == "batch":  # one name: the builder then knows that both sizes are equal
-        model = rename_symbol(model, "seeds", "batch")
-    if not parser.parse(model, str(file)):
+    if not parser.parse(file.read_bytes(), str(file)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         messages = [f"{e.node_operator() or 'node'} {e.node_name()!r}: {first_line_of(e.desc())}" for e in errors]
         raise EngineError(
@@ -63,14 +62,13 @@ def build_engine(
     if library.ahead_of_time:
         config.num_compute_capabilities = 1
         config.set_compute_capability(compute_capability_member(library, target.capability), 0)
-    profile = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        least, most = shapes.of_input(program.inputs[tensor.name])
-        if least[0] == most[0]:
-            tensor.shape = least
-        profile.set_shape(tensor.name, least, most, most)
-    config.add_optimization_profile(profile)
+    for wanted in profiles:
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            least, most = wanted.of_input(program.inputs[tensor.name])
+            profile.set_shape(tensor.name, least, most, most)
+        config.add_optimization_profile(profile)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     engine = builder.build_serialized_network(network, config)
@@ -78,7 +76,14 @@ def build_engine(
         raise KeyboardInterrupt
     if engine is None:
         raise EngineError(f"{file}: {library.name} {library.version} could not build it: {log.problem()}")
-    return BuiltEngine(bytes(engine), log.warned)
+    return BuiltEngine(bytes(engine), list(log.warned))
+
+
+def expected_size(bundle: Bundle, program: Program) -> int:
+    """Bytes of a program's engine, about, before it is built: from the weights that the program reads."""
+    backward = "seed" in program.inputs and len(program.taps) > 1  # holds most weights twice, in two layouts
+    half = 0.8 if program.precision == "float16" else 1.0
+    return int(bundle.weights_read(program) * (2.6 if backward else 1.1) * half)
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:

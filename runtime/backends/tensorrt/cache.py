@@ -1,4 +1,5 @@
-"""The cache of engines: files in the user's own folder, each named by the hash of its key, never half written.
+"""The cache of engines: files in the user's own folder, each named by what it is and the hash of its key, never half
+written.
 
 An engine is native code. One is loaded only from this folder, only if this user alone can write it, and only if its
 bytes are those that were written for exactly this program, GPU, library and profile.
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 import warnings
@@ -27,6 +29,7 @@ _MAGIC = b"camrt engine 1\n"
 _SUFFIX = ".engine"
 _PART = ".part"  # of one that is being written
 _HEADER_LIMIT = 1 << 16
+_UNFIT = re.compile(r"[^A-Za-z0-9._]+")  # for a file's name
 
 
 def _limit() -> int:
@@ -61,8 +64,14 @@ class EngineCache:
         self.limit = _limit() if limit is None else limit
 
     def path(self, key: dict[str, Any]) -> Path:
-        text = json.dumps(key, sort_keys=True).encode()
-        return self.folder / f"{hashlib.sha256(text).hexdigest()}{_SUFFIX}"
+        """E.g. resnet50-layer_maps.fp16-tensorrt_11.1-sm_8.9-<24 digits of the hash>.engine."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        capability = "_".join(["sm", ".".join(map(str, key.get("compute_capability", ())))])
+        file = str(key.get("file", "")).removesuffix(".onnx")
+        parts = [key.get("model"), file, key.get("library"), capability if "compute_capability" in key else ""]
+        words = [_UNFIT.sub("_", str(part))[:40].strip("._") for part in parts if part]
+        kind = ["compiled"] if "compiled on" in key else []
+        return self.folder / f"{'-'.join([*filter(None, words), *kind, digest])}{_SUFFIX}"
 
     def fetch(self, key: dict[str, Any], build: Callable[[], bytes]) -> bytes:
         """The engine of that key; calls `build` and keeps its result if there is none.
@@ -114,6 +123,13 @@ class EngineCache:
         with contextlib.suppress(OSError):
             path.unlink()
         return None
+
+    def put(self, key: dict[str, Any], data: bytes) -> None:
+        """Keeps bytes under a key, unless they are there already. A cache that cannot be written keeps nothing."""
+        if self.get(key) == data:
+            return
+        with contextlib.suppress(OSError), self._locked(key):
+            self._put(key, data)
 
     def discard(self, key: dict[str, Any]) -> None:
         """Removes an engine that its library would not load."""

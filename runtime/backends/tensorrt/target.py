@@ -1,4 +1,4 @@
-"""What an engine is built for, a GPU and the sizes of a run, and the engine's key in the cache."""
+"""What an engine is built for, a GPU and the sizes of its runs, and the engine's key in the cache."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....kernels import GpuDevice
+from ...bundle.kinds import Kind
 from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
 from .bindings import Capability, Library
 
-_RECIPE = 2  # version of build_engine: raise it with every change that gives other engines
+_RECIPE = 3  # version of build_engine: raise it with every change that gives other engines
 
 
 @dataclass(frozen=True)
@@ -31,44 +32,66 @@ class Target:
         return "compute capability {}.{}".format(*self.capability) if self.gpu is None else self.gpu
 
 
-SHAPES = ("single", "batch", "targets")  # one image; as many images as seeds; one image with several seeds
-
-
 @dataclass(frozen=True)
-class Shapes:
-    """The sizes that an engine accepts. kind: one of SHAPES; largest: the most images or seeds in one run.
+class Profile:
+    """The sizes of runs that an engine is optimized for; each engine has several, which share its weights.
 
-    Each kind has its own engine: one engine for all kinds takes many times as long to build, and is slower.
+    kind: "single", one image with one seed; "batch", as many images as seeds; "targets", one image with several seeds;
+    "masks", masked images. least, most: how many images or seeds a run may have.
     """
 
     kind: str
-    largest: int = 1
-
-    @classmethod
-    def of(cls, sizes: Mapping[str, int], max_batch: int) -> Shapes:
-        """The shapes that a run needs. sizes: symbol ("batch", "seeds") -> its size in this run."""
-        if all(size == 1 for size in sizes.values()):
-            return cls("single")
-        return cls.of_kind("targets" if "seeds" in sizes and sizes.get("batch", 1) == 1 else "batch", max_batch)
-
-    @classmethod
-    def of_kind(cls, kind: str, max_batch: int) -> Shapes:
-        """`largest` is 1 for "single", else max_batch rounded up to 16, 32, ...: one engine serves several settings."""
-        largest = 1 if kind == "single" else 16
-        while largest < max_batch and kind != "single":
-            largest *= 2
-        return cls(kind, largest)
+    least: int = 1
+    most: int = 1
 
     def of_input(self, shape: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The smallest and the largest shape of an input."""
 
-        def sized(batch: int, seeds: int) -> tuple[int, ...]:
-            return tuple(batch if d == "batch" else seeds if d == "seeds" else d for d in shape)
+        def sized(count: int) -> tuple[int, ...]:
+            images = 1 if self.kind == "targets" else count
+            return tuple(images if d == "batch" else count if d == "seeds" else d for d in shape)
 
-        return sized(1, 1), sized(1 if self.kind == "targets" else self.largest, self.largest)
+        return sized(self.least), sized(self.most)
+
+    def __str__(self) -> str:
+        return self.kind if self.most == 1 else f"{self.kind} {self.most}"
 
 
-def engine_key(library: Library, bundle: Bundle, program: Program, target: Target, shapes: Shapes) -> dict[str, Any]:
+def profiles_of(bundle: Bundle, program: Program, max_batch: int, masks: int) -> tuple[Profile, ...]:
+    """Every profile that a program's runs need.
+
+    max_batch, masks: the most images or targets, and masked images, in one run. max_batch is rounded up to 16, 32, ...:
+    one engine serves several settings. Masked images run in batches of exactly `masks`; smaller ones are a "batch".
+    """
+    symbols = {d for shape in program.inputs.values() for d in shape if isinstance(d, str)}
+    profiles, most = [Profile("single")], 16
+    scores = program.kind == (Kind.CLASSIFY if bundle.manifest.normalized is None else Kind.SCORE)
+    while most < (max(max_batch, masks) if scores else max_batch):
+        most *= 2
+    if "batch" in symbols:
+        profiles.append(Profile("batch", 1, most))
+    if "seeds" in symbols and (bundle.manifest.seeds_share_image or "batch" not in symbols):
+        profiles.append(Profile("targets", 1, most))
+    if "batch" in symbols and scores:
+        profiles.append(Profile("masks", masks, masks))
+    return tuple(profiles)
+
+
+def chosen(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int:
+    """The number of the profile for a run. sizes: symbol ("batch", "seeds") -> its size in this run."""
+    kinds = {profile.kind: number for number, profile in enumerate(profiles)}
+    count = max(sizes.values(), default=1)
+    if count == 1:
+        return kinds["single"]
+    if "targets" in kinds and "seeds" in sizes and sizes.get("batch", 1) == 1:
+        return kinds["targets"]
+    masks = kinds.get("masks")
+    return masks if masks is not None and profiles[masks].most == count else kinds["batch"]
+
+
+def engine_key(
+    library: Library, bundle: Bundle, program: Program, target: Target, profiles: Sequence[Profile]
+) -> dict[str, Any]:
     """Everything that the engine depends on; the cache names its file by the hash of this."""
     return {
         "recipe": _RECIPE,
@@ -81,6 +104,5 @@ def engine_key(library: Library, bundle: Bundle, program: Program, target: Targe
         "platform": f"{platform.system()} {platform.machine()}".lower(),
         "compute_capability": list(target.capability),
         "gpu": target.gpu,
-        "shapes": shapes.kind,
-        "largest": shapes.largest,
+        "profiles": [str(p) for p in profiles],
     }
