@@ -1,238 +1,268 @@
-"""Checks, then times, the CUDA kernels and whole explanations on this machine's GPU. One run writes one JSON file.
+"""Checks camrt on this machine's GPU, then times it: python benchmarks/gpu.py FOLDER [--smoke] [--out gpu.json]
 
-python benchmarks/gpu.py [--out gpu.json] [--check-only] [--sanitize] [--repeats 30] [--networks FOLDER] [--peer FOLDER]
-
-Needs camrt with its cuda extra and compiled kernels (python -m camrt.kernels.build). First every row of
-tests/kernel_table.py is compared with the NumPy specification; no kernel is timed if one differs. Then each kernel is
-timed as a CUDA graph of ten launches, and a device-to-device copy of the same number of bytes is timed in the same run.
-A kernel's bytes are those that it must read and write once; a copy's bytes are those that it reads and those that it
-writes. --sanitize runs every kernel once under compute-sanitizer's memcheck, racecheck, synccheck and initcheck.
---networks: a folder that networks.py prepared; every usable backend explains its images, the maps are compared with the
-CPU's, and the times with PyTorch's. --peer: a checkout of Winsor-CAM's public repository. --check-only: no timing.
+On any machine with the test extra, `python benchmarks/networks.py FOLDER` prepares the folder: bundles, images and the
+CPU's maps. On the GPU's machine, with camrt's cuda or tensorrt extra and compiled kernels (python -m
+camrt.kernels.build), this command runs one stage after another, each in a process of its own, so that a failure costs
+one stage. After every stage it writes the JSON file; started again, it goes on with what has not succeeded yet
+(--again: with everything). Whatever is checked is checked before anything is timed. --smoke says only
+whether it is right or wrong. --stages runs some of them alone; --peer is a checkout of Winsor-CAM's public repository. It
+ends with a table of what the GPU confirmed, as Markdown too (--page FILE), and an exit code: 0 if nothing was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import json
+import os
 import platform
-import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import networks
-from kernel_table import RESNET50, TABLE, everything
-
-from camrt import kernels
-from camrt.kernels.gpu import device as gpu
-
-LAUNCHES = 10  # per graph: they share the cost of starting the graph
-SIDE = 224
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 
-@dataclass
-class Case:
-    """make: returns a function that queues the kernel once, on new arrays; moved: bytes that it must read and write;
-    aim: the speed that the project wants.
-    """
-
-    name: str
-    make: Callable[[], Callable[[], Any]]
-    moved: int
-    aim: str
+class Wrong(Exception):
+    """A stage found something wrong; it says what."""
 
 
-def check(stream: gpu.Stream) -> list[str]:
-    """Names of the rows that differ, with the first line of their message."""
-    wrong = []
-    for row in TABLE:
+class Nothing(Exception):
+    """A stage had nothing to do on this machine; it says why."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of the command that stages read."""
+
+    folder: Path
+    smoke: bool
+    repeats: int
+    peer: Path | None
+
+
+class Stage(NamedTuple):
+    """shows: what is true if it succeeds. seconds: the most that it may take. quick: part of --smoke."""
+
+    shows: str
+    seconds: int
+    run: Callable[[Asked], Any]
+    quick: bool = False
+
+
+def _stream() -> Any:
+    from camrt.kernels.gpu.device import device
+
+    if "STANDIN" in os.environ:  # the tests' stand-in for the driver
+        import standin
+
+        standin.install()
+    return device().stream()
+
+
+def _card(_: Asked) -> Any:
+    from camrt.kernels.gpu import device as gpu
+
+    stream = _stream()
+    card = stream.device
+    versions = {}
+    for package in ("numpy", "pycuda", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "torch"):
         try:
-            row.check(stream)
-        except AssertionError as error:
-            wrong.append(f"{row}: {(str(error).strip() or 'an assertion').splitlines()[0]}")
-            print("differs:", wrong[-1], flush=True)
-    for a, b in zip(everything(stream), everything(stream), strict=True):
-        if not np.array_equal(a, b):
-            wrong.append("two runs give different bits")
-    return wrong
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "gpu": card.model,
+        "compute_capability": card.compute_capability,
+        "kernels": json.loads((gpu.BINARIES / "build.json").read_text()),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
 
 
-def seconds(stream: gpu.Stream, make: Callable[[], Callable[[], Any]], repeats: int) -> np.ndarray:
-    """Seconds of one launch, `repeats` times. Events measure a graph of LAUNCHES launches, each on its own arrays, so
-    that caches do not help.
-    """
-    runs = [make() for _ in range(LAUNCHES)]
-    runs[0]()
-    with stream.capture() as graph:
-        for run in runs:
-            run()
-    for _ in range(3):
-        graph.launch()
-    times = []
-    for _ in range(repeats):
-        before = stream.event()
-        graph.launch()
-        after = stream.event()
-        stream.synchronize()
-        times.append(before.time_till(after) / 1e3 / LAUNCHES)
-    return np.array(times)
+def _kernels(asked: Asked) -> Any:
+    import gpu_kernels
+
+    rows = gpu_kernels.TABLE[::8] if asked.smoke else gpu_kernels.TABLE
+    wrong = gpu_kernels.check(_stream(), rows)
+    if wrong:
+        raise Wrong(f"{len(wrong)} of {len(rows)} differ: {'; '.join(wrong[:5])}")
+    return {"rows": len(rows)}
 
 
-def cases(stream: gpu.Stream) -> list[Case]:
-    @functools.cache
-    def numbers(*shape: int) -> np.ndarray:
-        return np.random.default_rng(0).standard_normal(shape, np.float32)
+def _sanitizer(_: Asked) -> Any:
+    import gpu_kernels
 
-    def normal(*shape: int) -> kernels.DeviceArray:
-        return stream.upload(numbers(*shape))
-
-    def mask(count: int, side: int, kind: str, dtype: Any) -> Callable[[], Any]:
-        image, activations = normal(3, SIDE, SIDE), normal(count, side, side)
-        out = stream.empty((count, 3, SIDE, SIDE), dtype)
-        return lambda: kernels.mask_batch(image, activations, kind, out=out, stream=stream)
-
-    def add(count: int, side: int, kind: str) -> Callable[[], Any]:
-        total, scores, activations = normal(1, SIDE, SIDE), normal(1, count), normal(count, side, side)
-        return lambda: kernels.accumulate_maps(total, scores, activations, kind, stream=stream)
-
-    def clamp(rows: int, length: int) -> Callable[[], Any]:
-        values = normal(rows, length)
-        return lambda: kernels.winsorize(values, 90, stream=stream)
-
-    def fuse(images: int) -> Callable[[], Any]:
-        maps, weights = normal(images, sum(h * w for h, w in RESNET50)), normal(images, len(RESNET50))
-        return lambda: kernels.fuse_layers(maps, RESNET50, weights, (SIDE, SIDE), normalize=True, stream=stream)
-
-    plane, found = SIDE * SIDE, []
-    for dtype in (np.float32, np.float16):
-        for count, side in ((256, 7), (64, 56)):
-            moved = 3 * plane * (count * np.dtype(dtype).itemsize + 4) + 4 * count * side * side
-            for kind in ("tanh", "minmax"):
-                name = f"mask_batch {count} x {side}x{side} {kind} {np.dtype(dtype).name}"
-                make = functools.partial(mask, count, side, kind, dtype)
-                found.append(Case(name, make, moved, "85 % of the copy" if kind == "tanh" else ""))
-    for count, side, kind in ((512, 7, "tanh"), (512, SIDE, "identity"), (512, SIDE, "tanh")):
-        moved = 4 * (count * side * side + count + 2 * plane)
-        aim = "85 % of the copy" if side == SIDE else ""
-        name = f"accumulate_maps {count} x {side}x{side} {kind}"
-        found.append(Case(name, functools.partial(add, count, side, kind), moved, aim))
-    for rows, length in ((64, plane), (64, 53), (1, 2**24)):
-        aim = "3 times one read" if (rows, length) == (64, plane) else ""
-        made = functools.partial(clamp, rows, length)
-        found.append(Case(f"winsorize {rows} x {length}", made, 8 * rows * length, aim))
-    for images in (1, 16):
-        moved = 4 * images * (sum(h * w for h, w in RESNET50) + plane)
-        aim = "20 microseconds" if images == 1 else ""
-        found.append(Case(f"fuse_layers ResNet-50, {images}", functools.partial(fuse, images), moved, aim))
+    found = gpu_kernels.sanitize()
+    if "skipped" in found:
+        raise Nothing(found["skipped"])
+    if any(not said.startswith("exit 0") for said in found.values()):
+        raise Wrong(str(found))
     return found
 
 
-def copy_seconds(stream: gpu.Stream, size: int, repeats: int) -> float:
-    """Median time of a device-to-device copy that moves `size` bytes: half of them read, half written."""
-
-    def make() -> Callable[[], Any]:
-        source, target = (stream.empty((size // 2,), np.uint8) for _ in range(2))
-        return lambda: stream.copy(source, target)
-
-    return float(np.median(seconds(stream, make, repeats)))
-
-
-def measure(stream: gpu.Stream, repeats: int) -> list[dict[str, Any]]:
-    measured = []
-    for case in cases(stream):
-        times = seconds(stream, case.make, repeats)
-        copy = copy_seconds(stream, case.moved, repeats)
-        low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
-        row = {
-            **{k: v for k, v in asdict(case).items() if k in ("name", "moved", "aim")},
-            "median_us": middle * 1e6,
-            "quartiles_us": [low * 1e6, high * 1e6],
-            "gb_per_s": case.moved / middle / 1e9,
-            "copy_gb_per_s": case.moved / copy / 1e9,
-            "of_the_copy": copy / middle,
-        }
-        if case.name.startswith("winsorize"):
-            row["reads"] = middle / (copy / 2)  # `copy` is one read and one write of the rows
-        measured.append(row)
-        print(
-            f"{case.name:46}{middle * 1e6:10.1f} us  {row['gb_per_s']:7.0f} GB/s  {row['of_the_copy']:6.1%} of the "
-            f"copy{'  ' + format(row['reads'], '.1f') + ' reads' if 'reads' in row else ''}  {case.aim}",
-            flush=True,
-        )
-    return measured
+def _tests(_: Asked) -> Any:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "tests/test_cuda.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]])[-1]
+    if "No module named" in done.stderr:
+        raise Nothing(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        raise Wrong(done.stdout[-3000:])
+    return {"pytest": last}
 
 
-def sanitize() -> dict[str, str]:
-    """compute-sanitizer's tool -> its exit code and the last line of its output, for one run of every kernel."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return {"skipped": "no compute-sanitizer on the PATH"}
-    code = (
-        "from kernel_table import everything\n"
-        "from camrt.kernels.gpu.device import device\n"
-        "everything(device().stream())"
-    )
-    found = {}
-    for check_name in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        command = [tool, "--tool", check_name, "--error-exitcode", "9", sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent / "tests")
-        found[check_name] = f"exit {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
-        print(f"{check_name}: {found[check_name]}", flush=True)
-    return found
+def _explanations(asked: Asked) -> Any:
+    import networks
+
+    return _compared(networks.check(asked.folder, quick=asked.smoke))
+
+
+def _full(asked: Asked) -> Any:
+    import networks
+
+    return _compared(networks.check_in_little_memory(asked.folder))
+
+
+def _compared(rows: list[dict[str, Any]]) -> Any:
+    if not any("distances" in row for row in rows):
+        raise Nothing("; ".join(sorted({row["problem"] for row in rows})) or "no bundle in the folder")
+    wrong = [row for row in rows if row.get("wrong")]
+    if wrong:
+        raise Wrong(json.dumps(wrong)[:3000])
+    return rows
+
+
+def _kernel_times(asked: Asked) -> Any:
+    import gpu_kernels
+
+    return gpu_kernels.measure(_stream(), asked.repeats)
+
+
+def _call_times(asked: Asked) -> Any:
+    import networks
+
+    return networks.measure(asked.folder, 10 * asked.repeats, asked.peer)
+
+
+STAGES = {
+    "card": Stage("the kernels load", 60, _card, True),
+    "kernels": Stage("the kernels give what NumPy gives, and the same bits twice", 180, _kernels, True),
+    "explanations": Stage(
+        "every method, on every backend and in both precisions, gives the CPU's maps, the third time too (replayed)",
+        240,
+        _explanations,
+        True,
+    ),
+    "sanitizer": Stage("compute-sanitizer finds nothing in the kernels", 120, _sanitizer),
+    "tests": Stage("streams, memory, graphs, threads and other libraries' arrays: tests/test_gpu.py", 180, _tests),
+    "little memory": Stage("a GPU that is nearly full gives the same maps, or says that it is full", 90, _full),
+    "kernel times": Stage("", 120, _kernel_times),
+    "call times": Stage("", 300, _call_times),
+}
+
+
+def _in_child(name: str, asked: Asked) -> None:
+    """Runs a stage in this process and prints its result as the last line."""
+    try:
+        result = {"ok": True, "result": STAGES[name].run(asked)}
+    except Nothing as reason:
+        result = {"ok": None, "problem": str(reason)}
+    except Wrong as problem:
+        result = {"ok": False, "problem": str(problem)}
+    except Exception as error:
+        result = {"ok": False, "problem": f"{type(error).__name__}: {error}"[:3000]}
+    print("\n" + json.dumps(result), flush=True)
+
+
+def _run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--in-child", name]
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out:
+        try:
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=STAGES[name].seconds)
+            said = f"it ended with code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            said = f"not done in {STAGES[name].seconds} s"
+        out.seek(0)
+        lines = out.read().strip().splitlines() or [""]
+    try:
+        result = json.loads(lines[-1])
+    except ValueError:
+        result = {"ok": False, "problem": f"{said}: {' '.join(lines[-3:])[-1000:]}"}
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def section(report: dict[str, Any]) -> str:
+    """What the GPU confirmed, as Markdown."""
+    card = report["stages"].get("card", {}).get("result", {})
+    versions = ", ".join(f"{name} {version}" for name, version in card.get("versions", {}).items())
+    text = f"{card.get('gpu', 'No GPU')}, compute capability {card.get('compute_capability', '?')}; {versions}.\n\n"
+    text += "| what | confirmed | seconds |\n| --- | --- | --- |\n"
+    for name, stage in STAGES.items():
+        found = report["stages"].get(name)
+        if stage.shows:
+            text += f"| {stage.shows} | {_verdict(found)} | {found['seconds'] if found else ''} |\n"
+    return text
+
+
+def _verdict(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not run"
+    if found["ok"]:
+        return "yes"
+    reason = str(found["problem"]).replace("|", "/").replace("\n", " ")[:200]
+    return f"{'not run' if found['ok'] is None else 'NO'}: {reason}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--check-only", action="store_true")
-    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--check-only", action="store_true", help="time nothing")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES))
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--networks", type=Path)
     parser.add_argument("--peer", type=Path)
+    parser.add_argument("--page", type=Path, help="write the table of what was confirmed to this file")
+    parser.add_argument("--in-child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    try:
-        card = gpu.device()
-        stream = card.stream()
-        print(card, flush=True)
-        report: dict[str, Any] = {
-            "gpu": card.name,
-            "compute_capability": card.compute_capability,
-            "build": json.loads((gpu.BINARIES / "build.json").read_text()),  # with the sources' hash
-            "platform": platform.platform(),
-            "versions": {p: importlib.metadata.version(p) for p in ("numpy", "pycuda")},
-            "rows": len(TABLE),
-            "differing": check(stream),
-        }
-        print(f"{len(TABLE)} rows compared, {len(report['differing'])} differ", flush=True)
-
-        def write(section: str, work: Callable[[], Any]) -> None:
-            report[section] = work()
-            arguments.out.write_text(
-                json.dumps(report, indent=1) + "\n"
-            )  # after each: the next may fail or run out of time
-
-        if not report["differing"] and not arguments.check_only:
-            write("kernels", lambda: measure(stream, arguments.repeats))
-        if arguments.networks is not None:
-            write("networks", lambda: networks.measure(arguments.networks, 10 * arguments.repeats, arguments.peer))
-        if arguments.sanitize:
-            write("sanitizer", sanitize)
-    except (kernels.DeviceError, FileNotFoundError) as error:
-        print(f"gpu: {error}", file=sys.stderr)
-        return 2
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(arguments.out)
-    failed = any(not said.startswith(("exit 0", "no ")) for said in report.get("sanitizer", {}).values())
-    return 1 if report["differing"] or failed else 0
+    if arguments.in_child:
+        _in_child(arguments.in_child, Asked(arguments.folder, arguments.smoke, arguments.repeats, arguments.peer))
+        return 0
+    report: dict[str, Any] = {"stages": {}}
+    if arguments.out.exists() and not arguments.again:
+        report = json.loads(arguments.out.read_text())
+    wanted = arguments.stages or [
+        name
+        for name, stage in STAGES.items()
+        if (stage.quick or not arguments.smoke) and (stage.shows or not arguments.check_only)
+    ]
+    for name in wanted:
+        stage, before = STAGES[name], report["stages"].get(name, {})
+        if before.get("ok") and (before.get("smoke", False) <= arguments.smoke):
+            print(f"{name}: done before", flush=True)
+            continue
+        if not stage.shows and any(s.get("ok") is False for s in report["stages"].values()):
+            print(f"{name}: not timed, because something is wrong", flush=True)
+            continue
+        found = _run(name, arguments) | {"smoke": arguments.smoke}
+        report["stages"][name] = found
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{name}: {_verdict(found)} ({found['seconds']} s)", flush=True)
+    if arguments.page is not None:
+        arguments.page.write_text(section(report))
+    wrong = [name for name in wanted if report["stages"].get(name, {}).get("ok") is False]
+    done = [name for name in wanted if report["stages"].get(name, {}).get("ok")]
+    print(f"WRONG: {', '.join(wrong)}" if wrong else f"RIGHT: {', '.join(done)}" if done else "nothing was checked")
+    return 1 if wrong or not done else 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
 import pytest
 import standin
@@ -268,6 +269,15 @@ def test_what_an_explanation_gave_stays(cpu: camrt.Explainer, small: Path, backe
         for percentile in (20, 60):
             again, expected = a.retune(percentile=percentile), b.retune(percentile=percentile)
             assert largest_difference(minmax(again.maps), minmax(expected.maps)) <= 1e-3
+
+
+def test_what_benchmarks_gpu_compares(cpu: camrt.Explainer, small: Path, backend: str) -> None:
+    expected = networks.expected_of(cpu, IMAGES[:1], ["winsor_cam", "score_cam_pp", "layer_cam"])
+    there = loaded(small, backend)
+    found = networks.distances_of(there, expected, "fp32", None)
+    assert set(found) == {"distances"} and len(found["distances"]) == 3, found
+    expected["map:layer_cam"] = 1 - minmax(expected["map:layer_cam"])
+    assert set(networks.distances_of(there, expected, "fp32", None)["wrong"]) == {"layer_cam"}
 
 
 def test_threads_share_an_explainer(cpu: camrt.Explainer, small: Path, backend: str) -> None:

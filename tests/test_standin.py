@@ -130,3 +130,39 @@ def test_a_planted_defect_is_caught(driver: Path, tmp_path: Path, defect: str) -
             print(defect, order)
             return
     pytest.fail("no order of execution shows it")
+
+
+# ---- the script that checks a GPU
+
+
+def check_gpu(driver: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = standin.environment(driver, "random")
+    command = [sys.executable, "benchmarks/gpu.py", str(tmp_path), "--out", str(tmp_path / "gpu.json"), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def test_the_script_says_right_and_goes_on_where_it_stopped(driver: Path, tmp_path: Path) -> None:
+    """No TensorRT and no CUDA provider runs here, and no network was prepared: that is not run, not wrong."""
+    done = check_gpu(driver, tmp_path, "--smoke", "--page", str(tmp_path / "page.md"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "RIGHT: card, kernels"
+    assert "explanations: not run: no bundle in the folder" in done.stdout
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("Stand-in, 8 multiprocessors") and "| the kernels load | yes |" in page
+    again = check_gpu(driver, tmp_path, "--smoke")
+    assert again.stdout.splitlines()[:2] == ["card: done before", "kernels: done before"]
+
+
+def test_the_script_says_wrong(driver: Path, tmp_path: Path) -> None:
+    """And a failure costs one stage; nothing is timed."""
+    broken = tmp_path / "driver"
+    shutil.copytree(driver, broken)
+    (broken / "class_scores.fatbin").write_bytes(b"not a kernel")
+    done = check_gpu(broken, tmp_path, "--smoke", "--stages", "kernels", "card", "kernel times")
+    assert done.returncode == 1, done.stdout
+    lines = done.stdout.splitlines()
+    assert (
+        lines[0].startswith("kernels: NO: DeviceError: class_scores.fatbin, built by CUDA 13.0")
+        and "card: yes" in lines[1]
+    )
+    assert lines[-2:] == ["kernel times: not timed, because something is wrong", "WRONG: kernels"]
