@@ -4,9 +4,9 @@ On any machine with the test extra, `python benchmarks/networks.py FOLDER` prepa
 CPU's maps. On the GPU's machine, with camrt's cuda or tensorrt extra and compiled kernels (python -m
 camrt.kernels.build), this command runs one stage after another, each in a process of its own, so that a failure costs
 one stage. After every stage it writes the JSON file; started again, it goes on with what has not succeeded yet
-(--again: with everything). Whatever is checked is checked before anything is timed. --smoke says only
-whether it is right or wrong. --stages runs some of them alone; --peer is a checkout of Winsor-CAM's public repository. It
-ends with a table of what the GPU confirmed, as Markdown too (--page FILE), and an exit code: 0 if nothing was wrong.
+(--again: with everything). Whatever is checked is checked before anything is timed. --smoke says only whether it is
+right or wrong. --stages runs some of them alone; --peer is a checkout of Winsor-CAM's public repository. It ends with a
+table of what the GPU confirmed, as Markdown too (--page FILE), and an exit code: 0 if nothing was wrong.
 """
 
 from __future__ import annotations

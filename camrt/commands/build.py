@@ -70,11 +70,14 @@ def run(options: argparse.Namespace) -> int:
         if engine is not None:
             size = len(engine)
         elif options.dry_run:
-            size, how = expected_size(bundle, program), "would be built (size estimated)"
+            size, how = expected_size(bundle, program, profiles), "would be built (size estimated)"
         else:
-            make = functools.partial(_make, library, bundle, program, target, profiles, warned)
+            scratch: list[int] = []
+            make = functools.partial(_make, library, bundle, program, target, profiles, warned, scratch)
             size = len(cache.fetch(key, make))
             how = f"built in {time.perf_counter() - started:.1f} s"
+            if scratch:
+                how += f"; scratch memory on the GPU {', '.join(f'{s / 1e6:.0f}' for s in scratch)} MB"
         total += size
         what = f"{program.file:26}{program.precision:9}{', '.join(map(str, profiles)):34}"
         print(f"{what}{target!s:26}{size / 1e6:8.1f} MB  {how}", flush=True)
@@ -91,6 +94,7 @@ def _make(
     target: Target,
     profiles: Sequence[Profile],
     warned: dict[str, None],
+    scratch: list[int],
 ) -> bytes:
     from ..runtime.backends.tensorrt.build import build_engine
 
@@ -98,6 +102,7 @@ def _make(
         progress(f"building {program.file} for {target}")
         built = build_engine(library, bundle.file(program), program, target, profiles, progress.detail)
     warned.update(dict.fromkeys(built.warnings))
+    scratch += built.scratch
     return built.engine
 
 

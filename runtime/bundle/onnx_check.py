@@ -35,8 +35,10 @@ _INT64 = 7
 _SIZED = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3}
 
 
-def check_program(file: Path, weights: str, weights_size: int) -> int:
-    """BundleError if an ONNX file holds anything that camrt does not write. Returns the bytes of weights that it reads.
+def check_program(file: Path, weights: str, weights_size: int) -> tuple[int, int]:
+    """BundleError if an ONNX file holds anything that camrt does not write.
+
+    Returns the bytes of weights that it reads, and how many nodes it has.
 
     weights: the name of the only other file that may hold its tensors; weights_size: that file's bytes.
     """
@@ -47,7 +49,7 @@ def check_program(file: Path, weights: str, weights_size: int) -> int:
     try:
         check = _Check(memoryview(data), weights, weights_size)
         check.model()
-        return check.read
+        return check.read, check.nodes
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from None
 
@@ -58,7 +60,7 @@ class _Check:
         self._weights = weights
         self._weights_size = weights_size
         self._numbers: dict[bytes, tuple[int, ...]] = {}  # of small int64 tensors
-        self.read = 0  # bytes of tensors in the weights' file
+        self.read, self.nodes = 0, 0  # bytes of tensors in the weights' file; nodes
 
     def model(self) -> None:
         graphs = []
@@ -84,6 +86,7 @@ class _Check:
                 self._declared(first, last)
             elif number == 15:
                 raise _foreign("a sparse tensor")
+        self.nodes = len(nodes)
         for node in nodes:
             self._node(*node)
 

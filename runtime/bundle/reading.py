@@ -23,7 +23,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    _checked: dict[str, int] = field(default_factory=dict, compare=False)  # file -> bytes of weights that it reads
+    _checked: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)  # file -> its `contents`
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -53,8 +53,8 @@ class Bundle:
             self._checked[program.file] = check_program(path, weights, (self.path / weights).stat().st_size)
         return path
 
-    def weights_read(self, program: Program) -> int:
-        """How many bytes of the bundle's weights a program reads. BundleError as `file`."""
+    def contents(self, program: Program) -> tuple[int, int]:
+        """(bytes of the bundle's weights that a program reads, how many nodes it has). BundleError as `file`."""
         self.file(program)
         return self._checked[program.file]
 

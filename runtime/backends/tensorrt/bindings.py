@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -74,23 +75,30 @@ def compute_capability_member(library: Library, capability: Capability) -> Any:
     return getattr(library.trt.ComputeCapability, "SM{}{}".format(*capability))
 
 
+_SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")
 KEPT = 20  # messages: an explainer may live for weeks
 
 
 def logger(trt: Any) -> Any:
-    """A logger that keeps the last warnings and errors. clear() forgets them, so that none explains a later failure."""
+    """A logger that keeps the last warnings and errors, and, of a build, the scratch memory of each profile in bytes.
+
+    clear() forgets the messages, so that none explains a later failure.
+    """
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.warned: deque[str] = deque(maxlen=KEPT)
             self.failed: deque[str] = deque(maxlen=KEPT)
+            self.scratch: deque[int] = deque(maxlen=KEPT)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.failed.append(message)
             elif severity == trt.ILogger.Severity.WARNING:
                 self.warned.append(message)
+            elif said := _SCRATCH.match(message):
+                self.scratch.append(int(said[1]))
 
         def clear(self) -> None:
             self.warned.clear()

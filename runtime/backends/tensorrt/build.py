@@ -18,10 +18,13 @@ Progress = Callable[[str], None]
 
 @dataclass
 class BuiltEngine:
-    """An engine's bytes, and the warnings that the library gave while it built it."""
+    """An engine's bytes, and what the library said while it built it: warnings, and for each profile the bytes of
+    scratch memory that its largest run takes on the GPU (none if it did not say).
+    """
 
     engine: bytes
     warnings: list[str] = field(default_factory=list)
+    scratch: list[int] = field(default_factory=list)
 
 
 def build_engine(
@@ -57,6 +60,9 @@ def build_engine(
         )
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    resizing = getattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10", None)
+    if resizing is not None:  # small runs then take less scratch memory than the largest
+        config.set_preview_feature(resizing, True)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # an engine that allocates during a run cannot be captured
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if library.ahead_of_time:
@@ -76,14 +82,22 @@ def build_engine(
         raise KeyboardInterrupt
     if engine is None:
         raise EngineError(f"{file}: {library.name} {library.version} could not build it: {log.problem()}")
-    return BuiltEngine(bytes(engine), list(log.warned))
+    return BuiltEngine(bytes(engine), list(log.warned), list(log.scratch))
 
 
-def expected_size(bundle: Bundle, program: Program) -> int:
-    """Bytes of a program's engine, about, before it is built: from the weights that the program reads."""
-    backward = "seed" in program.inputs and len(program.taps) > 1  # holds most weights twice, in two layouts
-    half = 0.8 if program.precision == "float16" else 1.0
-    return int(bundle.weights_read(program) * (2.6 if backward else 1.1) * half)
+def expected_size(bundle: Bundle, program: Program, profiles: Sequence[Profile]) -> int:
+    """Bytes of a program's engine, about, before it is built.
+
+    From the weights that the program reads and, for each profile, the code of its nodes. Fitted to 152 engines of
+    TensorRT for RTX 1.7: half of the estimates are within 13 percent, the worst is 49 percent off.
+    """
+    weights, nodes = bundle.contents(program)
+    half = program.precision == "float16"
+    if "seed" in program.inputs and len(program.taps) > 1:  # most weights in two layouts
+        share = 1.5 if half else 2.0
+    else:
+        share = 0.5 if half and "seed" not in program.inputs else 1.0
+    return int(share * weights + len(profiles) * (350_000 + 12_000 * nodes))
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:

@@ -61,7 +61,9 @@ def profiles_of(bundle: Bundle, program: Program, max_batch: int, masks: int) ->
     """Every profile that a program's runs need.
 
     max_batch, masks: the most images or targets, and masked images, in one run. max_batch is rounded up to 16, 32, ...:
-    one engine serves several settings. Masked images run in batches of exactly `masks`; smaller ones are a "batch".
+    one engine serves several settings. Masked images run in batches of exactly `masks`; smaller ones are a "batch". A
+    batch has at least two images: then the builder finds by itself that images and seeds are as many. `masks` alone
+    would be a fixed size, and the builder would store constants once for every mask: so the least is one mask fewer.
     """
     symbols = {d for shape in program.inputs.values() for d in shape if isinstance(d, str)}
     profiles, most = [Profile("single")], 16
@@ -69,11 +71,11 @@ def profiles_of(bundle: Bundle, program: Program, max_batch: int, masks: int) ->
     while most < (max(max_batch, masks) if scores else max_batch):
         most *= 2
     if "batch" in symbols:
-        profiles.append(Profile("batch", 1, most))
+        profiles.append(Profile("batch", 2, most))
     if "seeds" in symbols and (bundle.manifest.seeds_share_image or "batch" not in symbols):
-        profiles.append(Profile("targets", 1, most))
-    if "batch" in symbols and scores:
-        profiles.append(Profile("masks", masks, masks))
+        profiles.append(Profile("targets", 2, most))
+    if "batch" in symbols and scores and masks > 1:
+        profiles.append(Profile("masks", max(2, masks - 1), masks))
     return tuple(profiles)
 
 
