@@ -66,8 +66,8 @@ __device__ inline void sum_strips(StripMemory<V>* shared, const float* scores, c
         name(const float* scores, const float* activations, const Tap* rows, const Tap* columns, const float* extremes,  \
              float* total, float* partial, int count, int maps, int height, int width, int h, int w, int gate,           \
              int maps_per_chunk, int chunks) {                                                                           \
-        SHARED(StripMemory<V>, shared, WARPS);                                                                 \
-        sum_strips<V>(shared, scores, activations, rows, columns, extremes,      \
+        SHARED(StripMemory<V>, shared, WARPS);                                                                           \
+        sum_strips<V>(shared, scores, activations, rows, columns, extremes,                                              \
                       total, partial, count, maps, height, width, h, w, gate, maps_per_chunk, chunks);                   \
     }
 

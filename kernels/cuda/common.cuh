@@ -55,12 +55,13 @@ __device__ inline int place(const Sources& sources, const Tap* taps, int tap, bo
     return 2 * tap + high;
 }
 
-// Shared memory of a warp's strip. Each lane reads only the places and weights that it wrote: they would need too many registers.
+// Shared memory of a warp's strip. Each lane reads only the places and weights that it wrote: they would need too many
+// registers.
 template <int V>
 struct StripMemory {
     static constexpr int COLUMNS = WARP * V;
-    float row[2 * COLUMNS];     // of a map, resized along the columns
-    unsigned places[COLUMNS];   // in `row`: of the lower neighbour, and, 16 bits higher, of the upper one
+    float row[2 * COLUMNS];    // of a map, resized along the columns
+    unsigned places[COLUMNS];  // in `row`: of the lower neighbour, and, 16 bits higher, of the upper one
     float weights[COLUMNS];
 };
 
@@ -185,7 +186,7 @@ __device__ inline void store(__half* to, const float (&values)[V]) {
     }
 }
 
-// ---- reductions over a block of whole warps; every thread gets the result
+// ---- reductions over a warp, and over a block of whole warps; every thread gets the result
 
 struct Least {  // of floats with a NaN among them: NaN, as NumPy has it
     template <typename T>
@@ -206,12 +207,18 @@ struct Plus {
     }
 };
 
+template <typename T, typename Operation>
+__device__ inline T reduce_warp(T value, Operation join) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2)
+        value = join(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    return value;
+}
+
 // shared: one place per warp, free for reuse after the call
 template <typename T, typename Operation>
 __device__ inline T reduce_block(T value, T* shared, Operation join) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    for (int distance = WARP / 2; distance > 0; distance /= 2)
-        value = join(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    value = reduce_warp(value, join);
     if (lane == 0) shared[warp] = value;
     __syncthreads();
     value = shared[0];

@@ -52,8 +52,8 @@ __device__ inline void mask_strips(StripMemory<V>* shared, const float* image, c
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                             \
         name(const float* image, const float* activations, const Tap* rows, const Tap* columns, const float* extremes,   \
              Out* masked, int maps, int channels, int height, int width, int h, int w, int gate, int maps_per_block) {   \
-        SHARED(StripMemory<V>, shared, WARPS);                                                                 \
-        mask_strips<Out, V>(shared, image, activations, rows, columns, extremes, \
+        SHARED(StripMemory<V>, shared, WARPS);                                                                           \
+        mask_strips<Out, V>(shared, image, activations, rows, columns, extremes,                                         \
                             masked, maps, channels, height, width, h, w, gate, maps_per_block);                          \
     }
 

@@ -283,8 +283,7 @@ __device__ inline void count_digit(const float* rows, RowState* states, int* fau
                                 next = prefix << digit_bits(digit) | i;
                                 break;
                             }
-                        for (int distance = WARP / 2; distance > 0; distance /= 2)
-                            next = Least()(next, __shfl_xor_sync(ALL_LANES, next, distance));
+                        next = reduce_warp(next, Least());
                     }
                     if (threadIdx.x == 0) {
                         const unsigned here = prefix << digit_bits(digit) | picked.value;

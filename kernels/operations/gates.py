@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..gpu.arrays import DeviceArray, is_device_array
-from ..gpu.queue import NOTHING, THREADS, Argument, Launch, Queue, blocks, int32s
+from ..gpu.queue import FULL, NOTHING, THREADS, WARP, Argument, Launch, Queue, blocks, int32s
 
 GATES = ("tanh", "sigmoid_relu", "minmax", "identity")
 
@@ -65,7 +65,15 @@ def gate_extremes(queue: Queue, kind: str, maps: DeviceArray, tables: Sequence[D
         return NOTHING
     count, h, w = maps.shape
     extremes = queue.empty((count, 2))
-    sides = int32s("mask_batch", maps=count, height=len(tables[0]), width=len(tables[1]), h=h, w=w)
-    arguments = (maps, *tables, extremes, *sides)
-    queue.launch(Launch("extremes", "resized_extremes", (blocks(count, 1), 1), THREADS, 0, arguments))
+    height, width = (len(table) for table in tables)
+    sides = int32s("mask_batch", maps=count, height=height, width=width, h=h, w=w)
+    warps = THREADS // WARP
+    parts = min(-(-FULL // count), -(-height // warps), WARP)  # of a map; a warp joins them
+    partial = queue.empty((count, parts, 2)) if parts > 1 else extremes
+    arguments = (maps, *tables, partial, *sides, np.int32(parts))
+    grid = blocks(count, 1), blocks(parts, 1, 1)
+    queue.launch(Launch("extremes", "resized_extremes", grid, THREADS, 0, arguments))
+    if parts > 1:
+        arguments = (partial, extremes, sides[0], np.int32(parts))
+        queue.launch(Launch("extremes", "join_extremes", (blocks(count, warps), 1), THREADS, 0, arguments))
     return extremes
