@@ -13,6 +13,7 @@ from ..gpu.arrays import is_device_array
 from ..gpu.queue import THREADS, Launch, blocks, int32s, is_wide
 
 STATIC_SHARED = 9 * 1024  # bytes of shared memory for winsorize_short's histogram and other fixed data
+SMALL_BLOCK = 4096  # entries of a row; with more, blocks of 256 threads leave a multiprocessor half empty
 ENTRIES_PER_BLOCK = 16384  # of a long row; a multiple of 4 THREADS
 ROW_STATE_BYTES = 8264
 
@@ -46,7 +47,7 @@ def winsorize(rows: Any, percentile: float, low: float = 0.1, high: float = 1.0,
         bounds = np.float64(percentile / 100), np.float32(low), np.float32(high)
         rows_, length_ = int32s("winsorize", rows=count, entries=length)
         if 4 * length + STATIC_SHARED <= queue.shared_limit:
-            threads = THREADS if length <= 8192 else 1024
+            threads = THREADS if length <= SMALL_BLOCK else 1024
             arguments = (rows, result, queue.fault, rows_, length_, *bounds)
             grid = blocks(count, 1), 1
             queue.launch(Launch("winsorize", "winsorize_short", grid, threads, 4 * length, arguments))
