@@ -50,6 +50,12 @@ def options_of(*warnings: str) -> list[str]:
     return ["-std=c++17", "-O3", "--fmad=false", *warnings]
 
 
+def known_architectures(nvcc: str) -> list[str]:
+    """Those of ARCHITECTURES that this nvcc compiles for. BuildError."""
+    supported = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
+    return [a for a in ARCHITECTURES if a.replace(".", "") in supported]
+
+
 def build(
     out: Path = SOURCES,
     architectures: Sequence[str] | None = None,
@@ -68,9 +74,7 @@ def build(
     version = release[1] if release else "0"
     if int(version.split(".")[0]) < OLDEST_CUDA:
         raise BuildError(f"{nvcc} is of CUDA {version}, needed {OLDEST_CUDA} or later")
-    supported = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
-    if architectures is None:
-        architectures = [a for a in ARCHITECTURES if a.replace(".", "") in supported]
+    architectures = known_architectures(nvcc) if architectures is None else architectures
     targets = [(a.replace(".", ""), "sm") for a in architectures]
     targets.append((targets[-1][0], "compute"))  # PTX, which the driver compiles for newer GPUs
     codes = [f"-gencode=arch=compute_{a},code={kind}_{a}" for a, kind in targets]
