@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,43 +34,35 @@ class _Scores:
         return np.concatenate([np.zeros((len(runs.seeds), 0), np.float32), *rows], axis=1)
 
 
-def _score(
-    runs: MaskedRuns,
-    activation: Any,
-    live: np.ndarray,
-    kind: str,
-    interpolation: str = "bilinear",
-    summed_gate: str | None = None,
-    probability: str | None = None,
-    offset: Any = None,
-    weights: np.ndarray | None = None,
-) -> _Scores:
+@dataclass(frozen=True)
+class _Ask:
+    """How masks are made and scored: score = weight (seed . probabilities - offset).
+
+    kind, interpolation: of the masks. summed_gate: the gate of the sum of scores and maps, if one is wanted.
+    probability: the kind of kernels.class_scores, the network's own by default. offset (S,): 0 by default. weights: one
+    per mask, 1 by default.
+    """
+
+    kind: str
+    interpolation: str = "bilinear"
+    summed_gate: str | None = None
+    probability: str | None = None
+    offset: Any = None
+    weights: np.ndarray | None = None
+
+
+def _score(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask) -> _Scores:
     """Runs the network on the image under the mask of each live channel. live: channel numbers.
 
-    score = weight (seed . probabilities - offset). probability: the kind of kernels.class_scores, the network's own by
-    default; offset (S,): 0 by default; weights: one per live channel, 1 by default. For the class "not" of a single
-    score the probability is 1 - p.
+    For the class "not" of a single score the probability is 1 - p.
     """
     lacking = complements(runs.seeds)
-    if offset is None and probability != "logits" and lacking.any():  # a difference of two scores needs no complement
-        offset = runs.memory.put(-lacking)
-    ask = _Asked(kind, interpolation, summed_gate, probability or runs.probability, offset, weights)
+    if ask.offset is None and ask.probability != "logits" and lacking.any():
+        ask = replace(ask, offset=runs.memory.put(-lacking))  # a difference of two scores needs no complement
     return (_score_on_host if runs.memory.stream is None else _score_on_gpu)(runs, activation, live, ask)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The arguments of `_score` that say how."""
-
-    kind: str
-    interpolation: str
-    summed_gate: str | None
-    probability: str
-    offset: Any
-    weights: np.ndarray | None
-
-
-def _score_on_gpu(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Asked) -> _Scores:
+def _score_on_gpu(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask) -> _Scores:
     """Queues everything; waits for nothing."""
     memory, stream = runs.memory, runs.memory.stream
     total = memory.zeros((len(runs.seeds), *runs.size))
@@ -78,15 +70,17 @@ def _score_on_gpu(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask
         return _Scores({}, total)
     logits = runs.logits_under_masks(activation, live, ask.kind, ask.interpolation)
     weights = None if ask.weights is None else memory.put(ask.weights)
-    scores = class_scores(logits, memory.put(runs.seeds), ask.probability, ask.offset, weights, stream=stream)
+    probability = ask.probability or runs.probability
+    scores = class_scores(logits, memory.put(runs.seeds), probability, ask.offset, weights, stream=stream)
     if ask.summed_gate is not None:
         channels = take_channels(activation, memory.put(live.astype(np.int32)), stream=stream)
         accumulate_maps(total, scores, channels, ask.summed_gate, ask.interpolation, stream=stream)
     return _Scores({0: scores}, total)
 
 
-def _score_on_host(runs: MaskedRuns, activation: np.ndarray, live: np.ndarray, ask: _Asked) -> _Scores:
+def _score_on_host(runs: MaskedRuns, activation: np.ndarray, live: np.ndarray, ask: _Ask) -> _Scores:
     """Batch after batch, in the lanes of the backend."""
+    probability = ask.probability or runs.probability
 
     def in_lane(lane: Lane) -> tuple[dict[int, Any], Any]:
         """(scores of each batch, by the number of its first mask; the lane's weighted sum of gates, or None)."""
@@ -97,7 +91,7 @@ def _score_on_host(runs: MaskedRuns, activation: np.ndarray, live: np.ndarray, a
             gates = None if lane.gates is None else lane.gates[: len(channels)]
             mask_batch(runs.image, channels, ask.kind, ask.interpolation, out=masked, gates=gates)
             weights = None if ask.weights is None else ask.weights[masks]
-            scores = class_scores(lane.run(masked), runs.seeds, ask.probability, ask.offset, weights)
+            scores = class_scores(lane.run(masked), runs.seeds, probability, ask.offset, weights)
             parts[masks.start] = scores
             if ask.summed_gate is not None:
                 same = gates if ask.summed_gate == ask.kind else None
@@ -118,7 +112,7 @@ def _score_on_host(runs: MaskedRuns, activation: np.ndarray, live: np.ndarray, a
 def _score_of_zeros(runs: MaskedRuns, probability: str | None = None) -> Any:
     """seed . probabilities (S,) of the all-zero input, in the runs' memory."""
     nothing, as_it_is = runs.memory.zeros((1, 1, 1)), runs.memory.zeros((len(runs.seeds),))
-    result = _score(runs, nothing, np.array([0]), "identity", probability=probability, offset=as_it_is)
+    result = _score(runs, nothing, np.array([0]), _Ask("identity", probability=probability, offset=as_it_is))
     return result.parts[0].reshape(len(runs.seeds))
 
 
@@ -189,7 +183,8 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
         live, weights = np.setdiff1d(candidates, alike[1:]), None
         if len(alike) > 1:
             weights = np.where(live == alike[0], len(alike), 1).astype(np.float32)
-        totals.append(_score(runs, activation, live, kind, "bilinear", summed_gate, None, offset, weights).summed)
+        ask = _Ask(kind, summed_gate=summed_gate, offset=offset, weights=weights)
+        totals.append(_score(runs, activation, live, ask).summed)
         count += len(live)
         bounds.append(bound * reach)
     return _result(_finished(runs, totals), runs, count, max(bounds))
@@ -209,10 +204,11 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
         live = np.flatnonzero(~flat)
         count += len(live)
         if variant == "original":
-            totals.append(_score(runs, activation, live, "minmax", summed_gate="identity").summed)
+            totals.append(_score(runs, activation, live, _Ask("minmax", summed_gate="identity")).summed)
             continue
         scores = np.zeros((len(runs.seeds), len(flat)), np.float32)
-        scores[:, live] = _score(runs, activation, live, "minmax", "align_corners", probability="logits").on_host(runs)
+        ask = _Ask("minmax", "align_corners", probability="logits")
+        scores[:, live] = _score(runs, activation, live, ask).on_host(runs)
         if flat.any():  # a constant channel's mask is zero everywhere: one run stands for all of them
             scores[:, flat] = runs.memory.get(_score_of_zeros(runs, "logits"))[0][:, None]
             count += 1
