@@ -260,4 +260,7 @@ def control() -> Control:
 
 
 if __name__ == "__main__":
-    build_pycuda(Path(sys.argv[2]).resolve())
+    try:
+        build_pycuda(Path(sys.argv[2]).resolve())
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"standin: {error}")
