@@ -20,16 +20,15 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-FOLDER = ROOT / "build" / "host_time"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import standin
+
+FOLDER = standin.ROOT / "build" / "host_time"
 SHAPE = (3, 224, 224)
 
 
 def prepare() -> Path:
     """The bundle's path; the stand-in lies beside it."""
-    import standin
-
     path = FOLDER / "resnet50.camrt"
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -48,16 +47,8 @@ class NoEngine:
     def enqueue(self, inputs: Any, outputs: Any) -> None: ...
 
 
-class NoBackend:
+class NoBackend(standin.StandinBackend):
     """A GPU whose engines do nothing."""
-
-    name, lanes = "nothing", 1
-
-    def __init__(self) -> None:
-        from camrt.kernels.gpu.device import device
-        from camrt.runtime.backends.gpu import Gpu
-
-        self.gpu = Gpu(device().stream(), captures=True)
 
     def open(self, bundle: Any, program: Any, concurrent: bool = False) -> Any:
         from camrt.runtime.backends.gpu import GpuProgram
@@ -76,8 +67,6 @@ def microseconds(call: Callable[[], Any], calls: int) -> float:
 
 
 def measure(path: Path, calls: int) -> dict[str, float]:
-    import standin
-
     from camrt import Explainer, kernels
     from camrt.runtime.bundle.reading import read_bundle
 
@@ -90,12 +79,11 @@ def measure(path: Path, calls: int) -> dict[str, float]:
     activations, picture = stream.empty((16, 7, 7)), stream.empty(SHAPE)
     out, scores = stream.empty((16, *SHAPE)), stream.empty((1, 16))
     total = stream.empty((1, *SHAPE[1:]))
-    before = {}
 
     def waits(call: Callable[[], Any]) -> float:
-        before["waits"] = control.calls("cuStreamSynchronize")
+        before = control.calls("cuStreamSynchronize")
         call()
-        return float(control.calls("cuStreamSynchronize") - before["waits"])
+        return float(control.calls("cuStreamSynchronize") - before)
 
     def winsor() -> Any:
         return explainer.explain(image, "winsor_cam", 5)
@@ -103,18 +91,17 @@ def measure(path: Path, calls: int) -> dict[str, float]:
     def score() -> Any:
         return explainer.explain(image, "score_cam_pp", 5)
 
+    explained = winsor()
     found = {
         "mask_batch, one launch (us)": microseconds(
             lambda: kernels.mask_batch(picture, activations, out=out, stream=stream), calls
         ),
-        "accumulate_maps, one launch (us)": microseconds(
+        "accumulate_maps, two launches (us)": microseconds(
             lambda: kernels.accumulate_maps(total, scores, activations, stream=stream), calls
         ),
         "winsor_cam, replayed (us)": microseconds(winsor, calls),
         "winsor_cam, waits": waits(winsor),
-        "winsor_cam, retune (us)": microseconds(lambda: explained.retune(percentile=60), calls)
-        if (explained := winsor())
-        else 0.0,
+        "winsor_cam, retune (us)": microseconds(lambda: explained.retune(percentile=60), calls),
         "score_cam_pp of 2048 masks (us)": microseconds(score, max(5, calls // 20)),
         "score_cam_pp of 2048 masks, waits": waits(score),
     }
@@ -129,8 +116,6 @@ def main() -> None:
     arguments = parser.parse_args()
     path = FOLDER / "resnet50.camrt"
     if "STANDIN" not in os.environ:
-        import standin
-
         prepare()
         raise SystemExit(subprocess.call([sys.executable, *sys.argv], env=standin.environment(FOLDER, "eager")))
     found = measure(path, arguments.calls)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
 from .gpu.arrays import DeviceArray, device_array, is_device_array
 from .gpu.queue import Queue
 
@@ -38,10 +36,7 @@ class prepared:
 
     def __enter__(self) -> tuple[Queue | None, list[Any]]:
         values, kernel, stream = self._values, self._kernel, self._stream
-        for value in values.values():
-            if not (value is None or isinstance(value, np.ndarray)) and is_device_array(value):
-                break
-        else:
+        if not any(map(is_device_array, values.values())):
             return None, list(values.values())
         if not (isinstance(stream, Queue | int) or stream is None):
             raise ValueError(f"{kernel}: stream {stream!r}: use a camrt Stream, a handle (an int) or None")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import __version__
 from ..kernels import OutOfMemory
-from .backends import Backend, Settings, create
+from .backends import Backend, Settings, create, masks_on_gpu
 from .bundle.kinds import Kind
 from .bundle.manifest import Manifest
 from .bundle.reading import Bundle, read_bundle
@@ -28,8 +28,6 @@ from .session.explaining import explain_batch
 from .session.session import Session
 from .session.timing import Stages
 from .targets import Targets, read_targets
-
-MASKS_ON_GPU = 64  # masked images in one run on a GPU; halved while its memory does not suffice
 
 
 class Explainer:
@@ -50,7 +48,7 @@ class Explainer:
         mask_batch: int | None = None,
     ):
         if mask_batch is None:
-            mask_batch = max_batch if backend.gpu is None else max(max_batch, MASKS_ON_GPU)
+            mask_batch = max_batch if backend.gpu is None else masks_on_gpu(max_batch, None)
         for name, value in (("max_batch", max_batch), ("mask_batch", mask_batch)):
             if value < 1:
                 raise InputError(f"{name} {value}: use 1 or more")
@@ -294,7 +292,7 @@ def load(
     BundleError if the bundle is missing or damaged; BackendUnavailable if no backend can run it here; UnknownName for
     an unknown backend; InputError for a precision that the bundle does not have.
     """
-    engine = create(backend, Settings(threads, device, max_batch, progress, mask_batch or max(max_batch, MASKS_ON_GPU)))
+    engine = create(backend, Settings(threads, device, max_batch, progress, masks_on_gpu(max_batch, mask_batch)))
     explainer = Explainer(read_bundle(path), engine, max_batch, precision, mask_batch)
     explainer._settings = threads, device
     return explainer

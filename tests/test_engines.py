@@ -230,19 +230,38 @@ def test_build_and_cache_commands(both: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.startswith("0 engines, 0.0 of 20000 MB")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["--compute-capability", "9.0"],
-            r"--compute-capability 9.0: tensorrt_rtx [\d.]+ builds for 7.5, 8.0, 8.6, 8.9",
-        ),
-        (["--compute-capability", "ada"], "--compute-capability ada: tensorrt_rtx"),
-        (["--compute-capability", "8.9", "--max-batch", "0"], "--max-batch 0: use 1 or more"),
-        (["--compute-capability", "8.9", "--programs", "winsor.onnx"], "has no program 'winsor.onnx'"),
-        ([], "name --compute-capability"),
-    ],
-)
+REFUSED = [
+    (
+        ["--compute-capability", "9.0"],
+        r"--compute-capability 9.0: tensorrt_rtx [\d.]+ builds for 7.5, 8.0, 8.6, 8.9",
+    ),
+    (["--compute-capability", "ada"], "--compute-capability ada: tensorrt_rtx"),
+    (["--compute-capability", "8.9", "--max-batch", "0"], "--max-batch 0: use 1 or more"),
+    (["--compute-capability", "8.9", "--programs", "winsor.onnx"], "has no program 'winsor.onnx'"),
+    ([], "name --compute-capability"),
+]
+
+
+@pytest.mark.parametrize(("max_batch", "mask_batch"), [(16, None), (128, None), (4, 8)])
+def test_a_build_has_the_profiles_that_load_asks_for(
+    max_batch: int, mask_batch: int | None, both: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    asked: list[Settings] = []
+
+    def noted(_: str, settings: Settings) -> Any:
+        asked.append(settings)
+        return create("onnxruntime", settings)
+
+    monkeypatch.setattr("camrt.runtime.explainer.create", noted)
+    camrt.load(both, max_batch=max_batch, mask_batch=mask_batch)
+    opened = read_bundle(both)
+    profiles = profiles_of(opened, opened.program("classify"), asked[0].max_batch, asked[0].mask_batch)
+    options = ["--max-batch", str(max_batch)] + ([] if mask_batch is None else ["--mask-batch", str(mask_batch)])
+    assert main(["build", str(both), "--compute-capability", "8.9", "--dry-run", *options]) == 0
+    assert ", ".join(map(str, profiles)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "said"), REFUSED)
 def test_a_build_that_makes_no_sense_is_refused(
     arguments: list[str], said: str, both: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,8 +442,10 @@ class CompiledKernels:
 
     def __init__(self) -> None:
         self.read: bytes | None = None
+        self.written = 0
 
     def serialize(self) -> bytes:
+        self.written += 1
         return b"compiled kernels"
 
     def deserialize(self, data: bytes) -> bool:
@@ -637,6 +658,9 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_process(
     CompiledKernels.accepted = True
     assert another_process().read == b"compiled kernels", "and were compiled again"
     assert len(noted.backend.cache.entries()) == 2
+    for images in (2, 3, 2, 3, 1, 2):
+        noted.run(images)
+    assert sum(c.written for c in noted.compiled) == 3 + 2, "once for each new shape of a process"
 
 
 def test_an_old_message_explains_no_later_failure(noted: Noted) -> None:

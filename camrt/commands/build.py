@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("fp32", "fp16"), help="which programs (default: all that the bundle has)"
     )
     parser.add_argument("--max-batch", type=int, default=16, help="images or targets in one run (default: 16)")
-    parser.add_argument("--mask-batch", type=int, default=64, help="masked images in one run (default: 64)")
+    parser.add_argument("--mask-batch", type=int, help="masked images in one run (default: 64, or --max-batch)")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be built, and about how much memory it takes"
     )
@@ -48,15 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..runtime.backends import masks_on_gpu
     from ..runtime.backends.tensorrt.bindings import find_library
     from ..runtime.backends.tensorrt.build import expected_size
     from ..runtime.backends.tensorrt.cache import EngineCache
     from ..runtime.backends.tensorrt.target import engine_key, profiles_of
     from ..runtime.bundle.reading import read_bundle
 
-    for name in ("max_batch", "mask_batch"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more")
+    masks = masks_on_gpu(options.max_batch, options.mask_batch)
+    for name, value in (("max-batch", options.max_batch), ("mask-batch", masks)):
+        if value < 1:
+            raise InputError(f"--{name} {value}: use 1 or more")
     bundle = read_bundle(options.bundle)
     programs = _programs(bundle, options)
     library = find_library("tensorrt_rtx" if options.compute_capability else None)
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     warned: dict[str, None] = {}
     total = 0
     for target, program in itertools.product(targets(library, options.compute_capability), programs):
-        profiles = profiles_of(bundle, program, options.max_batch, options.mask_batch)
+        profiles = profiles_of(bundle, program, options.max_batch, masks)
         key, started = engine_key(library, bundle, program, target, profiles), time.perf_counter()
         engine, how = cache.get(key), "was built before"
         if engine is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import DeviceError
 
-_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: other threads may allocate meanwhile
 _ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 
@@ -35,7 +35,7 @@ class StreamOrder:
 
     def __init__(self) -> None:
         self._event = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self._event), _NO_TIMING)
+        _call("cuEventCreate", ctypes.byref(self._event), NO_TIMING)
         self._lock = threading.Lock()
 
     def __call__(self, before: int, after: int) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 _ALIGNMENT = 256  # bytes, of the parts of a download
-_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 class _Wanted:
@@ -139,7 +138,7 @@ class Stream(GpuStream):
     def _keep_until_now(self, block: Block) -> None:
         """The block's memory is used again only after what is queued now."""
         if block.event is None:
-            block.event = self.device.cuda.Event(_NO_TIMING)
+            block.event = self.device.cuda.Event(driver.NO_TIMING)
         block.event.record(self._stream)
         block.busy = True
 

@@ -29,10 +29,18 @@ BACKENDS = {  # the best first
 }
 
 
+MASK_BATCH = 64  # masked images in one run on a GPU; halved while its memory does not suffice
+
+
+def masks_on_gpu(max_batch: int, mask_batch: int | None) -> int:
+    """The most masked images in one run on a GPU: what was asked for, else MASK_BATCH, or max_batch if that is more."""
+    return max(max_batch, MASK_BATCH) if mask_batch is None else mask_batch
+
+
 @dataclass(frozen=True)
 class Settings:
     """threads: CPU threads of one run, None for one per core; device: the GPU's number; max_batch: the most images or
-    targets in one run; masks: the most masked images.
+    targets in one run; mask_batch: the most masked images.
 
     progress: called with one line of text before work that takes seconds, such as building an engine.
     """
@@ -41,7 +49,7 @@ class Settings:
     device: int = 0
     max_batch: int = 16
     progress: Callable[[str], None] = lambda _: None
-    masks: int = 64
+    mask_batch: int = MASK_BATCH
 
 
 class Executable(Protocol):

@@ -28,7 +28,7 @@ class TensorRtBackend:
         self.tensorrt = library
         self.gpu = gpu
         self.target = target
-        self.max_batch, self.masks = settings.max_batch, settings.masks
+        self.max_batch, self.mask_batch = settings.max_batch, settings.mask_batch
         self.scratch = Scratch(gpu.stream)
         self.progress = settings.progress
         self.cache = EngineCache()

@@ -66,12 +66,13 @@ class EngineCache:
     def path(self, key: dict[str, Any]) -> Path:
         """E.g. resnet50-layer_maps.fp16-tensorrt_11.1-sm_8.9-<24 digits of the hash>.engine."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        capability = "_".join(["sm", ".".join(map(str, key.get("compute_capability", ())))])
-        file = str(key.get("file", "")).removesuffix(".onnx")
-        parts = [key.get("model"), file, key.get("library"), capability if "compute_capability" in key else ""]
+        parts = [key.get("model"), str(key.get("file", "")).removesuffix(".onnx"), key.get("library")]
+        if "compute_capability" in key:
+            parts.append(f"sm_{'.'.join(map(str, key['compute_capability']))}")
+        if "compiled on" in key:
+            parts.append("compiled")
         words = [_UNFIT.sub("_", str(part))[:40].strip("._") for part in parts if part]
-        kind = ["compiled"] if "compiled on" in key else []
-        return self.folder / f"{'-'.join([*filter(None, words), *kind, digest])}{_SUFFIX}"
+        return self.folder / f"{'-'.join([*filter(None, words), digest])}{_SUFFIX}"
 
     def fetch(self, key: dict[str, Any], build: Callable[[], bytes]) -> bytes:
         """The engine of that key; calls `build` and keeps its result if there is none.

@@ -51,7 +51,8 @@ class _Loaded:
     """An engine in the GPU's memory. It is valid only while its runtime exists.
 
     contexts: profile -> the context of its next run, which a captured graph takes away. compiled: the kernels that
-    TensorRT for RTX compiled, shared by all contexts, None for the other library.
+    TensorRT for RTX compiled, shared by all contexts, None for the other library; kept: the shapes whose kernels are in
+    the cache.
     """
 
     key: dict[str, Any]
@@ -59,6 +60,7 @@ class _Loaded:
     engine: Any
     contexts: dict[int, _Context] = field(default_factory=dict)
     compiled: Any = None
+    kept: set[tuple[Any, ...]] = field(default_factory=set)
 
 
 class TensorRtEngine:
@@ -68,7 +70,7 @@ class TensorRtEngine:
         self._backend = backend
         self._bundle = bundle
         self._program = program
-        self._profiles = profiles_of(bundle, program, backend.max_batch, backend.masks)
+        self._profiles = profiles_of(bundle, program, backend.max_batch, backend.mask_batch)
         self._loaded: _Loaded | None = None
 
     def __del__(self) -> None:
@@ -87,8 +89,7 @@ class TensorRtEngine:
             profile = chosen(self._profiles, sizes)
             run = self._context(loaded, profile)
             shapes = {name: array.shape for name, array in inputs.items()}
-            changed = run.shapes != shapes
-            if changed:
+            if run.shapes != shapes:
                 self._set_shapes(loaded, run, shapes)
             if stream.capturing:  # the graph keeps the context: no later run may use it
                 del loaded.contexts[profile]
@@ -106,8 +107,9 @@ class TensorRtEngine:
                 raise EngineError(f"{file}: the engine cannot be captured for these shapes")
             if not context.execute_async_v3(stream.handle):
                 raise backend.failure(f"{file}: the engine could not be run")
-            if changed and loaded.compiled is not None:
+            if loaded.compiled is not None and tuple(shapes.values()) not in loaded.kept:
                 self._keep_compiled(loaded)
+                loaded.kept.add(tuple(shapes.values()))
 
     def _set_shapes(self, loaded: _Loaded, run: _Context, shapes: dict[str, tuple[int, ...]]) -> None:
         """Also gives the context its scratch memory. Never in a capture: it may compile kernels."""
