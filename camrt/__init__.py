@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .runtime.errors import CamrtError
     from .runtime.explainer import Explainer, load
     from .runtime.explanation import Explanation
+    from .verification.device.check import check
+    from .verification.device.measure import add_references
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "Explanation",
     "Preprocess",
     "Smooth",
+    "add_references",
+    "check",
     "compile",
     "explain_files",
     "export_model",
@@ -39,6 +43,8 @@ _HOME = {
     "Explanation": "runtime.explanation",
     "Preprocess": "runtime.bundle.manifest",
     "Smooth": "runtime.cams",
+    "add_references": "verification.device.measure",
+    "check": "verification.device.check",
     "compile": "compiling.api",
     "explain_files": "explaining",
     "export_model": "export.api",

@@ -251,7 +251,7 @@ class Explainer:
     def _seeds_of(self, method: Method, images: Any, seeds: np.ndarray, options: dict[str, Any]) -> np.ndarray:
         """Seeds (B, K, classes) from the method's own `seeds` function, which needs the logits."""
         assert method.seeds is not None
-        logits = np.repeat(self.session.logits(images), seeds.shape[1], axis=0)
+        logits = np.repeat(self.session.exact_logits(images), seeds.shape[1], axis=0)
         given = top_class_where_zero(seeds.reshape(logits.shape), logits)
         return method.seeds(logits, given, **options).reshape(seeds.shape)
 

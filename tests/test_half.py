@@ -13,7 +13,7 @@ from camrt.kernels import minmax
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.runtime.explainer import Explainer
 from camrt.verification.distances import cosine_distance
-from camrt.verification.rounding import RoundingBackend
+from camrt.verification.interpreted import InterpretedBackend
 
 PREPROCESS = camrt.Preprocess(resize=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 METHODS = {
@@ -40,7 +40,10 @@ def photos() -> list[str]:
 
 def explainers(bundle: Path) -> tuple[Explainer, list[Explainer]]:
     """In float32; and in float16, by ONNX Runtime and rounding after every operator."""
-    half = [camrt.load(bundle, precision="fp16"), Explainer(read_bundle(bundle), RoundingBackend(), precision="fp16")]
+    half = [
+        camrt.load(bundle, precision="fp16"),
+        Explainer(read_bundle(bundle), InterpretedBackend(rounding=True), precision="fp16"),
+    ]
     return camrt.load(bundle, precision="fp32"), half
 
 

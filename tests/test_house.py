@@ -51,7 +51,7 @@ ALLOWED = {
     "camrt/explaining.py": ("image_files", "results_folder", "runtime"),
     "camrt/methods.py": ("runtime.cams",),
     "camrt/notebook.py": ("install", "runtime"),
-    "camrt/__init__.py": ("compiling.api", "explaining", "export.api", "runtime"),
+    "camrt/__init__.py": ("compiling.api", "explaining", "export.api", "runtime", "verification.device"),
     "camrt/bench.py": ("install", "verification.distances", "method_choice", "runtime", "kernels"),
     "export": (
         "export",

@@ -24,8 +24,8 @@ from camrt.export.tape import Tape, attribute, output
 from camrt.runtime.bundle.kinds import Kind
 from camrt.runtime.bundle.reading import Bundle, read_bundle
 from camrt.runtime.explainer import Explainer
+from camrt.verification.interpreted import InterpretedBackend
 from camrt.verification.oracle import module_oracle
-from camrt.verification.rounding import RoundingBackend
 from camrt.verification.verify import verify_bundle
 
 NETWORKS = ["resnet18", "mobilenet_v2", "densenet", "efficientnet_b0", "vit", "swin_v2"]
@@ -71,7 +71,7 @@ def test_rectifiers_at_exactly_zero(engine: str, precision: str, tmp_path: Path)
     model = AtZero().eval()
     path = camrt.export_model(model, tmp_path / "m.camrt", (3, 32, 32), precision=precision)
     backend = {
-        "rounding": RoundingBackend,
+        "rounding": lambda: InterpretedBackend(rounding=True),
         "reference": partial(Engine, in_reference),
         "openvino": partial(Engine, in_openvino),
     }.get(engine)

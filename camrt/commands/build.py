@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import EngineError, InputError, UnknownName, near
+from .comparison_table import print_count, print_rows
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..runtime.bundle.reading import Bundle
 
 
-HELP = "build TensorRT engines, for this GPU or ahead of time for others"
+HELP = "build TensorRT engines, for this GPU, where they are then checked, or ahead of time for others"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +87,24 @@ def run(options: argparse.Namespace) -> int:
     for warning in warned:
         print(f"{library.name} warns: {warning}")
     print(f"{library.name} {library.version}: {total / 1e6:.1f} MB in {cache.folder}")
-    return 0
+    return 0 if options.dry_run or options.compute_capability else check_built(bundle, programs, options)
+
+
+def check_built(bundle: Bundle, programs: Sequence[Program], options: argparse.Namespace) -> int:
+    """Compares what the engines compute on this GPU with the bundle's references, if it has some."""
+    from ..verification.device.check import check
+
+    if bundle.manifest.references is None:
+        print("The engines were not checked: the bundle has no references, which 'camrt export' stores.")
+        return 0
+    precisions = None if options.precision is None else [options.precision]
+    files = {program.file for program in programs}
+    with Progress() as progress:
+        report = check(bundle.path, "tensorrt", precisions, files, options.max_batch, options.mask_batch, progress)
+    print(report.engine)
+    print_rows(report.rows, every=False)
+    print_count(report.rows, report.seconds)
+    return 0 if report.passed else 1
 
 
 def _make(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..method_choice import layers_of
-from ..runtime.errors import InputError
+from ..runtime.errors import CamrtError, InputError, first_line, warn
 from . import class_names, preprocess_options
 from .progress import Progress
 
@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="export a copy whose weights are in random order, for 'camrt evaluate --other-weights'",
     )
     parser.add_argument("--name", help="the model's name in the manifest")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="store no references for 'camrt check'; computing them takes about as long as the export",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
 
 
@@ -70,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
             )
     else:
         path = _export_torch(options, common)
+    if not options.no_check:
+        _add_references(path)
     _print_written(path)
     return 0
 
@@ -99,6 +106,17 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
             progress=progress,
             **common,
         )
+
+
+def _add_references(path: Path) -> None:
+    """Warns where they cannot be computed: the bundle is complete without them."""
+    from ..verification.device.measure import add_references
+
+    try:
+        with Progress() as progress:
+            add_references(path, progress)
+    except (CamrtError, ValueError, RuntimeError, MemoryError) as error:  # PyTorch's errors are RuntimeErrors
+        warn(f"{path} has no references for 'camrt check': {first_line(error)}")
 
 
 def _print_written(path: Path) -> None:

@@ -19,7 +19,16 @@ from ..runtime.bundle.reading import Bundle
 from ..runtime.cams import GridMaps
 from ..runtime.cams.gradient import full_grad
 from ..runtime.explainer import Explainer
-from .distances import cosine_distance, largest_difference, relative_l2
+from .distances import (
+    ACTIVATION_LIMIT,
+    CLASS_LIMIT,
+    HALF_LIMIT,
+    MAP_LIMIT,
+    Row,
+    cosine_distance,
+    largest_difference,
+    relative_l2,
+)
 from .oracle import Oracle
 
 if TYPE_CHECKING:
@@ -29,39 +38,10 @@ GRAPH_LIMIT = 1e-6  # relative L2 of a program's arithmetic in float64; its cons
 FULL_GRAD_LIMIT = 1e-5  # largest difference of its map, computed in float64 and summed in float32
 SOURCE_LIMIT = 1e-4  # relative L2 from the source file, run in float32
 ROUNDED_LIMIT = 5e-2  # the same, if the source file computes in float16 or is quantised
-ACTIVATION_LIMIT = 1e-5  # relative L2 from float64
-MAP_LIMIT = 1e-3  # largest difference after min-max
-HALF_LIMIT = 1e-3  # 1 - cosine of maps after min-max, of programs in float16
-CLASS_LIMIT = 0.02  # classes count as tied in float16 if their logits differ by less, as a fraction of the range
 PERCENTILES = (0, 50, 90, 100)
 FULL_GRAD_RUNS = 3  # samples of PyTorch float32's own distance from FullGrad; each needs a whole backward pass
 FLOAT32_UNITS = 16  # the images of these samples differ by about this many units in the last place
 QUANTISED_UNITS = 2**14  # the same for a quantised network: about 1e-3 of each number
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. distance: of the bundle from the float64 reference; torch_float32: of PyTorch float32 from it;
-    limit: the largest distance that passes; problem: why the comparison could not be made.
-
-    If the input of a rectifier (ReLU) is nearly 0, rounding decides whether the rectifier is on or off. One such change
-    moves early gradients by 1e-3 or more, and it is chance which rectifiers change. So for gradients and maps,
-    torch_float32 is the largest distance of several runs, whose images differ in their last bits. If a quantised
-    network fails this comparison, it is compared again with images that differ by about 1e-3 of each number, because
-    engines with integer arithmetic round at other places. No error can hide behind chance: PyTorch's operators also run
-    the gradient program itself in float64, where the rectifiers are as in the reference.
-    """
-
-    program: str
-    subject: str
-    distance: float
-    torch_float32: float
-    limit: float
-    problem: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return not self.problem and self.distance <= self.limit
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from ..runtime.images.preprocess import undo
 from .comparisons import FLOAT32_UNITS, PERCENTILES, MapComparison, Reference, Row, compared, full_grads
 from .distances import largest_difference, relative_l2
 from .oracle import Oracle, open_oracle
-from .verify import Report, references
+from .recorder import references
+from .verify import Report
 
 if TYPE_CHECKING:
     from ..export.pytorch.autograd import Record

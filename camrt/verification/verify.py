@@ -9,11 +9,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..export.probes import last_bits, smooth_images
+from ..export.probes import smooth_images
 from ..kernels import DeviceError
 from ..runtime.backends import Backend, Executable, Settings, create
 from ..runtime.bundle.kinds import Kind
-from ..runtime.bundle.manifest import Program, Tap
+from ..runtime.bundle.manifest import Program
 from ..runtime.bundle.reading import Bundle, read_bundle
 from ..runtime.errors import CamrtError
 from ..runtime.explainer import Explainer
@@ -21,7 +21,6 @@ from .comparisons import (
     FLOAT32_UNITS,
     QUANTISED_UNITS,
     MapComparison,
-    Reference,
     Row,
     class_rows,
     full_grad_graph_rows,
@@ -35,10 +34,9 @@ from .comparisons import (
     source_rows,
     use_rows,
 )
-from .oracle import Oracle, norms_in_graph, open_oracle, own_forward, own_graph
-from .rounding import RoundingBackend
-
-FLOAT32_RUNS = 8  # samples of PyTorch float32's own distance from float64
+from .interpreted import InterpretedBackend
+from .oracle import Oracle, open_oracle
+from .recorder import is_quantised, references, seeds_for
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def verify_bundle(
     precisions: "fp32", "fp16"; by default all of the bundle.
     """
     report = _compared(bundle, oracle, images, backend, progress, precisions, steps=False)
-    if report.passed or not _is_quantised(bundle):
+    if report.passed or not is_quantised(bundle):
         return report
     progress("the network is quantised: comparing again, with larger changes of the images as the limit")
     return _compared(bundle, oracle, images, backend, progress, precisions, steps=True)
@@ -116,7 +114,7 @@ def _compared(
     layers = [t.name for t in manifest.taps]
     if manifest.batch == 1:
         batch = batch[:1]
-    seed = _seeds(oracle, batch, manifest.num_classes, layers)
+    seed = seeds_for(oracle, batch, manifest.num_classes, layers)
     units = QUANTISED_UNITS if steps else FLOAT32_UNITS
     progress(f"reference in float64: {oracle.name}")
     of_taps, behind_norms = references(bundle, oracle, batch, seed, units)
@@ -128,7 +126,7 @@ def _compared(
     for precision in chosen:
         by_method += graph_rows(bundle, precision, batch, seed, double, progress)
         by_method += full_grad_graph_rows(bundle, precision, batch, seed, of_full_grad)
-        for run_by in [engine] if precision == "fp32" else [engine, RoundingBackend()]:
+        for run_by in [engine] if precision == "fp32" else [engine, InterpretedBackend(rounding=True)]:
             explainer = Explainer(bundle, run_by, precision=precision)
             what = MapComparison.of(precision, str(run_by.name))
             if precision == "fp16":
@@ -160,58 +158,6 @@ def _compared(
     return Report(oracle.name, tuple(rows), tuple(oracle.own_backward(batch[:1])))
 
 
-def references(
-    bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float
-) -> tuple[Reference, Reference]:
-    """Of every layer as it is, and of every layer behind the norm that follows it, if one does."""
-    from ..export.pytorch.autograd import Record, as_maps
-
-    taps = bundle.manifest.taps
-    model, own = own_forward(bundle)
-    normed = [bundle.manifest.tap(layer) for layer in norms_in_graph(model.graph, own)]
-    norms, oracle_of_norms = oracle.norms(batch, normed), oracle
-    if norms is None:  # not all of them are batch norm modules
-        oracle_of_norms = own_graph(bundle)
-        norms = oracle_of_norms.norms(batch, normed)
-        assert norms is not None
-    behind = [norms.get(t.name, t) for t in taps]
-    together = oracle_of_norms is oracle
-    names = [t.name for t in taps] + [t.name for t in norms.values() if together]
-    reference = _reference(oracle, batch, seed, names, units)
-    of_norms = reference if together else _reference(oracle_of_norms, batch, seed, [t.name for t in behind], units)
-
-    def picked(reference: Reference, chosen: Sequence[Tap]) -> Reference:
-        """What was recorded of some tensors, under the layers' names."""
-
-        def of(recorded: Record) -> Record:
-            parts = recorded.activations, recorded.gradients
-            a, g = ({t.name: part[t.name] for t in chosen} for part in parts)
-            maps = as_maps(Record(recorded.logits, a, g), chosen)
-            a, g = (
-                {t.name: part[c.name] for t, c in zip(taps, chosen, strict=True)}
-                for part in (maps.activations, maps.gradients)
-            )
-            return Record(maps.logits, a, g)
-
-        return Reference(of(reference.double), [of(r) for r in reference.singles])
-
-    return picked(reference, taps), picked(of_norms, behind)
-
-
-def _reference(oracle: Oracle, batch: np.ndarray, seed: np.ndarray, layers: Sequence[str], units: float) -> Reference:
-    double = oracle.record(batch, seed, layers, True)
-    return Reference(
-        double, [oracle.record(image, seed, layers, False) for image in last_bits(batch, FLOAT32_RUNS, units)]
-    )
-
-
-def _is_quantised(bundle: Bundle) -> bool:
-    import onnx_ir as ir
-
-    graph = ir.load(bundle.file(bundle.program(Kind.CLASSIFY))).graph
-    return any(node.op_type == "QuantizeLinear" for node in graph)
-
-
 class _Sharing:
     """A backend that opens a program once, as long as somebody uses it: opening takes longer than most runs."""
 
@@ -226,15 +172,3 @@ class _Sharing:
         if executable is None:
             executable = self._opened[key] = self._backend.open(bundle, program, concurrent)
         return executable
-
-
-def _seeds(oracle: Oracle, batch: np.ndarray, classes: int, layers: Sequence[str]) -> np.ndarray:
-    """Seeds (B, classes): +1 for the top class of each image; from the second image on also -1 for its second class."""
-    logits = oracle.record(batch, np.zeros((len(batch), classes), np.float32), layers[-1:], True).logits.numpy()
-    seed = np.zeros((len(batch), classes), np.float32)
-    for i, row in enumerate(logits):
-        order = row.argsort()
-        seed[i, order[-1]] = 1
-        if i and classes > 1:
-            seed[i, order[-2]] = -1
-    return seed

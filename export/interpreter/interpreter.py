@@ -29,6 +29,7 @@ class Interpreter:
             str(name): self._tensor(value.const_value.numpy())  # type: ignore[union-attr]
             for name, value in self.model.graph.initializers.items()
         }
+        self._unread = _unread_after(self.model.graph)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.array(array))
@@ -37,7 +38,7 @@ class Interpreter:
     def run(self, feeds: dict[str, torch.Tensor], fetches: Sequence[str]) -> dict[str, torch.Tensor]:
         """Runs the graph on `feeds` and returns the values named in `fetches`. ExportError for an unknown operator."""
         values: dict[str, Any] = dict(self._constants) | feeds
-        for node in self.model.graph:
+        for node, unread in zip(self.model.graph, self._unread, strict=True):
             function = OPERATORS.get(node.op_type)
             if function is None:
                 raise ExportError(f"verification does not know the operator {node.op_type} (node {node.name!r})")
@@ -55,6 +56,8 @@ class Interpreter:
             for y, value in zip(node.outputs, outputs, strict=False):
                 rounded = self.rounding and y.dtype == ir.DataType.FLOAT16
                 values[str(y.name)] = value.half().to(self.dtype) if rounded else value
+            for name in unread.difference(fetches):
+                values.pop(name, None)
         return {name: values[name] for name in fetches}
 
     def biased(self) -> dict[str, torch.Tensor]:
@@ -86,6 +89,16 @@ class Interpreter:
                     array = np.array(attributes[key], kind)
             return self._tensor(array)
         return self._tensor(array).reshape(()).expand(tuple(inputs[0].tolist())).clone()
+
+
+def _unread_after(graph: ir.Graph) -> list[set[str]]:
+    """For each node the names of the values that no later node reads."""
+    last = {str(y.name): i for i, node in enumerate(graph) for y in node.outputs}
+    last |= {str(x.name): i for i, node in enumerate(graph) for x in node.inputs if x is not None}
+    unread: list[set[str]] = [set() for _ in graph]
+    for name, i in last.items():
+        unread[i].add(name)
+    return unread
 
 
 def _cast(attributes: dict[str, Any], x: Any, working: torch.dtype) -> torch.Tensor:

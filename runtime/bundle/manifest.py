@@ -135,7 +135,7 @@ class Manifest:
     final_activation: the Softmax, Sigmoid or LogSoftmax at the network's end that export removed. activation: the
     user's choice, "softmax" or "sigmoid", for probabilities. last_layer: the layer with the role "last", even if it is
     not tapped. normalized: the tensor that masks multiply, if it is not the image. seeds_share_image: whether one run
-    takes one image with several seeds.
+    takes one image with several seeds. references: file and sha256 of what `camrt check` compares with, if it is there.
     """
 
     name: str
@@ -154,6 +154,7 @@ class Manifest:
     normalized: Normalized | None = None
     classes: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
+    references: dict[str, Any] | None = None
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
@@ -275,7 +276,11 @@ def _check(m: Manifest) -> None:
     if not any(p.kind == Kind.CLASSIFY for p in m.programs):
         raise ValueError("no program 'classify'")
     _texts("weights", *(_mapping("weights", m.weights)[key] for key in ("file", "sha256")))
-    for file in [*(p.file for p in m.programs), m.weights["file"]]:
+    files = [*(p.file for p in m.programs), m.weights["file"]]
+    if m.references is not None:
+        _texts("references", *(_mapping("references", m.references)[key] for key in ("file", "sha256")))
+        files.append(m.references["file"])
+    for file in files:
         if Path(file).name != file or file == ".." or not file.isprintable() or len(file) > 200:
             raise ValueError("a file lies outside the bundle, or its name is not a valid file name")
     if m.classes is not None:

@@ -121,6 +121,19 @@ class Session:
                 batch_logits.append(self.memory.copied(self.cuda_graphs.run(("classify", batch.shape), (batch,), work)))
         return np.concatenate(self.memory.get(*batch_logits))
 
+    @property
+    def exact_logits_program(self) -> Program:
+        """A program whose logits are computed in float32, whatever the precision: close scores keep their order."""
+        return self.program(Kind.CLASSIFY if self.precision == "fp32" else Kind.ACTIVATIONS)
+
+    def exact_logits(self, images: Any) -> np.ndarray:
+        """As `logits`, in float32."""
+        if self.precision == "fp32":
+            return self.logits(images)
+        program = self.open(self.exact_logits_program)
+        found = [program.run({"image": batch})["logits"] for _, batch in chunks(images, self.max_batch)]
+        return np.concatenate(self.memory.get(*found))
+
     def normalized(self, images: Any) -> Any:
         """The tensor that masks multiply, on the host or GPU as the images are: the images (B, C, H, W); or, if the
         network normalises its input itself, the tensor that its first layer reads, (B, C', H, W).

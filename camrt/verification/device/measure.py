@@ -1,0 +1,254 @@
+"""Computes a bundle's references for `camrt check`, with PyTorch in float64 from the bundle's own forward graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...export.api import check_packages
+from ...export.probes import last_bits, smooth_images
+from ...kernels import gate, minmax
+from ...runtime.bundle.kinds import Kind
+from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
+from ...runtime.errors import BundleError
+from ...runtime.explainer import Explainer
+from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS
+from ..distances import ACTIVATION_LIMIT, HALF_LIMIT, MAP_LIMIT, cosine_distance, row_distance
+from ..interpreted import InterpretedBackend
+from ..oracle import Oracle, own_graph
+from ..recorder import FLOAT32_RUNS, Recorder, is_quantised, seeds_for
+from .references import FILE, TENSORS, Case, References, as_images, as_pixels, map_distance, sampled, signed_sums
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...export.pytorch.autograd import Record
+
+MASKS = 33  # of ScoreCAM++: more than half of a GPU's mask batch, which the runtime then fills up
+_IMAGES = 4  # in one run of PyTorch, which then takes little memory
+FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
+Compute = Callable[["Record", "Record"], "torch.Tensor"]  # (layers, layers behind their norms) -> maps
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A call of `explain`, as in Case. compute: how PyTorch computes its maps from a record; None: `explain` itself
+    gives them, with programs that PyTorch runs. precise: in float64. runs: samples of float32's own distance.
+    """
+
+    method: str
+    options: dict[str, Any]
+    compute: Compute | None = None
+    retune: dict[str, Any] | None = None
+    layers: list[str] | None = None
+    images: int = 2
+    precise: bool = True
+    runs: int = FULL_GRAD_RUNS
+
+
+def add_references(path: str | Path, progress: Callable[[str], None] = lambda _: None) -> None:
+    """Stores in a bundle what `camrt check` compares a device with. Needs PyTorch; takes about as long as the export.
+
+    Two smooth random images; their logits; of every layer the sums of its activation, gradient and maps; and the maps
+    of every method: as PyTorch computes them in float64 from the bundle's forward graph. A limit is that of `verify`:
+    where PyTorch float32's own distance from these values is large, twice that. CamrtError where a package is missing;
+    BundleError if it cannot be written; ExportError for an operator that verification does not know.
+    """
+    check_packages("torch", "onnx", "onnxscript")
+    bundle = read_bundle(path)
+    references = measured(bundle, progress)
+    file = bundle.path / FILE
+    beside = bundle.path / f".new.{FILE}"
+    try:
+        digest = references.save(beside)
+        beside.replace(file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise BundleError(f"{file}: cannot be written ({error.strerror})") from None
+    write_manifest(bundle.path, replace(bundle.manifest, references={"file": FILE, "sha256": digest}))
+
+
+def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -> References:
+    manifest = bundle.manifest
+    pixels = as_pixels(smooth_images(manifest.input_shape, 1 if manifest.batch == 1 else 2))
+    images, oracle = as_images(pixels), own_graph(bundle)
+    seeds = seeds_for(oracle, images, manifest.num_classes, [t.name for t in manifest.taps])
+    units = QUANTISED_UNITS if is_quantised(bundle) else FLOAT32_UNITS
+    progress("computing references in float64")
+    recorder, size = Recorder(bundle, oracle, images, seeds), manifest.input_shape[1:]
+    questions = list(_of_layers(bundle, seeds, size))
+    tensors, maps = _of_record(recorder(images, True), questions)
+    logits = tensors.pop("logits")
+    own = {kind: np.zeros(len(manifest.taps)) for kind in TENSORS} | {"logits": np.zeros(1)}
+    singles: list[list[np.ndarray]] = []
+    for changed in last_bits(images, FLOAT32_RUNS, units):
+        found, single_maps = _of_record(recorder(changed, False), questions)
+        for kind, want in {"logits": logits, **tensors}.items():
+            distances = [row_distance(a, b) for a, b in zip(found[kind], want, strict=True)]
+            own[kind] = np.maximum(own[kind], distances)
+        singles.append(single_maps)
+    cases = [_case(question, maps[i], [single[i] for single in singles], size) for i, question in enumerate(questions)]
+    cases += _full_grad(bundle, oracle, images, seeds, units, size, progress)
+    cases += _by_explaining(bundle, images, seeds, units, size, progress)
+    return References(
+        pixels,
+        seeds,
+        logits[0].astype(np.float32),
+        {kind: sums.astype(np.float32) for kind, sums in tensors.items()},
+        {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()},
+        tuple(cases),
+    )
+
+
+def _of_layers(bundle: Bundle, seeds: np.ndarray, size: Sequence[int]) -> Iterator[_Question]:
+    """The methods that a record of the layers decides."""
+    import torch
+
+    from ...export.pytorch.autograd import select
+    from ..methods import LAYER_METHODS, integrative_cam, integrative_residual, winsor_cam
+
+    taps, images = bundle.manifest.taps, len(seeds)
+    conv, last = ([t.name for t in taps if role in t.roles] for role in ("conv", "last"))
+
+    def seed(recorded: Record) -> torch.Tensor:
+        return torch.from_numpy(seeds).to(recorded.logits.dtype)
+
+    def winsor(percentile: int, aggregation: str) -> Compute:
+        return lambda layers, behind: winsor_cam(select(layers, conv), size, percentile, aggregation)[0]
+
+    if conv:
+        yield _Question("winsor_cam", {"percentile": 0}, winsor(0, "mean"), images=images)
+        for percentile, aggregation in ((50, "mean"), (90, "mean"), (90, "max")):
+            again = {"percentile": percentile, "layer_aggregation": aggregation}
+            yield _Question("winsor_cam", {"percentile": 0}, winsor(percentile, aggregation), again, images=images)
+        yield _Question(
+            "integrative_cam",
+            {},
+            lambda layers, behind: integrative_cam(select(behind, conv), seed(behind), size)[0],
+            images=images,
+        )
+        yield _Question(
+            "integrative_cam",
+            {"reading": "residual"},
+            lambda layers, behind: integrative_residual(select(layers, conv), seed(layers), size)[0],
+            images=images,
+        )
+    if last:
+        for name, method in LAYER_METHODS.items():
+            yield _Question(name, {}, lambda layers, behind, m=method: m(select(layers, last), size), images=images)
+
+
+def _of_record(
+    recorded: tuple[Record, Record], questions: Iterable[_Question]
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """(logits (1, B, classes) and the sums of TENSORS (layers, B, SUMS); the maps of the questions (B, H, W))."""
+    from ..methods import layer_cam_maps
+
+    layers, behind = recorded
+    alphas, maps = layer_cam_maps(layers)
+    signed = [(y * g / 2).sum(1) for y, g in zip(behind.activations.values(), behind.gradients.values(), strict=True)]
+    tensors = (layers.activations.values(), layers.gradients.values(), alphas, maps, signed)
+    sums = {
+        kind: np.stack([signed_sums(t.numpy()) for t in of_layers])
+        for kind, of_layers in zip(TENSORS, tensors, strict=True)
+    }
+    found = [q.compute(layers, behind).numpy() for q in questions if q.compute is not None]
+    return {"logits": layers.logits.double().numpy()[None], **sums}, found
+
+
+def _full_grad(
+    bundle: Bundle,
+    oracle: Oracle,
+    images: np.ndarray,
+    seeds: np.ndarray,
+    units: float,
+    size: Sequence[int],
+    progress: Callable[[str], None],
+) -> Iterator[Case]:
+    if any(p.kind == Kind.FULL_GRAD for p in bundle.manifest.programs):
+        progress("computing references of full_grad")
+        singles = [oracle.full_grad(changed, seeds, False) for changed in last_bits(images, FULL_GRAD_RUNS, units)]
+        question = _Question("full_grad", {}, images=len(images))
+        yield _case(question, oracle.full_grad(images, seeds, True), singles, size)
+
+
+def _by_explaining(
+    bundle: Bundle,
+    images: np.ndarray,
+    seeds: np.ndarray,
+    units: float,
+    size: Sequence[int],
+    progress: Callable[[str], None],
+) -> Iterator[Case]:
+    """The methods that run the network several times, or seed it in their own way, for one image.
+
+    PyTorch runs the programs, in float64; where masked images run through the whole network in float32, as no gradient
+    then depends on its rounding.
+    """
+
+    def maps(question: _Question, batch: Iterable[np.ndarray], precise: bool = False) -> list[np.ndarray]:
+        explainer = Explainer(bundle, InterpretedBackend(precise), _IMAGES, bundle.precisions[0])
+        arguments = question.method, seeds[:1], question.layers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a map of zeros is compared too
+            return [explainer.explain(image, *arguments, **question.options).maps for image in batch]
+
+    for question in _run_several_times(bundle, images, units):
+        progress(f"computing references of {question.method}")
+        (want,) = maps(question, [images[:1]], question.precise)
+        changed = itertools.islice(last_bits(images[:1], question.runs, units), question.runs)
+        yield _case(question, want, maps(question, changed), size)
+
+
+def _run_several_times(bundle: Bundle, images: np.ndarray, units: float) -> Iterator[_Question]:
+    manifest = bundle.manifest
+    runs = 2 if units == QUANTISED_UNITS else 0  # of masked images: without steps, float32 is far closer than the limit
+    last = [t.name for t in manifest.taps if "last" in t.roles]
+    if last and manifest.num_classes > 1:
+        yield _Question("finer_cam", {}, images=1)
+    if last:
+        program = InterpretedBackend().open(bundle, bundle.program(Kind.ACTIVATIONS, last))
+        activation = program.run({"image": images[:1]})[f"activation:{last[0]}"][0]
+        options = {"max_error": _error_for(activation)}
+        yield _Question("score_cam_pp", options, images=1, precise=False, runs=runs)
+        if any(p.kind == Kind.HEAD and last[0] in p.taps for p in manifest.programs):
+            yield _Question("ablation_cam", {}, images=1)
+            yield _Question("recipro_cam", {}, images=1)
+    few = [t for t in manifest.taps if t.channels <= FEW_CHANNELS and math.prod(t.grid) > 1]
+    if few:
+        layer = min(few, key=lambda t: t.channels).name
+        yield _Question("score_cam", {}, layers=[layer], images=1, precise=False, runs=runs)
+
+
+def _error_for(activation: np.ndarray) -> float:
+    """ScoreCAM++'s max_error that leaves MASKS channels of an activation (K, h, w), half-way to that of one less."""
+    sizes = np.sort(gate(np.abs(activation).max(axis=(1, 2)), "tanh").astype(np.float64))
+    sizes = sizes[sizes > 0]
+    dropped = len(sizes) - MASKS
+    return float(sizes[:dropped].sum() + sizes[dropped] / 2) if dropped > 0 else 0.0
+
+
+def _case(question: _Question, want: np.ndarray, singles: Sequence[np.ndarray], size: Sequence[int]) -> Case:
+    """want: maps (images, H, W) in float64; singles: PyTorch float32's."""
+    samples = sampled(want)
+    own = [sampled(single) for single in singles]
+    distance = max((map_distance(some, samples, size) for some in own), default=0.0)
+    half = max(
+        (cosine_distance(minmax(s.astype(np.float64)), minmax(want.astype(np.float64))) for s in singles), default=0.0
+    )
+    return Case(
+        question.method,
+        question.options,
+        question.layers,
+        question.retune,
+        question.images,
+        {"fp32": max(MAP_LIMIT, 2 * distance), "fp16": max(HALF_LIMIT, 2 * half)},
+        *(a.astype(np.float32) for a in samples),
+    )

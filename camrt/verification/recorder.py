@@ -1,0 +1,92 @@
+"""What an oracle gives for all layers of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..export.probes import last_bits
+from ..runtime.bundle.kinds import Kind
+from ..runtime.bundle.manifest import Tap
+from ..runtime.bundle.reading import Bundle
+from .comparisons import Reference
+from .oracle import Oracle, norms_in_graph, own_forward, own_graph
+
+if TYPE_CHECKING:
+    from ..export.pytorch.autograd import Record
+
+FLOAT32_RUNS = 8  # samples of PyTorch float32's own distance from float64
+
+
+class Recorder:
+    """Records every layer as it is, and every layer behind the norm that follows it, if one does.
+
+    batch: images like those that are recorded later; seed: the cotangent of their logits (B, classes).
+    """
+
+    def __init__(self, bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray) -> None:
+        self._taps = bundle.manifest.taps
+        self._seed = seed
+        model, own = own_forward(bundle)
+        normed = [bundle.manifest.tap(layer) for layer in norms_in_graph(model.graph, own)]
+        norms = oracle.norms(batch, normed)
+        self._oracle = self._of_norms = oracle
+        if norms is None:  # not all of them are batch norm modules
+            self._of_norms = own_graph(bundle)
+            norms = self._of_norms.norms(batch, normed)
+            assert norms is not None
+        self._behind = [norms.get(t.name, t) for t in self._taps]
+        together = [*norms.values()] if self._of_norms is oracle else []
+        self._names = [t.name for t in self._taps] + [t.name for t in together]
+
+    def __call__(self, images: np.ndarray, precise: bool) -> tuple[Record, Record]:
+        """(layers, layers behind their norms), both under the layers' names, as maps (B, K, h, w)."""
+        recorded = behind = self._oracle.record(images, self._seed, self._names, precise)
+        if self._of_norms is not self._oracle:
+            behind = self._of_norms.record(images, self._seed, [t.name for t in self._behind], precise)
+        return self._picked(recorded, self._taps), self._picked(behind, self._behind)
+
+    def _picked(self, recorded: Record, chosen: Sequence[Tap]) -> Record:
+        from ..export.pytorch.autograd import Record, as_maps
+
+        parts = recorded.activations, recorded.gradients
+        a, g = ({t.name: part[t.name] for t in chosen} for part in parts)
+        maps = as_maps(Record(recorded.logits, a, g), chosen)
+        a, g = (
+            {t.name: part[c.name] for t, c in zip(self._taps, chosen, strict=True)}
+            for part in (maps.activations, maps.gradients)
+        )
+        return Record(maps.logits, a, g)
+
+
+def references(
+    bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float
+) -> tuple[Reference, Reference]:
+    """Of every layer as it is, and of every layer behind the norm that follows it, if one does."""
+    recorder = Recorder(bundle, oracle, batch, seed)
+    double = recorder(batch, True)
+    singles = [recorder(images, False) for images in last_bits(batch, FLOAT32_RUNS, units)]
+    as_is, behind = ([pair[i] for pair in singles] for i in (0, 1))
+    return Reference(double[0], as_is), Reference(double[1], behind)
+
+
+def seeds_for(oracle: Oracle, batch: np.ndarray, classes: int, layers: Sequence[str]) -> np.ndarray:
+    """Seeds (B, classes): +1 for the top class of each image; from the second image on also -1 for its second class."""
+    logits = oracle.record(batch, np.zeros((len(batch), classes), np.float32), layers[-1:], True).logits.numpy()
+    seed = np.zeros((len(batch), classes), np.float32)
+    for i, row in enumerate(logits):
+        order = row.argsort()
+        seed[i, order[-1]] = 1
+        if i and classes > 1:
+            seed[i, order[-2]] = -1
+    return seed
+
+
+def is_quantised(bundle: Bundle) -> bool:
+    """Whether the network's activations are quantised: its forward pass has QuantizeLinear nodes."""
+    import onnx_ir as ir
+
+    graph = ir.load(bundle.file(bundle.program(Kind.CLASSIFY))).graph
+    return any(node.op_type == "QuantizeLinear" for node in graph)

@@ -1,0 +1,355 @@
+"""`camrt check`: a bundle's references, and what a device gives beside them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PREPROCESS
+from emulator import EmulatedGpu
+from support import small_net
+
+import camrt
+from camrt.cli import main
+from camrt.commands import build
+from camrt.runtime.backends import BACKENDS, Backend, BackendRow, create
+from camrt.runtime.bundle.manifest import Program
+from camrt.runtime.bundle.reading import Bundle, read_bundle, write_manifest
+from camrt.runtime.cams import METHODS
+from camrt.runtime.errors import EngineError
+from camrt.verification.device import measure
+from camrt.verification.device.check import DeviceReport, check_on
+from camrt.verification.device.references import SUMS, read_references, sampled, signed_sums
+
+
+@pytest.fixture(scope="module")
+def referenced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with references, in both precisions. Not to be changed: `copy` is a copy."""
+    path = tmp_path_factory.mktemp("check") / "small.camrt"
+    camrt.export_model(small_net(), path, (3, 32, 32), precision=["fp32", "fp16"], preprocess=PREPROCESS)
+    camrt.add_references(path)
+    return path
+
+
+@pytest.fixture
+def copy(referenced: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(referenced, tmp_path / "copy.camrt"))
+
+
+class Spoiled:
+    """A backend with a defect. spoil: (program, outputs of a run) -> what the device gives instead."""
+
+    name, lanes, gpu = "spoiled", 1, None
+
+    def __init__(self, spoil: Callable[[Program, dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+        self._engine, self._spoil = create("onnxruntime"), spoil
+
+    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> Any:
+        executable, spoil = self._engine.open(bundle, program, concurrent), self._spoil
+
+        class Executable:
+            def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+                return spoil(program, executable.run(feeds))
+
+        return Executable()
+
+
+def report_of(path: Path, backend: Backend, precisions: tuple[str, ...] = ("fp32",)) -> DeviceReport:
+    bundle = read_bundle(path)
+    return check_on(bundle, read_references(bundle), backend, precisions)
+
+
+def failed(report: DeviceReport) -> set[tuple[str, str]]:
+    """(program, first word of what was compared) of the rows that failed."""
+    assert not report.passed
+    return {(row.program, row.subject.split()[0].rstrip(",")) for row in report.rows if not row.passed}
+
+
+def test_every_program_and_method_is_compared(referenced: Path) -> None:
+    report = camrt.check(referenced)
+    assert report.passed and report.engine == str(create())
+    manifest = read_bundle(referenced).manifest
+    assert {p.file for p in manifest.programs} <= {row.program for row in report.rows}
+    for label in ("methods", "methods fp16"):
+        assert {row.subject.split()[0] for row in report.rows if row.program == label} >= set(METHODS), (
+            "a new method needs its references in camrt/verification/device/measure.py"
+        )
+    exact = [row for row in report.rows if row.program != "methods fp16" and row.limit > 0]
+    assert len(exact) > 70 and max(row.distance / row.limit for row in exact) < 0.5  # of 1e-5 and 1e-3
+
+
+def scaled(kind: str, outputs: str, by: float = 1e-3) -> Any:
+    """A program's outputs with one number of the largest changed by a part."""
+
+    def spoil(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for name in out if program.kind == kind else ():
+            if name.startswith(outputs):
+                out[name] = out[name].copy()
+                out[name].flat[np.abs(out[name]).argmax()] *= 1 + by
+        return out
+
+    return Spoiled(spoil)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "row"),
+    [
+        ("classify", "logits", ("classify.onnx", "logits")),
+        ("activations", "activation", ("activations.onnx", "activation")),
+        ("gradients", "gradient", ("gradients.onnx", "gradient")),
+        ("layer_maps", "alphas", ("layer_maps.onnx", "alphas")),
+        ("layer_maps", "maps", ("layer_maps.onnx", "maps")),
+        ("signed_maps", "maps", ("signed_maps.onnx", "signed_maps")),
+        ("trunk", "activation", ("trunk.onnx", "activation")),
+        ("head", "logits", ("head.onnx", "logits")),
+    ],
+)
+def test_one_wrong_number_is_seen(kind: str, outputs: str, row: tuple[str, str], referenced: Path) -> None:
+    assert row in failed(report_of(referenced, scaled(kind, outputs)))
+
+
+def test_a_wrong_map_is_seen_in_every_method(referenced: Path) -> None:
+    """Gradients and activations of the wrong image: the first one's, for all."""
+
+    def spoil(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: a if n == "logits" else np.ascontiguousarray(np.flip(a, axis=-1)) for n, a in out.items()}
+
+    for precision, label in (("fp32", "methods"), ("fp16", "methods fp16")):
+        subjects = {s for program, s in failed(report_of(referenced, Spoiled(spoil), (precision,))) if program == label}
+        # of Recipro-CAM and Ablation-CAM the trunk's activation is flipped, and they see another network
+        assert subjects >= set(METHODS)
+
+
+def test_what_cannot_run_fails_alone(referenced: Path) -> None:
+    def spoil(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if program.kind == "head":
+            raise EngineError("head.onnx: the engine could not be run")
+        if program.kind == "full_grad":
+            return {name: np.full_like(array, np.nan) for name, array in out.items()}
+        return out
+
+    report = report_of(referenced, Spoiled(spoil))
+    found = failed(report)
+    assert {program for program, _ in found} == {"head.onnx", "full_grad.onnx", "methods"}
+    assert {s for program, s in found if program == "methods"} == {"ablation_cam", "recipro_cam", "full_grad"}
+    assert any("the engine could not be run" in row.problem for row in report.rows)
+    assert any(row.problem == "NaN or infinity in logits" for row in report.rows)
+
+
+def test_another_top_class_is_seen_in_float16(referenced: Path) -> None:
+    def spoil(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return out | ({"logits": -out["logits"]} if program.kind == "classify" else {})
+
+    assert ("methods fp16", "top") in failed(report_of(referenced, Spoiled(spoil), ("fp16",)))
+
+
+def test_finer_cam_compares_by_float32_logits(referenced: Path) -> None:
+    """In float16, close scores of the classify program may change places."""
+
+    def spoil(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        reverse = program.kind == "classify" and program.precision == "float16"
+        return out | ({"logits": out["logits"][:, ::-1].copy()} if reverse else {})
+
+    found = failed(report_of(referenced, Spoiled(spoil), ("fp16",)))
+    assert ("methods fp16", "top") in found and ("methods fp16", "finer_cam") not in found
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the GPU pipeline is not tested")
+def test_on_a_gpu(referenced: Path, emulated: EmulatedGpu) -> None:
+    from test_pipeline import EmulatedBackend
+
+    report = report_of(referenced, EmulatedBackend(emulated))
+    assert report.passed, [row for row in report.rows if not row.passed]
+    assert any(row.program == "preprocessing" and row.distance == 0 for row in report.rows)
+    bundle = read_bundle(referenced)
+    broken = EmulatedBackend(emulated, broken=True)
+    report = check_on(bundle, read_references(bundle), broken, ["fp32"], ["layer_maps.onnx"])
+    assert {row.problem for row in report.rows if row.program != "preprocessing"} == {
+        "cuLaunchKernel failed: unspecified launch failure"
+    }
+
+
+def test_some_programs_alone(referenced: Path) -> None:
+    """As `camrt build` checks what it built: only methods that need no other program."""
+    report = camrt.check(referenced, precisions=["fp32"], programs=["layer_maps.last.onnx"])
+    assert {row.program for row in report.rows} == {"layer_maps.last.onnx", "methods"}
+    assert {row.subject for row in report.rows if row.program == "methods"} == {"grad_cam"}
+    with pytest.raises(camrt.CamrtError, match=r"has no program 'head\.last\.onnx'"):
+        camrt.check(referenced, programs=["head.last.onnx"])
+    with pytest.raises(camrt.CamrtError, match="nothing to check with these programs"):
+        camrt.check(referenced, precisions=["fp32"], programs=["head.fp16.onnx"])
+
+
+def test_the_command(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", str(copy), "--precision", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(str(create())) and "winsor_cam" in out and "FAIL" not in out
+    assert "comparisons passed in" in out.splitlines()[-1]
+    with np.load(copy / "references.npz") as file:
+        arrays = dict(file)
+    arrays["logits"] = arrays["logits"] * 1.001
+    stored(copy, arrays)
+    assert main(["check", str(copy), "--precision", "fp32", "--all"]) == 1
+    assert "FAIL classify.onnx" in capsys.readouterr().out
+
+
+def stored(path: Path, arrays: dict[str, Any]) -> None:
+    """Stores other references, with their hash."""
+    np.savez_compressed(path / "references.npz", allow_pickle=True, **arrays)
+    digest = hashlib.sha256((path / "references.npz").read_bytes()).hexdigest()
+    manifest = read_bundle(path).manifest
+    write_manifest(path, replace(manifest, references={"file": "references.npz", "sha256": digest}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixels", np.zeros((2, 3, 31, 32), np.uint8)),
+        ("pixels", np.zeros((0, 3, 32, 32), np.uint8)),
+        ("seeds", np.zeros((2, 5), np.float64)),
+        ("sums alphas", np.zeros((4, 2, 63), np.float32)),
+        ("limits logits", np.zeros(3)),
+        ("cases", np.array("[")),
+        ("cases", np.array('[{"method": "grad_cam"}]')),
+        ("cases", np.array("[" * 100000)),
+        ("pixels", np.array([{}], object)),
+        ("other", np.zeros(1 << 29, np.uint8)),
+    ],
+    ids=range(10),
+)
+def test_references_that_do_not_fit_are_refused(
+    name: str, value: np.ndarray, copy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with np.load(copy / "references.npz") as file:
+        arrays = dict(file) | {name: value}
+    stored(copy, arrays)
+    assert main(["check", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert "references.npz: damaged (" in error and error.count("\n") == 1
+
+
+def test_a_damaged_or_missing_file_is_a_line(copy: Path, bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", str(bundle)]) == 2
+    assert "has no references to compare with: they come with 'camrt export'" in capsys.readouterr().err
+    file = copy / "references.npz"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["check", str(copy)]) == 2
+    assert "its contents are not what was exported" in capsys.readouterr().err
+    assert main(["info", str(copy)]) == 0  # everything else works
+    file.unlink()
+    assert main(["check", str(copy)]) == 2
+    assert "references.npz: damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_cases_that_this_camrt_cannot_run_fail(copy: Path) -> None:
+    with np.load(copy / "references.npz") as file:
+        arrays = dict(file)
+    cases = json.loads(str(arrays["cases"]))
+    cases[0]["options"] = {"unknown": 1}
+    arrays["cases"] = np.array(json.dumps(cases))
+    stored(copy, arrays)
+    report = camrt.check(copy, precisions=["fp32"])
+    assert [row.problem.startswith("winsor_cam has no option 'unknown'") for row in report.rows if not row.passed]
+
+
+def test_without_pytorch_and_onnx(referenced: Path) -> None:
+    code = (
+        "import sys\nfor name in ('torch', 'onnx', 'onnx_ir', 'onnxscript'): sys.modules[name] = None\n"
+        f"from camrt.cli import main; sys.exit(main(['check', {str(referenced)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_export_stores_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import torch
+
+    file = tmp_path / "x.onnx"
+    torch.onnx.export(small_net(), (torch.zeros(1, 3, 32, 32),), file, dynamo=True, verbose=False)
+    arguments = ["export", str(file), str(tmp_path / "x.camrt"), "--force"]
+    assert main(arguments) == 0 and main(["check", str(tmp_path / "x.camrt")]) == 0
+    assert main([*arguments, "--no-check"]) == 0
+    assert read_bundle(tmp_path / "x.camrt").manifest.references is None
+    assert not (tmp_path / "x.camrt" / "references.npz").exists()
+
+    def unknown(*_: Any) -> None:
+        raise camrt.CamrtError("verification does not know the operator Foo (node 'x')")
+
+    monkeypatch.setattr(measure, "measured", unknown)
+    capsys.readouterr()
+    assert main(arguments) == 0  # the bundle is complete without them
+    assert "has no references for 'camrt check': verification does not know the operator" in capsys.readouterr().err
+    assert camrt.load(tmp_path / "x.camrt").manifest.references is None
+
+
+def test_export_from_onnx_without_pytorch_warns(tmp_path: Path) -> None:
+    import torch
+
+    file = tmp_path / "x.onnx"
+    torch.onnx.export(small_net(), (torch.zeros(1, 3, 32, 32),), file, dynamo=True, verbose=False)
+    code = (
+        "import sys, importlib.util as u\nfind = u.find_spec\nsys.modules['torch'] = None\n"
+        "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)\n"
+        f"from camrt.cli import main; sys.exit(main(['export', {str(file)!r}, {str(tmp_path / 'x.camrt')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "has no references for 'camrt check': export needs torch" in done.stderr
+    assert camrt.load(tmp_path / "x.camrt").manifest.references is None
+
+
+def test_build_ends_with_the_check(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The part of `camrt build` that follows the building, with another engine."""
+    monkeypatch.setitem(BACKENDS, "tensorrt", BackendRow("ort", "create", False))
+    options = argparse.Namespace(precision="fp32", max_batch=16, mask_batch=None)
+    bundle = read_bundle(copy)
+    programs = [p for p in bundle.manifest.programs if p.kind in ("classify", "layer_maps")]
+    assert build.check_built(bundle, programs, options) == 0
+    out = capsys.readouterr().out
+    assert "winsor_cam" in out and "score_cam" not in out and "comparisons passed" in out
+    write_manifest(copy, replace(bundle.manifest, references=None))
+    assert build.check_built(read_bundle(copy), programs, options) == 0
+    assert "were not checked: the bundle has no references" in capsys.readouterr().out
+
+
+def test_signed_sums_keep_distances() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((3, 8, 14, 14), (3, 5000), (3, 7)):
+        a = rng.standard_normal(shape)
+        near = a + 1e-5 * rng.standard_normal(shape)
+        sums = signed_sums(a)
+        assert sums.shape == (3, SUMS)
+        whole = np.linalg.norm((near - a).reshape(3, -1), axis=1)
+        np.testing.assert_allclose(np.linalg.norm(signed_sums(near) - sums, axis=1), whole, rtol=0.4)
+        one = a.copy()
+        one.reshape(3, -1)[:, 5] += 1  # no single number is lost
+        np.testing.assert_allclose(np.linalg.norm(signed_sums(one) - sums, axis=1), 1, rtol=1e-9)
+
+
+def test_score_cams_references_in_float32_are_exact_enough(referenced: Path) -> None:
+    """The only references that are not of float64."""
+    from camrt.runtime.explainer import Explainer
+    from camrt.verification.interpreted import InterpretedBackend
+
+    bundle = read_bundle(referenced)
+    references = read_references(bundle)
+    precise = Explainer(bundle, InterpretedBackend(precise=True), precision="fp32")
+    found = [case for case in references.cases if case.method.startswith("score_cam")]
+    assert len(found) == 2
+    for case in found:
+        maps = precise.explain(
+            references.images[:1], case.method, references.seeds[:1], case.layers, **case.options
+        ).maps
+        assert np.abs(sampled(maps)[0] - case.samples).max() < 1e-5
