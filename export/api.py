@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import install
-from ..runtime.bundle.manifest import PRECISIONS, Manifest, Normalized, Preprocess, check_activation, check_recipe
+from ..runtime.bundle.kinds import Kind
+from ..runtime.bundle.manifest import MASK_PRECISIONS, Manifest, Normalized, Preprocess, check_activation, check_recipe
 from ..runtime.errors import CamrtError, ExportError, InputError
 
 if TYPE_CHECKING:
@@ -21,8 +24,10 @@ if TYPE_CHECKING:
 
     from .check import Checker, Logits
     from .graph import Attempt, TappedGraph
+    from .programs import BuiltProgram
 
 Progress = Callable[[str], None]
+Calibration = np.ndarray | Callable[[Manifest], np.ndarray]
 
 
 def _silent(_: str) -> None:
@@ -36,6 +41,7 @@ def export_model(
     layers: str | Sequence[str] = "default",
     *,
     precision: str | Sequence[str] = "fp32",
+    calibration: Calibration | None = None,
     output: str | None = None,
     activation: str | None = None,
     name: str | None = None,
@@ -50,7 +56,10 @@ def export_model(
 
     input_shape: (channels, height, width). layers: "default" (every convolution and the last block), "conv", "last",
     or names of modules and of functions that modules call, written as in torchvision's feature extraction
-    (layer4.2.relu_2). precision: "fp32", "fp16" (mixed: see export/precision.py) or both; camrt.load then chooses one.
+    (layer4.2.relu_2). precision: "fp32", "fp16" (mixed: see export/precision.py), "int8" or several; camrt.load then
+    chooses one. "int8" adds a program for the masked images of ScoreCAM++ and Score-CAM to those of "fp32".
+    calibration: for "int8", images (N, C, H, W) float32 as the network takes them, or a function that makes them from
+    the manifest; ten or more, of the kind that will be explained.
     output: the attribute, key or position of the logits, where the model returns several things. activation: "softmax"
     or "sigmoid", the function that turns the logits into probabilities. classes: names in logit order. preprocess: how
     a picture becomes the input; without it the bundle takes preprocessed arrays only. shuffle_weights: a seed; the
@@ -77,7 +86,8 @@ def export_model(
     check_recipe(preprocess, shape)
     check_activation(activation)
     label = name or type(model).__name__.lower()
-    facts = _Facts(path, label, "torch", _precisions(precision), activation, classes, preprocess, overwrite)
+    precisions = _precisions(precision, calibration)
+    facts = _Facts(path, label, "torch", precisions, activation, classes, preprocess, overwrite, calibration)
 
     def build(attempt: Attempt) -> TappedGraph:
         try:
@@ -99,6 +109,7 @@ def export_onnx(
     *,
     input_shape: Sequence[int] | None = None,
     precision: str | Sequence[str] = "fp32",
+    calibration: Calibration | None = None,
     output: str | None = None,
     activation: str | None = None,
     name: str | None = None,
@@ -122,7 +133,8 @@ def export_onnx(
     _check_path(path, overwrite)
     check_activation(activation)
     label = name or Path(model).stem
-    facts = _Facts(path, label, "onnx", _precisions(precision), activation, classes, preprocess, overwrite)
+    precisions = _precisions(precision, calibration)
+    facts = _Facts(path, label, "onnx", precisions, activation, classes, preprocess, overwrite, calibration)
     origin = {"kind": "onnx", "spec": str(model) if shuffle_weights is None else None, "output": output}
     sizes = None if input_shape is None else _shape(input_shape)
     with tempfile.TemporaryDirectory(prefix="camrt-") as folder:
@@ -157,19 +169,25 @@ class _Facts:
     classes: Sequence[str] | None
     preprocess: Preprocess | None
     overwrite: bool
+    calibration: Calibration | None
 
 
-def _precisions(precisions: str | Sequence[str]) -> list[str]:
-    """The precisions as programs record them ("float32", "float16"), without repeats. InputError for an unknown one, or
-    for none.
+def _precisions(precisions: str | Sequence[str], calibration: Calibration | None) -> list[str]:
+    """The precisions as programs record them ("float32", "float16", "int8"), without repeats; "float32" before "int8".
+
+    InputError for an unknown one, or for none; for int8 without calibration, and for calibration without int8.
     """
     names = [precisions] if isinstance(precisions, str) else list(precisions)
     for name in names:
-        if name not in PRECISIONS:
-            raise InputError(f"precision {name!r}: use {', '.join(PRECISIONS)}")
+        if name not in MASK_PRECISIONS:
+            raise InputError(f"precision {name!r}: use {', '.join(MASK_PRECISIONS)}")
     if not names:
-        raise InputError(f"no precision was given: use {', '.join(PRECISIONS)}")
-    return list(dict.fromkeys(PRECISIONS[name] for name in names))
+        raise InputError(f"no precision was given: use {', '.join(MASK_PRECISIONS)}")
+    if ("int8" in names) != (calibration is not None):
+        raise InputError("int8 needs calibration= (--calibration PICTURES), and nothing else does")
+    if "int8" in names and "fp32" not in names:
+        names = ["fp32", *names]
+    return list(dict.fromkeys(MASK_PRECISIONS[name] for name in names))
 
 
 def _export(
@@ -266,6 +284,10 @@ def _write(
         )
     programs = {}
     for precision in facts.precisions:
+        if precision == "int8":
+            built = _int8(graph, manifest, facts, progress)
+            programs[built.file] = built
+            continue
         for built in build_programs(replace(graph, precision=precision), progress):
             if built.kind not in attempt.left_out:
                 programs.setdefault(built.file, built)
@@ -289,6 +311,32 @@ def _write(
         return measured
 
     return write_bundle(facts.path, manifest, list(programs.values()), facts.overwrite, progress, check)
+
+
+def _int8(graph: TappedGraph, manifest: Manifest, facts: _Facts, progress: Progress) -> BuiltProgram:
+    """The program `masked` in int8; says how far its logits are from float32's. InputError for other images."""
+    from .int8 import LARGE_ERROR, int8_program
+    from .programs import BuiltProgram
+
+    given = facts.calibration
+    images = np.asarray(given(manifest) if callable(given) else given)
+    if images.ndim != 4 or images.shape[1:] != manifest.input_shape or images.dtype != np.float32 or not len(images):
+        raise InputError(
+            f"calibration: {images.dtype}{list(images.shape)} instead of float32 images [N, "
+            f"{', '.join(map(str, manifest.input_shape))}]"
+        )
+    if not np.isfinite(images).all():
+        raise InputError("calibration: holds NaN or infinity")
+    progress(f"calibrating int8 with {len(images)} images")
+    result = int8_program(graph, images)
+    said = (
+        f"int8: under masks, logits differ from float32's by {result.error:.1%} (relative L2), and the top class stays "
+        f"for {result.same:.0%}"
+    )
+    progress(said)
+    if result.error > LARGE_ERROR:
+        warnings.warn(f"{said}: use fp16, or calibrate with more pictures of the kind to explain", stacklevel=4)
+    return BuiltProgram(Kind.MASKED, "masked.int8.onnx", (), result.model, "int8")
 
 
 def normalized_of(graph: TappedGraph) -> Normalized | None:

@@ -92,6 +92,7 @@ class Checker:
         self._compare_source(manifest, images, logits)
         self.cotangent, self.seed = seeds_through(logits, manifest.final_activation)
         inputs = {"image": images, "seed": self.seed, "ratio": np.ones((len(self.seed), 1), np.float32)}
+        inputs["masked"] = images.astype(np.float16)
         for program in manifest.programs:
             if program is classify:
                 continue
@@ -99,6 +100,7 @@ class Checker:
             out = self._outputs(program, feeds, open_file(folder / program.file))
             if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
                 inputs |= {n: a for n, a in out.items() if n != "logits"}
+                inputs["masked"] = inputs.get("normalized", images).astype(np.float16)
             if (
                 "logits" in out
                 and len(out["logits"]) == len(logits)

@@ -23,7 +23,7 @@ from .graph import TappedGraph, batch_norm_affine, finish, fold_batch_norm, keep
 from .head import head, normalize, score, trunk
 from .layers.layouts import layouts, to_maps
 from .layers.norms import behind_norm
-from .precision import to_half
+from .precision import takes_half, to_half
 from .tape import Tape, attribute, constant_of, dims, output, static_dims, weight_dims
 
 # In mixed precision a seed is scaled until this is its largest entry: gradients from 2e-7 to 250, for a seed whose
@@ -45,10 +45,10 @@ class BuiltProgram:
 def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda _: None) -> list[BuiltProgram]:
     """Builds the programs of a bundle. UnsupportedOperator if an operator between a tap and the logits has no rule.
 
-    classify; normalize and score, if the graph normalises its own image; activations, gradients and layer_maps for all
-    taps, and again for the last block alone, whose backward pass is short; signed_maps; full_grad, if the network
-    allows it; trunk and head, the network cut in two, at the last block and at every tap that is not a convolution. All
-    are in the graph's precision, but programs that run once per explanation are always float32.
+    classify; normalize and score, if the graph normalises its own image; masked, in float16; activations, gradients and
+    layer_maps for all taps, and again for the last block alone, whose backward pass is short; signed_maps; full_grad,
+    if the network allows it; trunk and head, the network cut in two, at the last block and at every tap that is not a
+    convolution. All are in the graph's precision, but programs that run once per explanation are always float32.
     """
     last, whole = graph.select("last"), replace(graph, taps=())
     scopes = [("", graph)] + ([(".last", last)] if last.taps and len(last.taps) < len(graph.taps) else [])
@@ -62,12 +62,15 @@ def build_programs(graph: TappedGraph, progress: Callable[[str], None] = lambda 
         if model is not None:
             taps = tuple(t.name for t, _ in scope.taps)
             model = to_half(model) if half else model
+            model = takes_half(model) if kind == Kind.MASKED else model
             built.append(BuiltProgram(kind, f"{name}.onnx", taps, model, "float16" if half else "float32"))
 
     add(Kind.CLASSIFY, "", whole, classify)
     if graph.normalized is not None:
         add(Kind.NORMALIZE, "", whole, normalize)
         add(Kind.SCORE, "", whole, score)
+    if graph.precision == "float16":
+        add(Kind.MASKED, "", whole, masked)
     for suffix, scope in scopes:
         add(Kind.ACTIVATIONS, suffix, scope, activations)
         add(Kind.GRADIENTS, suffix, scope, gradients)
@@ -101,6 +104,13 @@ def seeds_share_image(graph: TappedGraph) -> bool:
 def classify(graph: TappedGraph) -> ir.Model:
     """image (B, C, H, W) -> logits (B, classes)."""
     return _program(graph, lambda tape, logits, values, recovered: [])
+
+
+def masked(graph: TappedGraph) -> ir.Model:
+    """masked (B, C', H, W) float32, until `takes_half` -> logits: what runs on masked images."""
+    model = classify(graph) if graph.normalized is None else score(graph)
+    model.graph.inputs[0].name = "masked"
+    return model
 
 
 def activations(graph: TappedGraph) -> ir.Model:

@@ -33,10 +33,10 @@ from .targets import Targets, read_targets
 class Explainer:
     """Explains images with the programs of one bundle. May be used from several threads.
 
-    backend: an opened backend; max_batch: the most images or targets in one run; precision: "fp32" or "fp16", by
-    default the bundle's first; mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a
-    GPU. session: runs the programs. InputError if max_batch or mask_batch is below 1 or the bundle does not have the
-    precision.
+    backend: an opened backend; max_batch: the most images or targets in one run; precision: "fp32", "fp16" or "int8"
+    (ScoreCAM++ and Score-CAM run masked images in int8, all else is float32), by default the bundle's first;
+    mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a GPU. session: runs the
+    programs. InputError if max_batch or mask_batch is below 1 or the bundle does not have the precision.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Explainer:
         self.bundle = bundle
         self.backend = backend
         self.manifest: Manifest = bundle.manifest
-        self.precision = bundle.chosen_precision(precision)
+        self.precision = bundle.chosen_precision(precision, masks=True)
         self.session = Session(bundle, backend, max_batch, mask_batch, self.precision)
         self._settings: tuple[int | None, int] = (None, 0)  # threads and device, as `load` took them
 
@@ -284,10 +284,11 @@ def load(
     """Opens a bundle.
 
     path: the bundle's folder. backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto": the first of these
-    that works on this machine. max_batch: the most images or targets in one run. precision: "fp32" or "fp16", by
-    default the first that the bundle has. threads: CPU threads of one run, by default one per core. device: the GPU's
-    number. progress: called with one line of text before work that takes seconds, e.g. building an engine. mask_batch:
-    the most masked images in one run, by default max_batch on a CPU and 64 on a GPU.
+    that works on this machine. max_batch: the most images or targets in one run. precision: "fp32", "fp16"
+    or "int8" (ScoreCAM++ and Score-CAM run masked images in int8 and say in `details` what that changed, all else is
+    float32), by default the first that the bundle has. threads: CPU threads of one run, by default one per core.
+    device: the GPU's number. progress: called with one line of text before work that takes seconds, e.g. building an
+    engine. mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a GPU.
 
     BundleError if the bundle is missing or damaged; BackendUnavailable if no backend can run it here; UnknownName for
     an unknown backend; InputError for a precision that the bundle does not have.

@@ -343,7 +343,7 @@ class ChannelsLast(nn.Module):
         (small_net, {"preprocess": camrt.Preprocess((32, 32), (0.5,), (1,) * 3)}, "mean has 1 numbers for 3 channels"),
         (lambda: "resnet", {}, "takes a torch.nn.Module, not str"),
         (Decides, {}, "PyTorch could not export the model"),
-        (small_net, {"precision": "int8"}, "precision 'int8': use fp32, fp16"),
+        (small_net, {"precision": "bf16"}, "precision 'bf16': use fp32, fp16, int8"),
         (small_net, {"precision": []}, "no precision was given"),
         (small_net, {"preprocess": camrt.Preprocess((32, 32), (0.5,) * 3, (1, 0, 1))}, "std holds a zero"),
         (small_net, {"preprocess": camrt.Preprocess((0, 32), (0.5,) * 3, (1,) * 3)}, "sizes are whole numbers from 1"),

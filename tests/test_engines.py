@@ -24,6 +24,7 @@ from support import small_net
 import camrt
 from camrt.cli import main
 from camrt.commands import build
+from camrt.export.probes import smooth_images
 from camrt.kernels import DeviceArray, OutOfMemory
 from camrt.runtime.backends import Settings, create
 from camrt.runtime.backends.gpu import Gpu
@@ -45,9 +46,10 @@ ENGINE = b"native code" * 1000
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small network's bundle in both precisions."""
-    path = tmp_path_factory.mktemp("engines") / "small.camrt"
-    return camrt.export_model(small_net(), path, (3, 32, 32), name="small", precision=["fp32", "fp16"])
+    """The small network's bundle in all precisions."""
+    path, images = tmp_path_factory.mktemp("engines") / "small.camrt", smooth_images((3, 32, 32), 8)
+    precisions = ["fp32", "fp16", "int8"]
+    return camrt.export_model(small_net(), path, (3, 32, 32), name="small", precision=precisions, calibration=images)
 
 
 @pytest.fixture(autouse=True)
@@ -209,23 +211,25 @@ def test_build_and_cache_commands(both: Path, capsys: pytest.CaptureFixture[str]
     command = ["build", str(both), "--compute-capability", "8.6", "12.0", "--precision", "fp16", "--max-batch", "5"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 3 + 1
-    start = "classify.fp16.onnx        float16  single, batch 64, masks 64        compute capability 8.6"
-    assert lines[0].startswith(start), lines[0]
+    assert len(lines) == 2 * 5 + 1
+    files = ["activations.last.onnx", "classify.fp16.onnx", "masked.fp16.onnx", "layer_maps.fp16.onnx"]
+    assert [line.split()[0] for line in lines[:5]] == [*files, "layer_maps.last.fp16.onnx"]
+    start = "masked.fp16.onnx          float16  single, batch 64, masks 64        compute capability 8.6"
+    assert lines[2].startswith(start), lines[2]
     assert all(re.search(r"built in [\d.]+ s; scratch memory on the GPU [\d, ]+ MB", line) for line in lines[:-1])
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all("was built before" in line for line in lines[:-1])
     assert main(["cache", "list"]) == 0
     said = capsys.readouterr().out
-    assert "6 engines" in said and "small layer_maps.fp16.onnx float16 tensorrt_rtx" in said
+    assert "10 engines" in said and "small layer_maps.fp16.onnx float16 tensorrt_rtx" in said
     names = sorted(p.name for p in (folder / "engines").glob("*.engine"))
-    assert re.fullmatch(r"small-classify.fp16-tensorrt_rtx_[\d.]+-sm_12.0-[0-9a-f]{24}.engine", names[0]), names
+    assert re.fullmatch(r"small-classify.fp16-tensorrt_rtx_[\d.]+-sm_12.0-[0-9a-f]{24}.engine", names[2]), names
     (folder / "engines" / f"{'0' * 64}.engine").write_bytes(b"?")
     assert main(["cache", "list"]) == 0
     assert "damaged: it will be built again" in capsys.readouterr().out
     assert main(["cache", "clear"]) == 0
-    assert capsys.readouterr().out == f"7 engines removed from {folder / 'engines'}\n"
+    assert capsys.readouterr().out == f"11 engines removed from {folder / 'engines'}\n"
     assert main(["cache", "list"]) == 0
     assert capsys.readouterr().out.startswith("0 engines, 0.0 of 20000 MB")
 
@@ -273,7 +277,7 @@ def test_a_build_that_makes_no_sense_is_refused(
 
 def test_a_precision_that_the_bundle_lacks_is_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(exported), "--compute-capability", "8.9", "--precision", "fp16"]) == 2
-    assert "has no fp16 programs: export it with --precision fp16" in capsys.readouterr().err
+    assert "has no fp16 programs, it has fp32: export it with" in capsys.readouterr().err
     with pytest.raises(camrt.CamrtError, match="has no fp16 programs, it has fp32: export it with precision='fp16'"):
         camrt.load(exported, precision="fp16")
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GPUs to build for, e.g. 8.6 8.9 12.0 (default: this one's)",
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "fp16"), help="which programs (default: all that the bundle has)"
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        help="only the programs that run in it (default: all that the bundle has)",
     )
     parser.add_argument("--max-batch", type=int, default=16, help="images or targets in one run (default: 16)")
     parser.add_argument("--mask-batch", type=int, help="masked images in one run (default: 64, or --max-batch)")
@@ -129,21 +131,16 @@ def _make(
 def _programs(bundle: Bundle, options: argparse.Namespace) -> list[Program]:
     """The programs to build. InputError if the bundle lacks the precision, UnknownName for an unknown file."""
     from ..runtime.bundle.kinds import KINDS, Kind
-    from ..runtime.bundle.manifest import PRECISIONS
 
-    programs = bundle.manifest.programs
+    programs = list(bundle.manifest.programs)
     if options.precision is not None:
-        programs = tuple(p for p in programs if p.precision == PRECISIONS[options.precision])
-        if not programs:
-            raise InputError(
-                f"{bundle.path} has no {options.precision} programs: export it with --precision {options.precision}"
-            )
+        programs = bundle.programs(bundle.chosen_precision(options.precision, masks=True))
     if options.programs is None:
         leading = [p for p in programs if KINDS[p.kind].engine]
         fewest_taps = min((len(p.taps) for p in leading if p.kind == Kind.ACTIVATIONS), default=0)
         return [p for p in leading if p.kind != Kind.ACTIVATIONS or len(p.taps) == fewest_taps]
     if options.programs == ["all"]:
-        return list(programs)
+        return programs
     program_by_file = {p.file: p for p in programs}
     for name in options.programs:
         if name not in program_by_file:

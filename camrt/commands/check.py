@@ -14,7 +14,9 @@ HELP = "compare what this machine computes with what the bundle recorded at expo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "fp16"), help="default: all that the bundle has")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "fp16", "int8"), help="default: all that the bundle has"
+    )
     parser.add_argument("--max-batch", type=int, default=16, help="as for build (default: 16)")
     parser.add_argument("--mask-batch", type=int, help="as for build")
     parser.add_argument(

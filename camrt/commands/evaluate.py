@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--void", type=int, help="mask value to leave out (default: 255 in palette pictures, else none)"
     )
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..image_files import find_images
 from ..method_choice import layers_of
 from ..runtime.errors import CamrtError, InputError, first_line, warn
 from . import class_names, preprocess_options
 from .progress import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..runtime.bundle.manifest import Manifest
 
 HELP = "turn a trained model into a bundle"
 
@@ -27,9 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         nargs="+",
-        choices=("fp32", "fp16"),
+        choices=("fp32", "fp16", "int8"),
         default=["fp32"],
-        help="precision of the programs, one or both (default: fp32)",
+        help="precision of the programs, one or several (default: fp32); int8 is for the masked images of score_cam_pp "
+        "and score_cam alone, and all else is then float32",
+    )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="PICTURES",
+        help="for int8: files, folders or patterns, ten or more pictures of the kind to explain",
     )
     class_names.add_argument(parser)
     preprocess_options.add_arguments(parser)
@@ -54,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     common: dict[str, Any] = {
         "layers": layers,
         "precision": options.precision,
+        "calibration": None if options.calibration is None else _calibration(find_images(options.calibration)),
         "activation": options.activation,
         "name": options.name,
         "classes": None if options.classes is None else class_names.read_class_names(options.classes),
@@ -79,6 +94,13 @@ def run(options: argparse.Namespace) -> int:
         _add_references(path)
     _print_written(path)
     return 0
+
+
+def _calibration(pictures: Sequence[Path]) -> Callable[[Manifest], np.ndarray]:
+    """Makes the network's inputs of pictures, by the manifest's recipe."""
+    from ..runtime.images.image_batch import ImageBatch
+
+    return lambda manifest: ImageBatch(list(pictures), manifest).on_host()
 
 
 def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--map", choices=("float16", "float32", "png", "none"), default="float16", help="(float16)")
     parser.add_argument("--overlay", action="store_true", help="also keep the map over the photo, as PNG")
     parser.add_argument("--part", type=int, default=256, help="images of one file (default: 256)")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
     parser.add_argument(
         "--address",

@@ -95,7 +95,7 @@ def map_images(
     """
     means, opened, place = means or Means(), read_bundle(bundle), Place.of(out)
     _check(opened, wanted, means)
-    precision = opened.chosen_precision(precision)
+    precision = opened.chosen_precision(precision, masks=True)
     _check_apart(place, sources)
     tasks = plan(sources, part)
     described = _described(opened, sources, wanted, means, precision, part, tasks)

@@ -68,11 +68,15 @@ class Reference:
 
 
 def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, double: Record) -> Iterator[Row]:
-    """One row: the reference's top logit minus its logit of the bundle's top class, as a fraction of its range."""
+    """One row, of the bundle's top class."""
+    yield top_class_row(what.label, explainer.classify(batch), double)
+
+
+def top_class_row(program: str, logits: np.ndarray, double: Record) -> Row:
+    """The reference's top logit minus its logit of the top class of `logits`, as a fraction of its range."""
     want = double.logits.numpy()
-    top_classes = explainer.classify(batch).argmax(axis=1)
-    short = want.max(axis=1) - want[np.arange(len(want)), top_classes]
-    yield Row(what.label, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
+    short = want.max(axis=1) - want[np.arange(len(want)), logits.argmax(axis=1)]
+    return Row(program, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
 
 
 def compared(

@@ -55,8 +55,8 @@ class Settings:
 class Executable(Protocol):
     """A loaded program. `run` may be called from several threads.
 
-    run: inputs by name -> outputs by name, float32. NumPy arrays in give NumPy arrays out. On a backend with a GPU, GPU
-    arrays in give GPU arrays out: they are ready in the order of the stream.
+    run: inputs by name, of the program's dtype, -> outputs by name, float32. NumPy arrays in give NumPy arrays out. On
+    a backend with a GPU, GPU arrays in give GPU arrays out: they are ready in the order of the stream.
     """
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...

@@ -64,9 +64,10 @@ class GpuProgram:
         sizes: dict[str, int] = {}
         for name, shape in self._program.inputs.items():
             array = inputs.get(name)
-            if array is None or array.dtype != np.float32 or not _fits(array.shape, shape, sizes):
+            dtype = self._program.input_dtype
+            if array is None or array.dtype != dtype or not _fits(array.shape, shape, sizes):
                 got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
-                raise InputError(f"{self._program.file}: input {name!r} is {got}, it takes float32{list(shape)}")
+                raise InputError(f"{self._program.file}: input {name!r} is {got}, it takes {dtype}{list(shape)}")
         return sizes
 
 

@@ -21,6 +21,7 @@ MEANINGS = {
     "maps": "per layer a map of h times w numbers, not rectified; layers side by side in the order of `taps`. Of "
     "layer_maps: sum_k alpha_k A_k; of signed_maps: sum_k u_k y_k",
     "magnitudes": "sum_k,mn |u_k y_k| of each layer, in the order of `taps`",
+    "masked": "what masks multiply (the image; or `normalized`, where the network has that program), masked",
     "normalized": "the tensor that the network's first layer reads, behind the network's own normalisation",
     "context": "what else the head reads of the trunk: give it back as it came, repeated to the number of activations",
     "grid": "the sum of FullGrad's maps of this size, for each row of the seed",
@@ -36,15 +37,15 @@ def meaning(tensor: str) -> str:
 def contract(program: Program) -> dict[str, Any]:
     """A program's file, purpose and layers, and of each tensor its shape, type and meaning, as JSON can hold it."""
 
-    def tensors(shapes: dict[str, list[Any]]) -> dict[str, Any]:
-        return {n: {"shape": shape, "type": "float32", "meaning": meaning(n)} for n, shape in shapes.items()}
+    def tensors(shapes: dict[str, list[Any]], dtype: str = "float32") -> dict[str, Any]:
+        return {n: {"shape": shape, "type": dtype, "meaning": meaning(n)} for n, shape in shapes.items()}
 
     return {
         "file": program.file,
         "kind": program.kind,
         "purpose": KINDS[program.kind].purpose,
         "precision": program.precision,
-        "inputs": tensors(program.inputs),
+        "inputs": tensors(program.inputs, program.input_dtype),
         "outputs": tensors(program.outputs),
         "layers": list(program.taps),
     }
@@ -63,7 +64,12 @@ def contracts_as_text(manifest: Manifest) -> str:
         lines.append("")
     used = {n.partition(":")[0] for p in manifest.programs for n in (*p.inputs, *p.outputs)}
     lines += [f"{name}: {text}." for name, text in MEANINGS.items() if name in used]
-    lines += ["", "All tensors are float32. " + "; ".join(f"{name}: {text}" for name, text in SIZES.items()) + "."]
+    lines += [
+        "",
+        "All tensors are float32, but `masked` is float16. "
+        + "; ".join(f"{name}: {text}" for name, text in SIZES.items())
+        + ".",
+    ]
     return "\n".join(lines) + "\n"
 
 

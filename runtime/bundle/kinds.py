@@ -27,6 +27,7 @@ class Kind(StrEnum):
     HEAD = "head"
     NORMALIZE = "normalize"
     SCORE = "score"
+    MASKED = "masked"
 
 
 Sizes = dict[str, tuple[int, ...]]  # tensor -> its shape without the first size
@@ -45,7 +46,7 @@ class ProgramKind:
     runs_once: the program runs once per explanation, and everything else depends on its result. It is therefore float32
     in every precision, and on a CPU its threads do not spin after the run. engine: `camrt build` builds it by default,
     because winsor_cam or score_cam_pp needs it. missing: what a user can do if the bundle has no such program. purpose:
-    what it computes, in a phrase.
+    what it computes, in a phrase. input_dtype: of all its inputs; outputs are float32.
     """
 
     purpose: str
@@ -53,6 +54,7 @@ class ProgramKind:
     runs_once: bool = False
     engine: bool = False
     missing: str = _EXPORT_AGAIN
+    input_dtype: str = "float32"
 
 
 def _image(m: Manifest) -> Sizes:
@@ -147,5 +149,12 @@ KINDS: dict[str, ProgramKind] = {
         "the network behind its own normalisation, to run on masked images",
         lambda m, taps: (_normalized(m), _logits(m)),
         engine=True,
+    ),
+    Kind.MASKED: ProgramKind(
+        "the scores of masked images, in float16 or int8",
+        lambda m, taps: ({"masked": m.scored_shape}, _logits(m)),
+        engine=True,
+        missing="export it with --precision fp16 or int8",
+        input_dtype="float16",
     ),
 }

@@ -26,6 +26,7 @@ ACTIVATIONS = ("softmax", "sigmoid")  # functions that turn logits into probabil
 MOST_ELEMENTS = 1 << 31  # the most elements of one tensor
 LARGEST_SIDE = 1 << 14  # pixels, of a resized picture or of a crop
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # the user's name -> the name in the manifest
+MASK_PRECISIONS = PRECISIONS | {"int8": "int8"}  # of programs that run masked images
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class Tap:
 class Program:
     """One ONNX file. kind: what it computes (KINDS); taps: layers it computes it for; inputs, outputs: name -> shape.
 
-    A shape's sizes are numbers or the symbols "batch" and "seeds". Inputs and outputs are float32 in every precision.
-    precision: float32; or float16, with convolutions and matrix products in float16, and other operators where it is
-    safe.
+    A shape's sizes are numbers or the symbols "batch" and "seeds". Outputs are float32 in every precision, inputs are
+    input_dtype. precision: float32; float16, with convolutions and matrix products in float16, and other operators
+    where it is safe; or int8, with convolutions and matrix products in int8.
     """
 
     kind: str
@@ -88,6 +89,10 @@ class Program:
     inputs: dict[str, list[Any]]
     outputs: dict[str, list[Any]]
     precision: str = "float32"
+
+    @property
+    def input_dtype(self) -> str:
+        return KINDS[self.kind].input_dtype
 
     def check_outputs(self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
         """BundleError if a run's outputs do not have the declared names, shapes and dtype. feeds: the run's inputs."""
@@ -296,7 +301,7 @@ def _program(program: Program, m: Manifest) -> None:
     taps = [t for t in m.taps if t.name in program.taps]
     if [t.name for t in taps] != list(program.taps):
         raise ValueError("a program names a tap that is not listed, or not in the order of the list")
-    if program.precision not in PRECISIONS.values():
+    if program.precision not in (MASK_PRECISIONS if program.kind == Kind.MASKED else PRECISIONS).values():
         raise ValueError(f"precision {program.precision!r:.100}")
     for tensors in (program.inputs, program.outputs):
         for name, shape in _mapping("programs", tensors).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import BundleError, CamrtError, InputError
 from .kinds import KINDS, Kind
-from .manifest import MANIFEST, PRECISIONS, Manifest, Program, check_recipe, parse
+from .manifest import MANIFEST, MASK_PRECISIONS, PRECISIONS, Manifest, Program, check_recipe, parse
 from .onnx_check import check_program
 
 _LONGEST = 1 << 26  # characters of a manifest
@@ -36,14 +36,23 @@ class Bundle:
         classify = {p.precision for p in self.manifest.programs if p.kind == Kind.CLASSIFY}
         return [name for name, recorded in PRECISIONS.items() if recorded in classify]
 
-    def chosen_precision(self, precision: str | None) -> str:
-        """The precision, by default the bundle's first. InputError if the bundle does not have it."""
-        if precision is not None and precision not in self.precisions:
+    @property
+    def mask_precisions(self) -> list[str]:
+        """`precisions`, and "int8" if masked images can run in it."""
+        return [*self.precisions, *(["int8"] if any(p.precision == "int8" for p in self.manifest.programs) else [])]
+
+    def chosen_precision(self, precision: str | None, masks: bool = False) -> str:
+        """The precision, by default the bundle's first. masks: "int8" will do, where the bundle has it.
+
+        InputError if the bundle does not have the precision.
+        """
+        known = self.mask_precisions if masks else self.precisions
+        if precision is not None and precision not in known:
             raise InputError(
-                f"{self.path} has no {precision} programs, it has {' and '.join(self.precisions)}: export it with "
+                f"{self.path} has no {precision} programs, it has {' and '.join(known)}: export it with "
                 f"precision={precision!r} (--precision {precision})"
             )
-        return precision or self.precisions[0]
+        return precision or known[0]
 
     def file(self, program: Program) -> Path:
         """The path of a program's file, checked on first use. BundleError if it holds what camrt does not write."""
@@ -61,16 +70,33 @@ class Bundle:
     def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
         """The program of a kind with the fewest taps that has all the layers.
 
-        precision: "fp32" or "fp16"; a kind that has no fp16 program gives its float32 one. CamrtError if the bundle has
-        no such program.
+        precision: "fp32", "fp16" or "int8"; a kind that has no such program gives its float32 one. CamrtError if the
+        bundle has none.
         """
         fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
-        in_precision = [p for p in fitting if p.precision == PRECISIONS[precision]]
+        in_precision = [p for p in fitting if p.precision == MASK_PRECISIONS[precision]]
         fitting = in_precision or [p for p in fitting if p.precision == "float32"]
         if not fitting:
             of = f" for {', '.join(layers)}" if layers else ""
             raise CamrtError(f"{self.path}: has no program {str(kind)!r}{of}: {KINDS[kind].missing}")
         return min(fitting, key=lambda p: len(p.taps))
+
+    def programs(self, precision: str) -> list[Program]:
+        """Every program that runs in a precision: its own, and the float32 ones that it does without its own."""
+        own = [p for p in self.manifest.programs if p.precision == MASK_PRECISIONS[precision]]
+        covered = {(p.kind, p.taps) for p in own}
+        others = (p for p in self.manifest.programs if p.precision == "float32" and (p.kind, p.taps) not in covered)
+        return sorted([*own, *others], key=self.manifest.programs.index)
+
+    def mask_program(self, precision: str, on_gpu: bool) -> Program:
+        """The program that scores masked images. On a CPU, which has no arithmetic of float16, "fp16" takes the one
+        whose input is float32.
+        """
+        kind = Kind.CLASSIFY if self.manifest.normalized is None else Kind.SCORE
+        exists = any(
+            p.kind == Kind.MASKED and p.precision == MASK_PRECISIONS[precision] for p in self.manifest.programs
+        )
+        return self.program(Kind.MASKED if exists and (on_gpu or precision == "int8") else kind, (), precision)
 
 
 def read_bundle(path: str | Path) -> Bundle:

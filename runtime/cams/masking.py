@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ...kernels import accumulate_maps, class_scores, fuse_layers, gate, mask_batch, take_channels
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..scores import complements
 from .baseline import combined
 from .data import Lane, MaskedRuns
@@ -16,17 +17,21 @@ from .registry import Result, cam, chosen, is_number
 
 VARIANTS = ("tanh", "tanh_mask_only", "sigmoid_relu")
 SCORE_CAM_VARIANTS = ("original", "pytorch_grad_cam")
+SAMPLE = 8  # masks that also run in float32, where masked images run in int8
+LARGE_ERROR = 0.1  # relative; a warning says so
 
 
 @dataclass(frozen=True)
 class _Scores:
     """Scores of masked images. parts: number of a batch's first mask -> its scores (S, n), in the runs' memory.
 
-    summed: sum_k score_k gate(up(A_k)), (S, H, W), if it was asked for, else zeros.
+    summed: sum_k score_k gate(up(A_k)), (S, H, W), if it was asked for, else zeros. error: in int8, the `_distance`
+    from the scores in float32, of a sample of masks.
     """
 
     parts: dict[int, Any]
     summed: Any
+    error: float = 0.0
 
     def on_host(self, runs: MaskedRuns) -> np.ndarray:
         """(S, number of masks)."""
@@ -59,7 +64,30 @@ def _score(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask) -> _S
     lacking = complements(runs.seeds)
     if ask.offset is None and ask.probability != "logits" and lacking.any():
         ask = replace(ask, offset=runs.memory.put(-lacking))  # a difference of two scores needs no complement
-    return (_score_on_host if runs.memory.stream is None else _score_on_gpu)(runs, activation, live, ask)
+    scores = (_score_on_host if runs.memory.stream is None else _score_on_gpu)(runs, activation, live, ask)
+    if runs.exact is None or not len(live):
+        return scores
+    return replace(scores, error=_error(runs, activation, live, ask, scores))
+
+
+def _error(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask, scores: _Scores) -> float:
+    """How far some of the scores are from those that the network gives in float32."""
+    sample = np.unique(np.linspace(0, len(live) - 1, SAMPLE).astype(int))
+    logits = runs.exact_logits(activation, live[sample], ask.kind, ask.interpolation)
+    weights = None if ask.weights is None else runs.memory.put(ask.weights[sample])
+    probability, seeds = ask.probability or runs.probability, runs.memory.put(runs.seeds)
+    (exact,) = runs.memory.get(class_scores(logits, seeds, probability, ask.offset, weights, stream=runs.memory.stream))
+    return _distance(scores.on_host(runs)[:, sample].astype(np.float64), exact.astype(np.float64))
+
+
+def _distance(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest relative L2 distance of the rows, after the common factor that makes it smallest: a map's min-max
+    ignores such a factor. 0 where both rows are zero, 1 where one is.
+    """
+    lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
+    cosine = np.clip((got * want).sum(axis=1) / np.where(lengths > 0, lengths, 1), 0, 1)
+    neither = ~got.any(axis=1) & ~want.any(axis=1)
+    return float(np.where(neither, 0, np.sqrt(1 - cosine**2)).max())
 
 
 def _score_on_gpu(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask) -> _Scores:
@@ -131,13 +159,22 @@ def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:
     return maps if count == 1 else scaled(runs.memory.side_by_side([maps]), 1)
 
 
-def _result(maps: Any, runs: MaskedRuns, masked_runs: int, error_bound: float = 0.0) -> Result:
+def _result(maps: Any, runs: MaskedRuns, masked_runs: int, errors: Sequence[float], error_bound: float = 0.0) -> Result:
+    """errors: of each layer's scores, in int8."""
     rows, layers = len(runs.seeds), len(runs.taps)
     details = {
         "channels": np.full(rows, sum(len(a) for a in runs.activations)),
         "masked_runs": np.full(rows, masked_runs),
         "error_bound": np.full(rows, error_bound, np.float32),
     }
+    if runs.exact is not None:
+        error = max(errors, default=0.0)
+        details["score_error"] = np.full(rows, error, np.float32)
+        if error > LARGE_ERROR:
+            warn(
+                f"int8 changes the scores of masked images by {error:.0%} beside one another (of a sample): use "
+                "another precision, or calibrate with pictures like these"
+            )
     return Result(maps, np.full((rows, layers), 1 / layers, np.float32), details)
 
 
@@ -162,8 +199,9 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     variant: tanh; tanh_mask_only sums up(A_k) instead of H_k; sigmoid_relu has H_k = sigmoid(ReLU(up(A_k) / 2)).
     baseline="zero": s_k minus the score of the all-zero input. x is the normalised input. Channels that add exactly
     nothing never run. max_error: skip weak channels, while no pixel of the map before ReLU and minmax changes by more
-    than this; details["error_bound"] is the bound that holds. Several layers: the mean of their maps, minmax again.
-    InputError, UnknownMethod for options that do not fit.
+    than this; details["error_bound"] is the bound that holds. In int8 details["score_error"] is how far the scores of a
+    sample of masks are from float32's (relative L2, after the best common factor). Several layers: the mean of their
+    maps, minmax again. InputError, UnknownMethod for options that do not fit.
     """
     chosen(variant, VARIANTS, "variant")
     chosen(baseline, ("none", "zero"), "baseline")
@@ -173,7 +211,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     summed_gate = "identity" if variant == "tanh_mask_only" else kind
     reach = float(np.abs(runs.seeds).sum(axis=1).max())  # |s_k| <= reach: 1 for a class
     offset = _score_of_zeros(runs) if baseline == "zero" else None
-    totals, count, bounds = [], 0, []
+    totals, count, bounds, errors = [], 0, [], []
     for activation, extremes in zip(runs.activations, runs.extremes, strict=True):
         still = np.logical_not(extremes.any(axis=1))
         candidates = np.arange(len(activation)) if kind == "sigmoid_relu" else np.flatnonzero(np.logical_not(still))
@@ -184,10 +222,12 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
         if len(alike) > 1:
             weights = np.where(live == alike[0], len(alike), 1).astype(np.float32)
         ask = _Ask(kind, summed_gate=summed_gate, offset=offset, weights=weights)
-        totals.append(_score(runs, activation, live, ask).summed)
+        scores = _score(runs, activation, live, ask)
+        totals.append(scores.summed)
+        errors.append(scores.error)
         count += len(live)
         bounds.append(bound * reach)
-    return _result(_finished(runs, totals), runs, count, max(bounds))
+    return _result(_finished(runs, totals), runs, count, errors, max(bounds))
 
 
 @cam("score_cam", needs=MaskedRuns, layers="last", source="Wang et al., Score-CAM, arXiv 1910.01279", on_gpu=True)
@@ -198,17 +238,21 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
     logits, a softmax over the channels, sums at the tap's resolution and scales as that library does. UnknownMethod.
     """
     chosen(variant, SCORE_CAM_VARIANTS, "variant")
-    totals, count = [], 0
+    totals, count, errors = [], 0, []
     for activation, extremes in zip(runs.activations, runs.extremes, strict=True):
         flat = extremes[:, 0] == extremes[:, 1]
         live = np.flatnonzero(~flat)
         count += len(live)
         if variant == "original":
-            totals.append(_score(runs, activation, live, _Ask("minmax", summed_gate="identity")).summed)
+            found = _score(runs, activation, live, _Ask("minmax", summed_gate="identity"))
+            totals.append(found.summed)
+            errors.append(found.error)
             continue
         scores = np.zeros((len(runs.seeds), len(flat)), np.float32)
         ask = _Ask("minmax", "align_corners", probability="logits")
-        scores[:, live] = _score(runs, activation, live, ask).on_host(runs)
+        found = _score(runs, activation, live, ask)
+        errors.append(found.error)
+        scores[:, live] = found.on_host(runs)
         if flat.any():  # a constant channel's mask is zero everywhere: one run stands for all of them
             scores[:, flat] = runs.memory.get(_score_of_zeros(runs, "logits"))[0][:, None]
             count += 1
@@ -216,4 +260,4 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
         (channels,) = runs.memory.get(activation)
         totals.append(np.einsum("sk,khw->shw", scores / scores.sum(axis=1, keepdims=True), channels))
     maps = _finished(runs, totals) if variant == "original" else combined(totals, runs.size).maps
-    return _result(maps, runs, count)
+    return _result(maps, runs, count, errors)

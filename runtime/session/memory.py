@@ -26,8 +26,8 @@ class Memory:
         fetched = iter(self.stream.download_all(on_gpu) if self.stream is not None and on_gpu else ())
         return [next(fetched) if isinstance(a, DeviceArray) else a for a in arrays]
 
-    def empty(self, shape: Sequence[int]) -> Any:
-        return np.empty(shape, np.float32) if self.stream is None else self.stream.empty(shape)
+    def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
+        return np.empty(shape, dtype) if self.stream is None else self.stream.empty(shape, dtype)
 
     def zeros(self, shape: Sequence[int]) -> Any:
         return self.put(np.zeros(shape, np.float32))

@@ -124,14 +124,16 @@ class Session:
     @property
     def exact_logits_program(self) -> Program:
         """A program whose logits are computed in float32, whatever the precision: close scores keep their order."""
-        return self.program(Kind.CLASSIFY if self.precision == "fp32" else Kind.ACTIVATIONS)
+        classify = self.program(Kind.CLASSIFY)
+        return classify if classify.precision == "float32" else self.program(Kind.ACTIVATIONS)
 
     def exact_logits(self, images: Any) -> np.ndarray:
         """As `logits`, in float32."""
-        if self.precision == "fp32":
+        program = self.exact_logits_program
+        if program.kind == Kind.CLASSIFY:
             return self.logits(images)
-        program = self.open(self.exact_logits_program)
-        found = [program.run({"image": batch})["logits"] for _, batch in chunks(images, self.max_batch)]
+        executable = self.open(program)
+        found = [executable.run({"image": batch})["logits"] for _, batch in chunks(images, self.max_batch)]
         return np.concatenate(self.memory.get(*found))
 
     def normalized(self, images: Any) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 
 from ...kernels import DeviceError
 from ...runtime.backends import Backend, Settings, create, masks_on_gpu
-from ...runtime.bundle.kinds import KINDS, Kind
-from ...runtime.bundle.manifest import PRECISIONS, Program, Tap
+from ...runtime.bundle.kinds import Kind
+from ...runtime.bundle.manifest import Program, Tap
 from ...runtime.bundle.reading import Bundle, read_bundle
 from ...runtime.cams import MaskedRuns, method_named
 from ...runtime.errors import CamrtError, InputError, UnknownName, near
@@ -51,14 +51,15 @@ def check(
 ) -> DeviceReport:
     """Runs a bundle's programs and methods on this machine and compares them with the references that it stores.
 
-    precisions: "fp32", "fp16", by default all that the bundle has. programs: files of programs, by default all of
-    them; only methods that these suffice for are checked. backend, max_batch, mask_batch: as for `camrt.load`.
-    Limits: those of `verify`; maps in float16: 1 - cosine of 1e-3, and the top class. CamrtError if the bundle stores
+    precisions: "fp32", "fp16", "int8", by default all that the bundle has. programs: files, by default those of all
+    programs; only methods that these suffice for are checked. backend, max_batch, mask_batch: as for `camrt.load`.
+    Limits: those of `verify`; maps in float16: 1 - cosine of 1e-3, and the top class; of the program `masked`, twice
+    its own distance from float64. Maps in int8 have no limit, so they are not compared. CamrtError if the bundle stores
     no references; errors of one program or method become a row that fails.
     """
     bundle = read_bundle(path)
     references = read_references(bundle)
-    chosen = [bundle.chosen_precision(p) for p in precisions or bundle.precisions]
+    chosen = [bundle.chosen_precision(p, masks=True) for p in precisions or bundle.mask_precisions]
     engine = create(
         backend, Settings(max_batch=max_batch, progress=progress, mask_batch=masks_on_gpu(max_batch, mask_batch))
     )
@@ -90,10 +91,10 @@ def check_on(
 
         if not done:
             rows += device().preprocessing()
-        cases = device().cases(files)
+        cases, own = device().cases(files), bundle.programs(precision)
         for program in bundle.manifest.programs:
-            now, wanted = device(), KINDS[program.kind].runs_once or program.precision == PRECISIONS[precision]
-            if wanted and program.file in files - done:
+            now = device()
+            if program in own and program.file in files - done:
                 done.add(program.file)
                 rows += now.program(program)
                 if program.kind == Kind.CLASSIFY and program.precision == "float16":
@@ -159,7 +160,9 @@ class _Device:
                 yield _failed(program.file, run.name, str(error))
                 continue
             bad = [name for name, array in out.items() if not np.isfinite(array).all()]
-            if bad or program.precision != "float32":  # maps and classes in float16 are compared with the methods
+            if bad or (
+                program.precision != "float32" and program.kind != Kind.MASKED
+            ):  # maps and classes in float16 are compared with the methods
                 yield Row(
                     program.file, f"finite, {run.name}", 0.0, 0.0, 0.0, f"NaN or infinity in {bad[0]}" if bad else ""
                 )
@@ -179,9 +182,13 @@ class _Device:
 
     def _feeds(self, program: Program, run: _Run) -> dict[str, np.ndarray]:
         known = {"image": run.images, "seed": run.seeds, "ratio": np.zeros((len(run.seeds), 1), np.float32)}
-        before = {Kind.HEAD: (Kind.TRUNK, program.taps), Kind.SCORE: (Kind.NORMALIZE, ())}.get(Kind(program.kind))
-        if before is not None:
-            known |= self._session.open(self._session.program(*before)).run({"image": run.images})
+        before = {Kind.HEAD: (Kind.TRUNK, program.taps), Kind.SCORE: (Kind.NORMALIZE, ())}
+        if self._manifest.normalized is not None:
+            before[Kind.MASKED] = (Kind.NORMALIZE, ())
+        if program.kind in before:
+            source = self._session.program(*before[Kind(program.kind)])
+            known |= self._session.open(source).run({"image": run.images})
+        known["masked"] = known.get("normalized", run.images).astype(np.float16)
         return {name: known[name] for name in program.inputs}
 
     def _compared(self, program: Program, run: _Run, out: Mapping[str, np.ndarray]) -> Iterator[Row]:
@@ -189,7 +196,8 @@ class _Device:
         if "logits" in out:
             rows = run.rows[: len(out["logits"])]
             distance = row_distance(out["logits"].astype(np.float64), self._references.logits[rows].astype(np.float64))
-            limit = float(self._references.limits["logits"][0])
+            name = f"masked {program.precision}" if program.kind == Kind.MASKED else "logits"
+            limit = float(self._references.limits[name][0])
             yield Row(program.file, f"logits, {run.name}", distance, 0.0, limit)
         for kind, arrays in _by_kind(program, taps, out).items():
             rows = run.rows[: len(arrays[0])]
@@ -217,7 +225,7 @@ class _Device:
         found: dict[str, list[Case]] = {}
         for case in self._references.cases:
             needed = self._programs_of(case)
-            if needed <= set(files):
+            if needed <= set(files) and self._explainer.precision in case.limits:
                 found.setdefault(max(needed, key=lambda file: order[file]), []).append(case)
         return found
 
@@ -259,10 +267,13 @@ class _Device:
         method = method_named(case.method)
         data, names = method.data(case.options), chosen_layers(self._manifest, method, case.layers)
         kinds = {*data.kinds}
-        if issubclass(data, MaskedRuns) and self._manifest.normalized is not None:
-            kinds = kinds - {Kind.CLASSIFY} | {Kind.NORMALIZE, Kind.SCORE}
-        without_layers = (Kind.CLASSIFY, Kind.NORMALIZE, Kind.SCORE, Kind.FULL_GRAD)
-        programs = [self._session.program(k, () if k in without_layers else names) for k in kinds]
+        programs = []
+        if issubclass(data, MaskedRuns):
+            kinds = kinds - {Kind.CLASSIFY} | ({Kind.NORMALIZE} if self._manifest.normalized is not None else set())
+            on_gpu = self._session.memory.stream is not None
+            programs.append(self._session.bundle.mask_program(self._explainer.precision, on_gpu))
+        without_layers = (Kind.CLASSIFY, Kind.NORMALIZE, Kind.FULL_GRAD)
+        programs += [self._session.program(k, () if k in without_layers else names) for k in kinds]
         if method.seeds is not None:
             programs.append(self._session.exact_logits_program)
         return {program.file for program in programs}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ...export.pytorch.autograd import Record
 
 MASKS = 33  # of ScoreCAM++: more than half of a GPU's mask batch, which the runtime then fills up
+MASKED_LIMIT = 1e-3  # relative L2 of logits in float16 or int8
 _IMAGES = 4  # in one run of PyTorch, which then takes little memory
 FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
 Compute = Callable[["Record", "Record"], "torch.Tensor"]  # (layers, layers behind their norms) -> maps
@@ -102,9 +103,25 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
         seeds,
         logits[0].astype(np.float32),
         {kind: sums.astype(np.float32) for kind, sums in tensors.items()},
-        {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()},
+        {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()}
+        | _masked_limits(bundle, images, logits[0]),
         tuple(cases),
     )
+
+
+def _masked_limits(bundle: Bundle, images: np.ndarray, logits: np.ndarray) -> dict[str, np.ndarray]:
+    """Twice the distance from the network's logits of those that a program `masked` gives in its own precision."""
+    limits = {}
+    for program in bundle.manifest.programs:
+        if program.kind == Kind.MASKED:
+            entry = images
+            if bundle.manifest.normalized is not None:
+                normalize = InterpretedBackend().open(bundle, bundle.program(Kind.NORMALIZE))
+                entry = normalize.run({"image": images})["normalized"]
+            rounded = InterpretedBackend(rounding=True).open(bundle, program)
+            got = rounded.run({"masked": entry.astype(np.float16)})["logits"].astype(np.float64)
+            limits[f"masked {program.precision}"] = np.array([max(MASKED_LIMIT, 2 * row_distance(got, logits))])
+    return limits
 
 
 def _of_layers(bundle: Bundle, seeds: np.ndarray, size: Sequence[int]) -> Iterator[_Question]:

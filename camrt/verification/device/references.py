@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels import minmax
+from ...runtime.bundle.kinds import Kind
 from ...runtime.bundle.manifest import Manifest
 from ...runtime.bundle.reading import Bundle
 from ...runtime.errors import BundleError, CamrtError
@@ -55,7 +56,8 @@ class References:
     """pixels (B, C, H, W) uint8: the images, see `images`. seeds, logits (B, classes) float32.
 
     tensors: of each kind in TENSORS the signed sums (layers, B, SUMS) float32 of every layer; limits: the largest
-    relative L2 distance that passes, (layers,), and under "logits" (1,).
+    relative L2 distance that passes, (layers,); under "logits" (1,); under "masked float16" and "masked int8" (1,),
+    where there is such a program, that of its logits from those of the network in float64.
     """
 
     pixels: np.ndarray
@@ -119,7 +121,7 @@ def _of_arrays(arrays: dict[str, np.ndarray]) -> References:
         arrays["seeds"],
         arrays["logits"],
         {kind: arrays[f"sums {kind}"] for kind in TENSORS},
-        {kind: arrays[f"limits {kind}"] for kind in (*TENSORS, "logits")},
+        {name.removeprefix("limits "): array for name, array in arrays.items() if name.startswith("limits ")},
         tuple(cases),
     )
 
@@ -132,7 +134,9 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
     ]
     for name in ("seeds", "logits"):
         shapes.append((name, getattr(references, name), (count, manifest.num_classes), "float32"))
-    shapes.append(("limits of logits", references.limits["logits"], (1,), "float64"))
+    masked = [f"masked {p.precision}" for p in manifest.programs if p.kind == Kind.MASKED]
+    for name in ("logits", *masked):
+        shapes.append((f"limits of {name}", references.limits[name], (1,), "float64"))
     for kind in TENSORS:
         shapes.append((kind, references.tensors[kind], (layers, count, SUMS), "float32"))
         shapes.append((f"limits of {kind}", references.limits[kind], (layers,), "float64"))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....kernels import GpuDevice
-from ...bundle.kinds import Kind
 from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
 from .bindings import Capability, Library
@@ -67,7 +66,7 @@ def profiles_of(bundle: Bundle, program: Program, max_batch: int, masks: int) ->
     """
     symbols = {d for shape in program.inputs.values() for d in shape if isinstance(d, str)}
     profiles, most = [Profile("single")], 16
-    scores = program.kind == (Kind.CLASSIFY if bundle.manifest.normalized is None else Kind.SCORE)
+    scores = any(program == bundle.mask_program(p, on_gpu=True) for p in bundle.mask_precisions)
     while most < (max(max_batch, masks) if scores else max_batch):
         most *= 2
     if "batch" in symbols:

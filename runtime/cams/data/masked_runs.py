@@ -10,7 +10,7 @@ import numpy as np
 
 from ....kernels import channel_extremes, mask_batch, take_channels
 from ...bundle.kinds import Kind
-from ...bundle.manifest import Tap
+from ...bundle.manifest import Program, Tap
 from ...session.batches import check_finite, scores_of
 from ...session.cuda_graphs import CudaGraphs
 from ...session.lanes import Lanes
@@ -29,7 +29,8 @@ class Lane:
     """A part of a layer's masks, which runs batch after batch.
 
     batches: slices of the masks, at most N each. run: masked images (n, C, H, W) -> logits (n, classes). masked
-    (N, C, H, W), and on the host gates (N, H, W): float32 buffers that every batch overwrites; gates is None on a GPU.
+    (N, C, H, W), and on the host gates (N, H, W): buffers that every batch overwrites, float32 on the host, of the
+    program's dtype on a GPU; gates is None on a GPU.
     """
 
     batches: tuple[slice, ...]
@@ -44,8 +45,9 @@ class MaskedRuns(MethodData):
 
     logits and seeds (S, classes) are on the host, as extremes are: per layer, each channel's lowest and highest value
     (K, 2). The image and the activations are in `memory`. probability: "softmax" or "sigmoid", the `kind` of
-    kernels.class_scores. run: masked images (n, C, H, W) -> logits (n, classes). mask_batch: the most masked images in
-    one run. graphs: of the GPU, None without one.
+    kernels.class_scores. run: masked images (n, C, H, W) -> logits (n, classes); on a GPU they are of `dtype`. exact:
+    None; or, where `run` is in int8, the same in float32. mask_batch: the most masked images in one run. graphs: of the
+    GPU, None without one.
     """
 
     kinds = (Kind.ACTIVATIONS, Kind.CLASSIFY)
@@ -63,6 +65,8 @@ class MaskedRuns(MethodData):
     mask_batch: int
     lanes: Lanes
     memory: Memory = HOST
+    dtype: str = "float32"
+    exact: Callable[[Any], Any] | None = None
     graphs: CudaGraphs | None = None
 
     @property
@@ -77,8 +81,9 @@ class MaskedRuns(MethodData):
         number = min(self.lanes.count, len(starts))
 
         def in_lane(first: int) -> T:
-            masked = self.memory.empty((room, *self.image.shape))
-            gates = None if self.memory.stream is not None else np.empty((room, *self.size), np.float32)
+            on_gpu = self.memory.stream is not None
+            masked = self.memory.empty((room, *self.image.shape), self.dtype if on_gpu else "float32")
+            gates = None if on_gpu else np.empty((room, *self.size), np.float32)
             batches = tuple(slice(s, min(s + self.mask_batch, count)) for s in starts[first::number])
             return work(Lane(batches, self.run, masked, gates))
 
@@ -98,7 +103,7 @@ class MaskedRuns(MethodData):
 
         def work(image: Any, activation: Any, index: Any) -> Any:
             taken = take_channels(activation, index, stream=stream)
-            masked = memory.empty((room, *image.shape))
+            masked = memory.empty((room, *image.shape), self.dtype)
             mask_batch(image, taken, kind, interpolation, out=masked, stream=stream)
             return self.run(masked)
 
@@ -108,6 +113,13 @@ class MaskedRuns(MethodData):
             logits = work(*inputs) if self.graphs is None else self.graphs.run(key, inputs, work)
             stream.copy(logits, found[start : start + room])
         return found[:count]
+
+    def exact_logits(self, activation: Any, channels: np.ndarray, kind: str, interpolation: str) -> Any:
+        """The logits (n, classes), in float32, of the image under the masks of a few channels."""
+        assert self.exact is not None
+        stream = self.memory.stream
+        taken = take_channels(activation, self.memory.put(channels.astype(np.int32)), stream=stream)
+        return self.exact(mask_batch(self.image, taken, kind, interpolation, stream=stream))
 
     @classmethod
     def read(
@@ -126,9 +138,10 @@ class MaskedRuns(MethodData):
         )
         logits, seeds = scores_of({"logits": fetched}, batch)
         check_finite(logits)
-        kind, entry = (Kind.CLASSIFY, "image") if manifest.normalized is None else (Kind.SCORE, "normalized")
-        scored = session.open(session.program(kind), concurrent=session.lanes.count > 1)
-        image = session.normalized(batch.images)
+        program = session.bundle.mask_program(session.precision, memory.stream is not None)
+        image, exact = session.normalized(batch.images), None
+        if program.precision == "int8":
+            exact = _runner(session, session.bundle.mask_program("fp32", False), concurrent=False)
         return cls(
             taps=taps,
             logits=logits,
@@ -137,9 +150,23 @@ class MaskedRuns(MethodData):
             activations=activations,
             extremes=tuple(extremes),
             probability=manifest.probability,
-            run=lambda masked: scored.run({entry: masked})["logits"],
+            run=_runner(session, program, concurrent=session.lanes.count > 1),
             mask_batch=session.mask_batch,
             lanes=session.lanes,
             memory=memory,
+            dtype=program.input_dtype,
+            exact=exact,
             graphs=session.cuda_graphs,
         )
+
+
+def _runner(session: Session, program: Program, concurrent: bool) -> Callable[[Any], Any]:
+    """masked images (n, C, H, W) -> logits (n, classes)."""
+    executable, dtype = session.open(program, concurrent=concurrent), program.input_dtype
+    (entry,) = program.inputs
+
+    def run(masked: Any) -> Any:
+        masked = masked.astype(dtype, copy=False) if isinstance(masked, np.ndarray) else masked
+        return executable.run({entry: masked})["logits"]
+
+    return run
