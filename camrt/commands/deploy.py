@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     triton.add_argument("--name", help="the model's (default: the bundle's folder)")
     triton.add_argument("--gpu", action="store_true", help="instances on every GPU (default: on the CPU)")
     triton.add_argument("--backend", help="the runtime's (default: onnxruntime; on GPUs auto)")
-    triton.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
+    triton.add_argument("--precision", choices=("fp32", "fp16"), help="default: the first that the bundle has")
     triton.add_argument("--instances", type=int, default=1, help="on the CPU, or on each GPU (default: 1)")
     triton.add_argument("--threads", type=int, help="of one run on the CPU (default: one for each core)")
     triton.add_argument("--method", default="winsor_cam", help="where a request names none (default: winsor_cam)")
