@@ -17,6 +17,9 @@ from ..tape import Tape, attribute, static_dims, weight_dims
 from .shape import pad_zeros
 
 
+_MOST_STRIDE = 2  # of a convolution whose data gradient is computed phase by phase: its phases are stride^2
+
+
 @dataclass(frozen=True)
 class Window:
     """Geometry of a sliding window over spatial axes, every field one number per axis."""
@@ -81,7 +84,10 @@ def data_gradient(
     if all(s == 1 for s in window.strides):
         return _unit_stride(op, g, weight, group, window, out)
     if len(size) == 2 and all(d == 1 for d in window.dilations):
-        return _sub_pixel(op, g, weight, group, window, size, out)
+        exact = window.strides[0] == window.strides[1] <= min(min(window.kernel), _MOST_STRIDE)
+        divides = all(k % s == 0 for k, s in zip(window.kernel, window.strides, strict=True))
+        by = _phase_by_phase if exact and not divides else _sub_pixel
+        return by(op, g, weight, group, window, size, out)
     return _conv_transpose(op, g, weight, group, window, size)
 
 
@@ -91,18 +97,22 @@ def _flipped(op: Tape, value: ir.Value, axes: Sequence[int], sizes: Sequence[int
     return op.Slice(value, [-1] * len(axes), [-(2**31)] * len(axes), axes, [-1] * len(axes)) if axes else value
 
 
+def _swapped(op, weight, group, filters, per_group, kernel):
+    """The flipped kernel (K, C/group, *kernel), its input and output channels swapped within each group."""
+    flipped = _flipped(op, weight, range(2, 2 + len(kernel)), kernel)
+    if group == 1:
+        return op.Transpose(flipped, perm=[1, 0, *range(2, 2 + len(kernel))])
+    if per_group == 1 and filters == group:
+        return flipped
+    blocks = op.Reshape(flipped, [group, filters // group, per_group, *kernel])
+    blocks = op.Transpose(blocks, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+    return op.Reshape(blocks, [group * per_group, filters // group, *kernel])
+
+
 def _unit_stride(op, g, weight, group, window, out):
     """Conv of g with the flipped kernel, its input and output channels swapped within each group."""
     filters, per_group, *kernel = weight_dims(weight)
-    flipped = _flipped(op, weight, range(2, 2 + len(kernel)), kernel)
-    if group == 1:
-        swapped = op.Transpose(flipped, perm=[1, 0, *range(2, 2 + len(kernel))])
-    elif per_group == 1 and filters == group:
-        swapped = flipped
-    else:
-        blocks = op.Reshape(flipped, [group, filters // group, per_group, *kernel])
-        blocks = op.Transpose(blocks, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
-        swapped = op.Reshape(blocks, [group * per_group, filters // group, *kernel])
+    swapped = _swapped(op, weight, group, filters, per_group, kernel)
     before = [e - 1 - p for e, p in zip(window.extent, window.before, strict=True)]
     after = [e - 1 - p for e, p in zip(window.extent, window.after, strict=True)]
     if min(*before, *after) < 0:
@@ -111,6 +121,43 @@ def _unit_stride(op, g, weight, group, window, out):
         before, after = [max(p, 0) for p in before], [max(p, 0) for p in after]
     return op.Conv(
         g, swapped, group=group, kernel_shape=kernel, pads=[*before, *after], dilations=list(window.dilations)
+    )
+
+
+def _phase_by_phase(op, g, weight, group, window, size, out):
+    """A unit-stride Conv for every phase of the output, with exactly the taps that the phase has; interleaved, they are
+    the cotangent.
+
+    For i = s j + e: i + before = s q + r with q = j + q0, so dx[i] = sum_m W[s m + r] g[j + q0 - m].
+    """
+    filters, per_group, *kernel = weight_dims(weight)
+    stride = window.strides[0]
+    count = [-(-n // stride) for n in size]
+
+    def along(axis: int) -> list[tuple[int, int, int, int]]:
+        """Of each phase: r, its number of taps, padding before and after."""
+        phases = []
+        for e in range(stride):
+            q0, r = divmod(e + window.before[axis], stride)
+            taps = -(-(kernel[axis] - r) // stride)
+            before = taps - 1 - q0
+            phases.append((r, taps, before, count[axis] + taps - 1 - before - out[axis]))
+        return phases
+
+    parts = []
+    for r0, m0, *pads0 in along(0):
+        for r1, m1, *pads1 in along(1):
+            taps = op.Slice(weight, [r0, r1], kernel, [2, 3], [stride, stride])
+            before, after = zip(pads0, pads1, strict=True)
+            cut = g
+            if min(*before, *after) < 0:
+                cut = crop_or_pad(op, g, out, [min(p, 0) for p in before], [min(p, 0) for p in after])
+            pads = [max(p, 0) for p in (*before, *after)]
+            swapped = _swapped(op, taps, group, filters, per_group, [m0, m1])
+            parts.append(op.Conv(cut, swapped, group=group, kernel_shape=[m0, m1], pads=pads))
+    dx = op.DepthToSpace(op.Concat(*parts, axis=1), blocksize=stride, mode="DCR")
+    return crop_or_pad(
+        op, dx, [n * stride for n in count], [0, 0], [n - c * stride for n, c in zip(size, count, strict=True)]
     )
 
 
