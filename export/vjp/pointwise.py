@@ -202,10 +202,8 @@ def absolute(op, node, g):
 def clip(op, node, g):
     """dx = g where min < x < max, strictly, as PyTorch's relu6 and hardtanh do."""
     x, *bounds = node.inputs
-    for bound, inside in zip(bounds, (op.Greater, op.Less), strict=False):
-        if bound is not None:
-            g = op.mask(inside(x, bound), g)
-    return (g, None, None)
+    inside = [holds(x, bound) for bound, holds in zip(bounds, (op.Greater, op.Less), strict=False) if bound is not None]
+    return (op.mask(op.And(*inside) if len(inside) == 2 else inside[0], g) if inside else g, None, None)
 
 
 @vjp("Pow")
