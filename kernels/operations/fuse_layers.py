@@ -11,7 +11,6 @@ import numpy as np
 from ..call import Stream, prepared
 from ..checks import expect, expect_choice, expect_sides
 from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s
-from .gates import minmax
 from .resizing import INTERPOLATIONS, resize_tables, tap_table, upsample
 
 TILE = (8, 32)  # height and width in pixels of a block's part of the result: one pixel per thread
@@ -96,10 +95,12 @@ def normalize_layers(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.n
 
     maps (B, sum h w), layers side by side -> the same shape.
     """
-    ends = _offsets(grids)
-    result = np.empty_like(maps)
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
-        result[:, start:end] = minmax(np.maximum(maps[:, start:end], 0), axes=(-1,))
+    sizes, starts = [h * w for h, w in grids], _offsets(grids)[:-1]
+    result = np.maximum(maps, 0)
+    low, high = np.minimum.reduceat(result, starts, axis=1), np.maximum.reduceat(result, starts, axis=1)
+    span = high - low  # of numbers from 0: it does not overflow
+    result -= np.repeat(low, sizes, axis=1)
+    result /= np.repeat(np.where(span > 0, span, 1), sizes, axis=1)
     return result
 
 

@@ -61,20 +61,25 @@ def layer_importance(
 def _by_numpy(
     alphas: np.ndarray, channels: Sequence[int], kind: str, limits: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    parts = np.split(alphas.astype(np.float64), np.cumsum(channels)[:-1], axis=1)
-    aggregates = np.stack([_aggregated(part, kind) for part in parts], axis=1)
-    magnitudes = np.stack([np.abs(part).mean(axis=1) for part in parts], axis=1)
+    alphas, counts = alphas.astype(np.float64), np.asarray(channels)
+    starts = np.cumsum([0, *channels[:-1]])
+    magnitude = np.abs(alphas)
+    aggregates = _aggregated(alphas, magnitude, starts, counts, kind)
+    magnitudes = np.add.reduceat(magnitude, starts, axis=1) / counts
     cancelled = (np.abs(aggregates) <= limits * magnitudes) if kind == "mean" else np.zeros(aggregates.shape, bool)
     relative = np.where(magnitudes == 0, np.inf, aggregates / np.where(magnitudes == 0, 1, magnitudes))
     aggregates = np.where(cancelled | (limits >= 2), 0, aggregates)
     return np.maximum(aggregates, 0).astype(np.float32), relative.astype(np.float32)
 
 
-def _aggregated(alphas: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "mean":
-        return alphas.mean(axis=1)
-    if kind in ("max", "min"):
-        return getattr(alphas, kind)(axis=1)
-    if kind in ("absmean", "absmax"):
-        return getattr(np.abs(alphas), kind.removeprefix("abs"))(axis=1)
-    return np.sqrt((alphas * alphas).sum(axis=1))
+def _aggregated(
+    alphas: np.ndarray, magnitude: np.ndarray, starts: np.ndarray, counts: np.ndarray, kind: str
+) -> np.ndarray:
+    """(B, L) of alphas and their magnitudes (B, sum K). starts, counts: of each layer's channels."""
+    if kind in ("mean", "absmean"):
+        return np.add.reduceat(alphas if kind == "mean" else magnitude, starts, axis=1) / counts
+    if kind == "min":
+        return np.minimum.reduceat(alphas, starts, axis=1)
+    if kind in ("max", "absmax"):
+        return np.maximum.reduceat(alphas if kind == "max" else magnitude, starts, axis=1)
+    return np.sqrt(np.add.reduceat(alphas * alphas, starts, axis=1))

@@ -57,9 +57,10 @@ class Memory:
         return joined.reshape(rows, sum(widths))
 
     def columns(self, array: Any, index: np.ndarray) -> Any:
-        """Some of the columns of (S, N): (S, len(index))."""
+        """Some of the columns of (S, N): (S, len(index)). index: in ascending order."""
         if self.stream is None:
-            return array[:, index]
+            together = len(index) > 0 and index[-1] - index[0] + 1 == len(index)
+            return array[:, index[0] : index[-1] + 1] if together else array[:, index]
         rows, width = array.shape
         table = (np.arange(rows)[:, None] * width + index).astype(np.int32)
         numbers = array.reshape(rows * width, 1, 1)

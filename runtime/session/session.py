@@ -68,7 +68,8 @@ class Session:
 
     def taps(self, names: Sequence[str]) -> tuple[Tap, ...]:
         """The taps of these names, in the bundle's order; unknown names are ignored."""
-        return tuple(t for t in self.manifest.taps if t.name in set(names))
+        wanted = set(names)
+        return tuple(t for t in self.manifest.taps if t.name in wanted)
 
     def program(self, kind: Kind, layers: Sequence[str] = ()) -> Program:
         """The program of a kind with the fewest taps that has all the layers. CamrtError if there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -48,7 +49,8 @@ class MethodData:
         return cls.on_gpu
 
 
-def columns(widths: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-    """Column numbers of the arrays at `indices`, of arrays with these widths that are concatenated."""
+@functools.lru_cache(maxsize=64)
+def columns(widths: tuple[int, ...], indices: tuple[int, ...]) -> np.ndarray:
+    """Column numbers of the arrays at `indices`, of arrays with these widths side by side. Not to be changed."""
     ends = np.cumsum([0, *widths])
     return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in indices])

@@ -72,8 +72,9 @@ class LayerMaps(MethodData):
         """The same data of the named layers only, in the order of `taps`."""
         if len(layers) == len(self.taps):
             return self
-        indices = [i for i, t in enumerate(self.taps) if t.name in set(layers)]
-        channels, pixels = [t.channels for t in self.taps], [h * w for h, w in self.grids]
+        wanted = set(layers)
+        indices = tuple(i for i, t in enumerate(self.taps) if t.name in wanted)
+        channels, pixels = tuple(t.channels for t in self.taps), tuple(h * w for h, w in self.grids)
         return replace(
             self,
             taps=tuple(self.taps[i] for i in indices),

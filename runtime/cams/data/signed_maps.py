@@ -60,8 +60,9 @@ class SignedMaps(MethodData):
         out = session.run(program, batch, session.manifest.seeds_share_image, feeds={"ratio": ratio})
         taps, maps, magnitudes = session.taps(program.taps), out["maps"], out["magnitudes"]
         if len(taps) != len(layers):
-            indices = [i for i, t in enumerate(taps) if t.name in set(layers)]
+            wanted = set(layers)
+            indices = tuple(i for i, t in enumerate(taps) if t.name in wanted)
             magnitudes = magnitudes[:, indices]
-            maps = maps[:, columns([h * w for h, w in (t.grid for t in taps)], indices)]
+            maps = maps[:, columns(tuple(h * w for h, w in (t.grid for t in taps)), indices)]
         sign = of_score.sign.astype(np.float32)[:, None]
         return cls(session.taps(layers), *scores_of(out, batch), sign * maps, magnitudes, session.size)
