@@ -179,6 +179,13 @@ def test_on_a_gpu(referenced: Path, emulated: EmulatedGpu) -> None:
     }
 
 
+def test_a_bundle_in_float16_alone(tmp_path: Path) -> None:
+    camrt.export_model(small_net(), tmp_path / "half", (3, 32, 32), precision="fp16")
+    camrt.add_references(tmp_path / "half")
+    report = camrt.check(tmp_path / "half")
+    assert report.passed and {row.program for row in report.rows} >= {"activations.onnx", "methods fp16"}
+
+
 def test_some_programs_alone(referenced: Path) -> None:
     """As `camrt build` checks what it built: only methods that need no other program."""
     report = camrt.check(referenced, precisions=["fp32"], programs=["layer_maps.last.onnx"])
@@ -205,7 +212,7 @@ def test_the_command(copy: Path, capsys: pytest.CaptureFixture) -> None:
 
 def stored(path: Path, arrays: dict[str, Any]) -> None:
     """Stores other references, with their hash."""
-    np.savez_compressed(path / "references.npz", allow_pickle=True, **arrays)
+    np.savez_compressed(path / "references.npz", **arrays)
     digest = hashlib.sha256((path / "references.npz").read_bytes()).hexdigest()
     manifest = read_bundle(path).manifest
     write_manifest(path, replace(manifest, references={"file": "references.npz", "sha256": digest}))

@@ -88,5 +88,5 @@ def is_quantised(bundle: Bundle) -> bool:
     """Whether the network's activations are quantised: its forward pass has QuantizeLinear nodes."""
     import onnx_ir as ir
 
-    graph = ir.load(bundle.file(bundle.program(Kind.CLASSIFY))).graph
+    graph = ir.load(bundle.file(bundle.program(Kind.ACTIVATIONS))).graph  # float32 in every precision
     return any(node.op_type == "QuantizeLinear" for node in graph)

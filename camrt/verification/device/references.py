@@ -83,7 +83,7 @@ class References:
             arrays[f"samples {i}"], arrays[f"sums {i}"] = facts.pop("samples"), facts.pop("sums")
             said.append(facts)
         arrays["cases"] = np.array(json.dumps(said))
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        np.savez_compressed(path, **arrays)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
