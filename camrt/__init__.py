@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .runtime.explainer import Explainer, load
     from .runtime.explanation import Explanation
     from .verification.device.check import check
-    from .verification.device.measure import add_references
+    from .verification.device.measure import add_references, store_references
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "export_model",
     "export_onnx",
     "load",
+    "store_references",
 ]
 
 _HOME = {
@@ -50,6 +51,7 @@ _HOME = {
     "export_model": "export.api",
     "export_onnx": "export.api",
     "load": "runtime.explainer",
+    "store_references": "verification.device.measure",
 }
 
 

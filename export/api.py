@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 Calibration = np.ndarray | Callable[[Manifest], np.ndarray]
+Complete = Callable[[Path, Manifest, Progress], Manifest]
 
 
 def _silent(_: str) -> None:
@@ -51,6 +52,7 @@ def export_model(
     shuffle_weights: int | None = None,
     overwrite: bool = False,
     progress: Progress = _silent,
+    complete: Complete | None = None,
 ) -> Path:
     """Exports a PyTorch classifier, in eval mode and float32, and returns the bundle's path.
 
@@ -64,7 +66,8 @@ def export_model(
     or "sigmoid", the function that turns the logits into probabilities. classes: names in logit order. preprocess: how
     a picture becomes the input; without it the bundle takes preprocessed arrays only. shuffle_weights: a seed; the
     bundle is then of a copy whose weights are in random order, for `camrt evaluate --other-weights`. progress is called
-    with one line per stage.
+    with one line per stage. complete(folder, manifest, progress): called at the end with the folder that will be moved
+    to `path`; it may add files and returns the manifest, e.g. camrt.store_references.
 
     At the end ONNX Runtime opens every program and runs it on two images (on one where the batch is fixed at 1). A
     bundle that differs from the model is not written. ExportError: the output is not (batch, classes), PyTorch cannot
@@ -87,7 +90,7 @@ def export_model(
     check_activation(activation)
     label = name or type(model).__name__.lower()
     precisions = _precisions(precision, calibration)
-    facts = _Facts(path, label, "torch", precisions, activation, classes, preprocess, overwrite, calibration)
+    facts = _Facts(path, label, "torch", precisions, activation, classes, preprocess, overwrite, calibration, complete)
 
     def build(attempt: Attempt) -> TappedGraph:
         try:
@@ -118,6 +121,7 @@ def export_onnx(
     shuffle_weights: int | None = None,
     overwrite: bool = False,
     progress: Progress = _silent,
+    complete: Complete | None = None,
 ) -> Path:
     """Exports an ONNX classifier (opset 9 or later) and returns the bundle's path. PyTorch is not needed.
 
@@ -134,7 +138,7 @@ def export_onnx(
     check_activation(activation)
     label = name or Path(model).stem
     precisions = _precisions(precision, calibration)
-    facts = _Facts(path, label, "onnx", precisions, activation, classes, preprocess, overwrite, calibration)
+    facts = _Facts(path, label, "onnx", precisions, activation, classes, preprocess, overwrite, calibration, complete)
     origin = {"kind": "onnx", "spec": str(model) if shuffle_weights is None else None, "output": output}
     sizes = None if input_shape is None else _shape(input_shape)
     with tempfile.TemporaryDirectory(prefix="camrt-") as folder:
@@ -170,6 +174,7 @@ class _Facts:
     preprocess: Preprocess | None
     overwrite: bool
     calibration: Calibration | None
+    complete: Complete | None
 
 
 def _precisions(precisions: str | Sequence[str], calibration: Calibration | None) -> list[str]:
@@ -308,7 +313,7 @@ def _write(
             warn_of_probabilities(seem, made_of)
         measured = with_noise(folder, complete, graph.whole_numbers)
         progress(f"checked {len(complete.programs)} programs in {time.perf_counter() - started:.1f} s")
-        return measured
+        return measured if facts.complete is None else facts.complete(folder, measured, progress)
 
     return write_bundle(facts.path, manifest, list(programs.values()), facts.overwrite, progress, check)
 

@@ -179,6 +179,31 @@ def test_on_a_gpu(referenced: Path, emulated: EmulatedGpu) -> None:
     }
 
 
+def test_a_bundle_that_changes_meanwhile_is_left_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    references = read_references(read_bundle(copy))
+    other = replace(read_bundle(copy).manifest, name="other", references=None)
+
+    def replaced(*_: Any) -> Any:
+        write_manifest(copy, other)
+        return references
+
+    monkeypatch.setattr(measure, "measured", replaced)
+    before = sorted(file.name for file in copy.iterdir())
+    with pytest.raises(camrt.CamrtError, match="was changed meanwhile"):
+        camrt.add_references(copy)
+    assert read_bundle(copy).manifest == other and sorted(file.name for file in copy.iterdir()) == before
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        camrt.export_model(small_net(), tmp_path / "x", (3, 32, 32), complete=camrt.store_references)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bundle_in_float16_alone(tmp_path: Path) -> None:
     camrt.export_model(small_net(), tmp_path / "half", (3, 32, 32), precision="fp16")
     camrt.add_references(tmp_path / "half")

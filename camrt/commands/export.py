@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         "classes": None if options.classes is None else class_names.read_class_names(options.classes),
         "shuffle_weights": options.shuffle_weights,
         "overwrite": options.force,
+        "complete": None if options.no_check else _with_references,
     }
     if options.source.lower().endswith(".onnx"):
         from ..export.api import export_onnx
@@ -90,8 +91,6 @@ def run(options: argparse.Namespace) -> int:
             )
     else:
         path = _export_torch(options, common)
-    if not options.no_check:
-        _add_references(path)
     _print_written(path)
     return 0
 
@@ -130,15 +129,15 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
         )
 
 
-def _add_references(path: Path) -> None:
+def _with_references(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Manifest:
     """Warns where they cannot be computed: the bundle is complete without them."""
-    from ..verification.device.measure import add_references
+    from ..verification.device.measure import store_references
 
     try:
-        with Progress() as progress:
-            add_references(path, progress)
+        return store_references(folder, manifest, progress)
     except (CamrtError, ValueError, RuntimeError, MemoryError) as error:  # PyTorch's errors are RuntimeErrors
-        warn(f"{path} has no references for 'camrt check': {first_line(error)}")
+        warn(f"the bundle has no references for 'camrt check': {first_line(error)}")
+        return manifest
 
 
 def _print_written(path: Path) -> None:

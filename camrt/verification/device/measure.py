@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from ...export.api import check_packages
 from ...export.probes import last_bits, smooth_images
 from ...kernels import gate, minmax
 from ...runtime.bundle.kinds import Kind
+from ...runtime.bundle.manifest import MANIFEST, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
 from ...runtime.errors import BundleError
 from ...runtime.explainer import Explainer
@@ -64,16 +67,28 @@ def add_references(path: str | Path, progress: Callable[[str], None] = lambda _:
     """
     check_packages("torch", "onnx", "onnxscript")
     bundle = read_bundle(path)
+    before = bundle.sha256
     references = measured(bundle, progress)
     file = bundle.path / FILE
-    beside = bundle.path / f".new.{FILE}"
+    beside = bundle.path / f".{os.getpid()}.{FILE}"
     try:
         digest = references.save(beside)
+        if hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest() != before:
+            raise BundleError(f"{bundle.path}: was changed meanwhile: add the references again")
         beside.replace(file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise BundleError(f"{file}: cannot be written ({error.strerror})") from None
+    finally:
+        beside.unlink(missing_ok=True)
     write_manifest(bundle.path, replace(bundle.manifest, references={"file": FILE, "sha256": digest}))
+
+
+def store_references(folder: Path, manifest: Manifest, progress: Callable[[str], None] = lambda _: None) -> Manifest:
+    """For `complete` of `export_model` and `export_onnx`: as `add_references`, before the bundle is in its place."""
+    check_packages("torch", "onnx", "onnxscript")
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")  # an Explainer reads it; export replaces it
+    digest = measured(Bundle(folder, manifest), progress).save(folder / FILE)
+    return replace(manifest, references={"file": FILE, "sha256": digest})
 
 
 def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -> References:

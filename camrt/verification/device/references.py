@@ -74,7 +74,7 @@ class References:
 
     def save(self, path: Path) -> str:
         """Writes a file and returns its SHA-256."""
-        arrays = {"pixels": self.pixels, "seeds": self.seeds, "logits": self.logits}
+        arrays: dict[str, Any] = {"pixels": self.pixels, "seeds": self.seeds, "logits": self.logits}
         arrays |= {f"sums {kind}": sums for kind, sums in self.tensors.items()}
         arrays |= {f"limits {kind}": limits for kind, limits in self.limits.items()}
         said = []
