@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from .distances import (
     relative_l2,
 )
 from .oracle import Oracle
+from .recorder import FLOAT32_RUNS
 
 if TYPE_CHECKING:
     from ..export.pytorch.autograd import Record
@@ -59,17 +60,60 @@ class MapComparison:
         return cls(f"methods fp16 {engine}", cosine_distance, HALF_LIMIT)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """PyTorch's records of some layers: in float64, and in float32 of images that differ in their last bits."""
-
-    double: Record
-    singles: list[Record]
+Records = tuple["Record", "Record"]  # of the layers as they are, and of the layers behind their norms
+Pick = Callable[[Records], np.ndarray]
 
 
-def class_rows(explainer: Explainer, what: MapComparison, batch: np.ndarray, double: Record) -> Iterator[Row]:
-    """One row, of the bundle's top class."""
-    yield top_class_row(what.label, explainer.classify(batch), double)
+@dataclass
+class Comparison:
+    """A comparison with float64, whose limit awaits PyTorch float32's own distance. pick: records -> what is compared;
+    runs: how many of float32's records count; own: their largest distance so far. Otherwise as `Row`.
+    """
+
+    program: str
+    subject: str
+    want: np.ndarray
+    pick: Pick
+    measure: Callable[[np.ndarray, np.ndarray], float]
+    floor: float
+    runs: int
+    distance: float = float("nan")
+    own: float = 0.0
+    problem: str = ""
+
+    def take(self, got: np.ndarray) -> Comparison:
+        """What the bundle gave. If the shapes or dtypes differ, or there is a NaN, the row fails."""
+        try:
+            if got.dtype != np.float32:
+                raise ValueError(f"dtype {got.dtype} instead of float32")
+            self.distance = self.measure(got.astype(np.float64), self.want)
+        except ValueError as error:
+            self.problem = str(error)
+        return self
+
+    def take_float32(self, records: Records) -> None:
+        """What PyTorch gave in float32."""
+        try:
+            self.own = max(self.own, self.measure(self.pick(records).astype(np.float64), self.want))
+        except ValueError as error:
+            self.problem = str(error)
+
+    def row(self) -> Row:
+        """The limit is `floor`, or twice PyTorch float32's own distance if that is more."""
+        if self.problem:
+            return Row(self.program, self.subject, float("nan"), float("nan"), self.floor, self.problem)
+        return Row(self.program, self.subject, self.distance, self.own, max(self.floor, 2 * self.own))
+
+
+def finished(found: Iterable[Row | Comparison], singles: Iterable[Records]) -> tuple[Row, ...]:
+    """The rows, in their order. singles: PyTorch float32's records, of which only one is held at a time."""
+    found = list(found)
+    waiting = [c for c in found if isinstance(c, Comparison)]
+    for i, records in enumerate(singles):
+        for comparison in waiting:
+            if i < comparison.runs and not comparison.problem:
+                comparison.take_float32(records)
+    return tuple(c.row() if isinstance(c, Comparison) else c for c in found)
 
 
 def top_class_row(program: str, logits: np.ndarray, double: Record) -> Row:
@@ -103,22 +147,19 @@ def compared(
 
 
 def program_rows(
-    file: str,
-    out: dict[str, np.ndarray],
-    taps: Sequence[str],
-    double: Record,
-    singles: Sequence[Record],
-    steps: bool,
-) -> Iterator[Row]:
-    """Rows for the logits, activations, gradients and maps of one program. out: its outputs.
+    file: str, out: dict[str, np.ndarray], taps: Sequence[str], double: Records, steps: bool
+) -> Iterator[Comparison]:
+    """For the logits, activations, gradients and maps of one program. out: its outputs.
 
     steps: whether the network is quantised, so that its activations change in steps.
     """
 
-    def row(subject: str, name: str, pick: Callable[[Record], Any], continuous: bool) -> Row:
-        runs = singles[:1] if continuous and not steps else singles
-        want, own = pick(double).numpy(), [pick(r).numpy() for r in runs]
-        return compared(file, subject, out[name], want, own, relative_l2, ACTIVATION_LIMIT)
+    def row(subject: str, name: str, pick: Callable[[Record], Any], continuous: bool) -> Comparison:
+        def of(records: Records) -> np.ndarray:
+            return pick(records[0]).numpy()
+
+        runs = 1 if continuous and not steps else FLOAT32_RUNS
+        return Comparison(file, subject, of(double), of, relative_l2, ACTIVATION_LIMIT, runs).take(out[name])
 
     if "logits" in out:
         yield row("logits", "logits", lambda r: r.logits, True)
@@ -133,35 +174,33 @@ def program_rows(
         yield row("maps", "maps", lambda r: _side_by_side(r, taps)[1], False)
 
 
-def signed_rows(file: str, out: dict[str, np.ndarray], behind_norms: Reference) -> Iterator[Row]:
-    """The maps of the signed_maps program, run with the ratio 0. behind_norms: of its layers."""
+def signed_row(file: str, out: dict[str, np.ndarray], double: Records) -> Comparison:
+    """The maps of the signed_maps program, run with the ratio 0."""
     import torch
 
-    def maps(recorded: Record) -> np.ndarray:
-        pairs = zip(recorded.activations.values(), recorded.gradients.values(), strict=True)
+    def maps(records: Records) -> np.ndarray:
+        behind = records[1]
+        pairs = zip(behind.activations.values(), behind.gradients.values(), strict=True)
         return torch.cat([(y * g / 2).sum(1).flatten(1) for y, g in pairs], 1).numpy()
 
-    want, own = maps(behind_norms.double), [maps(r) for r in behind_norms.singles]
-    yield compared(file, "signed maps", out["maps"], want, own, relative_l2, ACTIVATION_LIMIT)
+    arguments = maps(double), maps, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS
+    return Comparison(file, "signed maps", *arguments).take(out["maps"])
 
 
-def head_rows(
-    bundle: Bundle,
-    engine: Backend,
-    program: Program,
-    batch: np.ndarray,
-    double: Record,
-    singles: Sequence[Record],
-    steps: bool,
-) -> Iterator[Row]:
+def head_row(
+    bundle: Bundle, engine: Backend, program: Program, batch: np.ndarray, double: Records, steps: bool
+) -> Comparison:
     """Runs a head as methods do: with three activations of one image, here unchanged, and its context repeated."""
     trunk = bundle.program(Kind.TRUNK, program.taps)
     out = engine.open(bundle, trunk).run({"image": batch[:1]})
     inputs = {name: np.repeat(out[name], 3, axis=0) for name in program.inputs}
     got = engine.open(bundle, program).run(inputs)["logits"]
-    want = np.repeat(double.logits[:1].numpy(), 3, axis=0)
-    own = [np.repeat(r.logits[:1].numpy(), 3, axis=0) for r in (singles if steps else singles[:1])]
-    yield compared(program.file, "several activations of one image", got, want, own, relative_l2, ACTIVATION_LIMIT)
+
+    def logits(records: Records) -> np.ndarray:
+        return np.repeat(records[0].logits[:1].numpy(), 3, axis=0)
+
+    arguments = logits(double), logits, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS if steps else 1
+    return Comparison(program.file, "several activations of one image", *arguments).take(got)
 
 
 def _side_by_side(recorded: Record, taps: Sequence[str]) -> tuple[Any, Any]:
@@ -176,24 +215,30 @@ def _side_by_side(recorded: Record, taps: Sequence[str]) -> tuple[Any, Any]:
 
 
 def use_rows(
-    bundle: Bundle, engine: Backend, batch: np.ndarray, seed: np.ndarray, double: Record, singles: Sequence[Record]
-) -> Iterator[Row]:
+    bundle: Bundle, engine: Backend, batch: np.ndarray, seed: np.ndarray, double: Records
+) -> Iterator[Comparison]:
     """The widest layer_maps program as users run it: one image alone, and one image with two targets.
 
     The second target is twice the first, whose maps must be twice the first's.
     """
     program = max((p for p in bundle.manifest.programs if p.kind == Kind.LAYER_MAPS), key=lambda p: len(p.taps))
     executable = engine.open(bundle, program)
-    want, own = ([_side_by_side(r, program.taps)[1][:1].numpy() for r in runs] for runs in ([double], singles))
-    got = executable.run({"image": batch[:1], "seed": seed[:1]})["maps"]
-    yield compared(program.file, "single image", got, want[0], own, relative_l2, ACTIVATION_LIMIT)
+
+    def maps(records: Records) -> np.ndarray:
+        return _side_by_side(records[0], program.taps)[1][:1].numpy()
+
+    def row(subject: str, got: np.ndarray) -> Comparison:
+        arguments = maps(double), maps, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS
+        return Comparison(program.file, subject, *arguments).take(got)
+
+    yield row("single image", executable.run({"image": batch[:1], "seed": seed[:1]})["maps"])
     count = 1 if bundle.manifest.seeds_share_image else 2
     feeds = {"image": np.repeat(batch[:1], count, axis=0), "seed": np.concatenate([seed[:1], 2 * seed[:1]])}
     if bundle.manifest.batch == 1:
         return
     got = executable.run(feeds)["maps"]
     for i, subject in enumerate(("several targets, first", "several targets, second")):
-        yield compared(program.file, subject, got[i : i + 1] / (i + 1), want[0], own, relative_l2, ACTIVATION_LIMIT)
+        yield row(subject, got[i : i + 1] / (i + 1))
 
 
 def source_rows(bundle: Bundle, engine: Backend, batch: np.ndarray) -> Iterator[Row]:
@@ -253,11 +298,9 @@ def method_rows(
     what: MapComparison,
     batch: np.ndarray,
     seed: np.ndarray,
-    double: Record,
-    singles: Sequence[Record],
-    behind_norms: Reference,
+    double: Records,
     progress: Callable[[str], None],
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     """Maps of Winsor-CAM and Integrative CAM, and, at the last block, of every method in LAYER_METHODS."""
     from ..export.pytorch.autograd import select
     from .methods import LAYER_METHODS, integrative_cam, integrative_residual, winsor_cam
@@ -265,9 +308,12 @@ def method_rows(
     size = batch.shape[2:]
     roles = {role: [t.name for t in explainer.manifest.taps if role in t.roles] for role in ("conv", "last")}
 
-    def row(subject: str, got: np.ndarray, compute: Callable[[Record], Any]) -> Row:
-        want, own = minmax(compute(double).numpy()), [minmax(compute(r).numpy()) for r in singles]
-        return compared(what.label, subject, minmax(got), want, own, what.distance, what.limit)
+    def row(subject: str, got: np.ndarray, compute: Callable[[Record], Any], behind: bool = False) -> Comparison:
+        def maps(records: Records) -> np.ndarray:
+            return minmax(compute(records[behind]).numpy())
+
+        arguments = maps(double), maps, what.distance, what.limit, FLOAT32_RUNS
+        return Comparison(what.label, subject, *arguments).take(minmax(got))
 
     if roles["conv"]:
         progress("checking winsor_cam")
@@ -281,12 +327,13 @@ def method_rows(
                     subject = f"winsor_cam {aggregation} p{p}"
                     yield row(subject, got, lambda r, o=options: winsor_cam(select(r, roles["conv"]), *o)[0])
         progress("checking integrative_cam")
-        maps = minmax(explainer.explain(batch, "integrative_cam", seed, "conv").maps)
-        want, *own = (
-            minmax(integrative_cam(select(r, roles["conv"]), _seed_like(r, seed), size)[0].numpy())
-            for r in (behind_norms.double, *behind_norms.singles)
+        got = explainer.explain(batch, "integrative_cam", seed, "conv").maps
+        yield row(
+            "integrative_cam",
+            got,
+            lambda r: integrative_cam(select(r, roles["conv"]), _seed_like(r, seed), size)[0],
+            behind=True,
         )
-        yield compared(what.label, "integrative_cam", maps, want, own, what.distance, what.limit)
         got = explainer.explain(batch, "integrative_cam", seed, reading="residual").maps
         yield row(
             "integrative_cam residual",

@@ -24,10 +24,10 @@ from ..runtime.explainer import Explainer
 from ..runtime.explanation import Explanation
 from ..runtime.images.image_batch import ImageBatch
 from ..runtime.images.preprocess import undo
-from .comparisons import FLOAT32_UNITS, PERCENTILES, MapComparison, Reference, Row, compared, full_grads
-from .distances import largest_difference, relative_l2
+from .comparisons import FLOAT32_UNITS, PERCENTILES, Comparison, MapComparison, Records, compared, finished, full_grads
+from .distances import Row, largest_difference, relative_l2
 from .oracle import Oracle, open_oracle
-from .recorder import references
+from .recorder import FLOAT32_RUNS, Recorder
 from .verify import Report
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def verify_compiled(
     targets = np.where(np.arange(len(batch)) == 0, -1, logits.argsort(axis=1)[:, -2:][:, 0]).astype(np.int64)
     classes = np.where(targets < 0, logits.argmax(axis=1), targets)
     feeds = entry | {"target": targets}
-    rows: list[Row] = []
+    rows: list[Row | Comparison] = []
     what = MapComparison.of(said["precision"], "compiled")
     beside_pytorch = _Reference(bundle, oracle, said, batch, classes, what)
     for subject, options in _variants(said):
@@ -109,7 +109,7 @@ def verify_compiled(
         out = compiled.run(feeds)
         rows += _beside_explain(explainer, said, subject, options, batch, classes, out, what, entry.get("picture"))
         rows += beside_pytorch.rows(subject, options, out)
-    return Report(oracle.name, tuple(rows))
+    return Report(oracle.name, finished(rows, beside_pytorch.singles()))
 
 
 def _variants(said: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -194,33 +194,40 @@ class _Reference:
         self._bundle, self._oracle, self._said, self._batch, self._what = bundle, oracle, said, batch, what
         self._seed = np.eye(bundle.manifest.num_classes, dtype=np.float32)[classes]
 
-    def rows(self, subject: str, options: Mapping[str, Any], out: Mapping[str, np.ndarray]) -> Iterator[Row]:
+    def rows(
+        self, subject: str, options: Mapping[str, Any], out: Mapping[str, np.ndarray]
+    ) -> Iterator[Row | Comparison]:
         """A row, if the method with these options has a reference that needs no more than gradients."""
-        found = self._full_grad() if self._said["method"] == "full_grad" else self._of_records(options)
-        if found is not None:
-            want, own = found
-            what = self._what
-            yield compared("PyTorch", f"map {subject}", minmax(out["map"]), want, own, what.distance, what.limit)
-
-    def _full_grad(self) -> tuple[np.ndarray, list[np.ndarray]] | None:
-        found = full_grads(self._bundle, self._oracle, self._batch, self._seed, FLOAT32_UNITS)
-        return None if found is None else (minmax(found.double), [minmax(m) for m in found.singles])
-
-    def _of_records(self, options: Mapping[str, Any]) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        what, label, got = self._what, ("PyTorch", f"map {subject}"), minmax(out["map"])
+        if self._said["method"] == "full_grad":
+            found = full_grads(self._bundle, self._oracle, self._batch, self._seed, FLOAT32_UNITS)
+            if found is not None:
+                own = [minmax(maps) for maps in found.singles]
+                yield compared(*label, got, minmax(found.double), own, what.distance, what.limit)
+            return
         compute = self._method(options)
         if compute is None:
-            return None
+            return
         from ..export.pytorch.autograd import select
 
-        def maps_of(record: Record) -> np.ndarray:
-            return minmax(compute(select(record, self._said["layers"])).numpy())
+        def maps(records: Records) -> np.ndarray:
+            recorded = records[self._said["method"] == "integrative_cam"]  # behind the norms
+            return minmax(compute(select(recorded, self._said["layers"])).numpy())
 
-        return maps_of(self._recorded.double), [maps_of(r) for r in self._recorded.singles]
+        yield Comparison(*label, maps(self._double), maps, what.distance, what.limit, FLOAT32_RUNS).take(got)
+
+    def singles(self) -> Iterator[Records]:
+        """PyTorch's records in float32, if a row needs them."""
+        if "_double" in vars(self):
+            yield from self._recorder.singles(self._batch, FLOAT32_UNITS)
 
     @cached_property
-    def _recorded(self) -> Reference:
-        of_taps, behind_norms = references(self._bundle, self._oracle, self._batch, self._seed, FLOAT32_UNITS)
-        return behind_norms if self._said["method"] == "integrative_cam" else of_taps
+    def _recorder(self) -> Recorder:
+        return Recorder(self._bundle, self._oracle, self._batch, self._seed)
+
+    @cached_property
+    def _double(self) -> Records:
+        return self._recorder(self._batch, True)
 
     def _method(self, options: Mapping[str, Any]) -> Callable[[Record], Any] | None:
         """The method's maps from records of its layers; None if there is no such function."""

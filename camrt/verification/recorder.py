@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,6 @@ from ..export.probes import last_bits
 from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Tap
 from ..runtime.bundle.reading import Bundle
-from .comparisons import Reference
 from .oracle import Oracle, norms_in_graph, own_forward, own_graph
 
 if TYPE_CHECKING:
@@ -48,6 +47,10 @@ class Recorder:
             behind = self._of_norms.record(images, self._seed, [t.name for t in self._behind], precise)
         return self._picked(recorded, self._taps), self._picked(behind, self._behind)
 
+    def singles(self, images: np.ndarray, units: float) -> Iterator[tuple[Record, Record]]:
+        """FLOAT32_RUNS records in float32, of images that differ in their last bits by about `units`."""
+        return (self(changed, False) for changed in last_bits(images, FLOAT32_RUNS, units))
+
     def _picked(self, recorded: Record, chosen: Sequence[Tap]) -> Record:
         from ..export.pytorch.autograd import Record, as_maps
 
@@ -59,17 +62,6 @@ class Recorder:
             for part in (maps.activations, maps.gradients)
         )
         return Record(maps.logits, a, g)
-
-
-def references(
-    bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarray, units: float
-) -> tuple[Reference, Reference]:
-    """Of every layer as it is, and of every layer behind the norm that follows it, if one does."""
-    recorder = Recorder(bundle, oracle, batch, seed)
-    double = recorder(batch, True)
-    singles = [recorder(images, False) for images in last_bits(batch, FLOAT32_RUNS, units)]
-    as_is, behind = ([pair[i] for pair in singles] for i in (0, 1))
-    return Reference(double[0], as_is), Reference(double[1], behind)
 
 
 def seeds_for(oracle: Oracle, batch: np.ndarray, classes: int, layers: Sequence[str]) -> np.ndarray:

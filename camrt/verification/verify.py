@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -20,24 +20,27 @@ from ..runtime.explainer import Explainer
 from .comparisons import (
     FLOAT32_UNITS,
     QUANTISED_UNITS,
+    Comparison,
+    FullGrads,
     MapComparison,
+    Records,
     Row,
-    class_rows,
+    finished,
     full_grad_graph_rows,
     full_grad_rows,
     full_grads,
     graph_rows,
-    head_rows,
+    head_row,
     method_rows,
     program_rows,
-    signed_rows,
+    signed_row,
     source_rows,
     top_class_row,
     use_rows,
 )
 from .interpreted import InterpretedBackend
 from .oracle import Oracle, open_oracle
-from .recorder import is_quantised, references, seeds_for
+from .recorder import Recorder, is_quantised, seeds_for
 
 
 @dataclass(frozen=True)
@@ -110,40 +113,72 @@ def _compared(
     """
     manifest = bundle.manifest
     batch = smooth_images(manifest.input_shape) if images is None else images
-    settings = Settings(max_batch=max(16, len(batch)))
-    engine = _Sharing(create(backend, settings) if isinstance(backend, str) else backend)
     layers = [t.name for t in manifest.taps]
     if manifest.batch == 1:
         batch = batch[:1]
     seed = seeds_for(oracle, batch, manifest.num_classes, layers)
     units = QUANTISED_UNITS if steps else FLOAT32_UNITS
     progress(f"reference in float64: {oracle.name}")
-    of_taps, behind_norms = references(bundle, oracle, batch, seed, units)
-    double, singles = of_taps.double, of_taps.singles
-    chosen = bundle.precisions if precisions is None else precisions
+    recorder = Recorder(bundle, oracle, batch, seed)
+    double = recorder(batch, True)
     of_full_grad = full_grads(bundle, oracle, batch, seed, units)
-    by_method: list[Row] = []
-    explainers = []  # kept, so that the loop below uses their opened programs
-    for precision in chosen:
-        by_method += graph_rows(bundle, precision, batch, seed, double, progress)
+    chosen = bundle.precisions if precisions is None else precisions
+    found = _by_engine(bundle, backend, chosen, batch, seed, double, of_full_grad, progress, steps)
+    progress("comparing PyTorch in float32 with float64")
+    rows = finished(found, recorder.singles(batch, units))
+    return Report(oracle.name, rows, tuple(oracle.own_backward(batch[:1])))
+
+
+def _by_engine(
+    bundle: Bundle,
+    backend: str | Backend,
+    precisions: Sequence[str],
+    batch: np.ndarray,
+    seed: np.ndarray,
+    double: Records,
+    of_full_grad: FullGrads | None,
+    progress: Callable[[str], None],
+    steps: bool,
+) -> list[Row | Comparison]:
+    """What the backend gives, of every program and method. The programs are closed again when it returns."""
+    settings = Settings(max_batch=max(16, len(batch)))
+    engine = _Sharing(create(backend, settings) if isinstance(backend, str) else backend)
+    by_method: list[Row | Comparison] = []
+    explainers = []  # kept, so that the programs' rows use their opened programs
+    for precision in precisions:
+        by_method += graph_rows(bundle, precision, batch, seed, double[0], progress)
         by_method += full_grad_graph_rows(bundle, precision, batch, seed, of_full_grad)
         for run_by in [engine] if precision == "fp32" else [engine, InterpretedBackend(rounding=True)]:
             explainer = Explainer(bundle, run_by, precision=precision)
             what = MapComparison.of(precision, str(run_by.name))
             if precision == "fp16":
-                by_method += class_rows(explainer, what, batch, double)
+                by_method.append(top_class_row(what.label, explainer.classify(batch), double[0]))
             else:
                 explainers.append(explainer)
-            by_method += method_rows(explainer, what, batch, seed, double, singles, behind_norms, progress)
+            by_method += method_rows(explainer, what, batch, seed, double, progress)
             by_method += full_grad_rows(explainer, what, batch, seed, of_full_grad)
-    rows: list[Row] = []
-    cut: dict[str, np.ndarray] = {}
-    for program in manifest.programs:
+    rows = list(_of_programs(bundle, engine, batch, seed, double, progress, steps))
+    if "fp32" in precisions:
+        rows += use_rows(bundle, engine, batch, seed, double)
+        rows += source_rows(bundle, engine, batch)
+    return rows + by_method
+
+
+def _of_programs(
+    bundle: Bundle,
+    engine: Backend,
+    batch: np.ndarray,
+    seed: np.ndarray,
+    double: Records,
+    progress: Callable[[str], None],
+    steps: bool,
+) -> Iterator[Row | Comparison]:
+    """The outputs of every float32 program, and the top class of the float16 program for masked images."""
+    cut, scored = {}, batch
+    for program in bundle.manifest.programs:
         if program.kind == Kind.MASKED and program.precision == "float16":  # of int8, `details` report the error
-            entry = cut.get("normalized", batch).astype(np.float16)
-            rows.append(
-                top_class_row(program.file, engine.open(bundle, program).run({"masked": entry})["logits"], double)
-            )
+            logits = engine.open(bundle, program).run({"masked": scored.astype(np.float16)})["logits"]
+            yield top_class_row(program.file, logits, double[0])
         if program.precision != "float32":
             continue
         progress(f"checking {program.file}")
@@ -152,16 +187,12 @@ def _compared(
         out = executable.run({name: inputs[name] for name in program.inputs})
         if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
             cut = out  # inputs of the next program in the manifest: the head or score program
-        rows += program_rows(program.file, out, program.taps, double, singles, steps)
+            scored = out.get("normalized", scored)
+        yield from program_rows(program.file, out, program.taps, double, steps)
         if program.kind == Kind.SIGNED_MAPS:
-            rows += signed_rows(program.file, out, behind_norms)
-        if program.kind == Kind.HEAD and manifest.batch != 1:
-            rows += head_rows(bundle, engine, program, batch, double, singles, steps)
-    if "fp32" in chosen:
-        rows += use_rows(bundle, engine, batch, seed, double, singles)
-        rows += source_rows(bundle, engine, batch)
-    rows += by_method
-    return Report(oracle.name, tuple(rows), tuple(oracle.own_backward(batch[:1])))
+            yield signed_row(program.file, out, double)
+        if program.kind == Kind.HEAD and bundle.manifest.batch != 1:
+            yield head_row(bundle, engine, program, batch, double, steps)
 
 
 class _Sharing:
