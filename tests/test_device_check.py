@@ -251,13 +251,18 @@ def stored(path: Path, arrays: dict[str, Any]) -> None:
         ("seeds", np.zeros((2, 5), np.float64)),
         ("sums alphas", np.zeros((4, 2, 63), np.float32)),
         ("limits logits", np.zeros(3)),
+        ("sums maps", np.full((4, 2, 64), np.nan, np.float32)),
+        (
+            "cases",
+            np.array('[{"method": "grad_cam", "options": {}, "layers": 5, "retune": null, "images": 2, "limits": {}}]'),
+        ),
         ("cases", np.array("[")),
         ("cases", np.array('[{"method": "grad_cam"}]')),
         ("cases", np.array("[" * 100000)),
         ("pixels", np.array([{}], object)),
         ("other", np.zeros(1 << 29, np.uint8)),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_references_that_do_not_fit_are_refused(
     name: str, value: np.ndarray, copy: Path, capsys: pytest.CaptureFixture

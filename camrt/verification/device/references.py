@@ -142,7 +142,10 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
         shapes.append((f"limits of {kind}", references.limits[kind], (layers,), "float64"))
     points = len(positions(manifest.input_shape[1])) * len(positions(manifest.input_shape[2]))
     for case in references.cases:
-        if not 1 <= case.images <= count or not isinstance(case.options, dict):
+        known = isinstance(case.method, str) and isinstance(case.images, int) and 1 <= case.images <= count
+        arguments = isinstance(case.options, dict) and isinstance(case.retune, dict | None)
+        layers = case.layers is None or (isinstance(case.layers, list) and all(isinstance(n, str) for n in case.layers))
+        if not known or not arguments or not layers:
             raise ValueError(f"the case {case.method!r:.100}")
         shapes.append((case.label, case.samples, (case.images, points), "float32"))
         shapes.append((case.label, case.sums, (case.images, SUMS), "float32"))
@@ -151,6 +154,8 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
     for name, array, shape, dtype in shapes:
         if array.shape != shape or array.dtype != dtype or not shape[0]:
             raise ValueError(f"{name!r:.100} is {array.dtype}{list(array.shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name!r:.100} holds NaN or infinity")
 
 
 def as_images(pixels: np.ndarray) -> np.ndarray:
