@@ -110,12 +110,28 @@ def scaled(kind: str, outputs: str, by: float = 1e-3) -> Any:
         ("layer_maps", "alphas", ("layer_maps.onnx", "alphas")),
         ("layer_maps", "maps", ("layer_maps.onnx", "maps")),
         ("signed_maps", "maps", ("signed_maps.onnx", "signed_maps")),
+        ("signed_maps", "magnitudes", ("signed_maps.onnx", "magnitudes")),
         ("trunk", "activation", ("trunk.onnx", "activation")),
         ("head", "logits", ("head.onnx", "logits")),
     ],
 )
 def test_one_wrong_number_is_seen(kind: str, outputs: str, row: tuple[str, str], referenced: Path) -> None:
     assert row in failed(report_of(referenced, scaled(kind, outputs)))
+
+
+@pytest.mark.parametrize("kind", ["classify", "gradients", "layer_maps", "signed_maps", "full_grad", "head", "masked"])
+def test_a_wrong_output_is_seen_in_float16(kind: str, referenced: Path) -> None:
+    """Each one with the other sign, also those that no method reads."""
+    bundle = read_bundle(referenced)
+    for program in (p for p in bundle.manifest.programs if p.kind == kind and p.precision == "float16"):
+        for name in program.outputs:
+
+            def wrong(p: Program, out: dict[str, np.ndarray], program: Program = program, name: str = name) -> Any:
+                if p.file != program.file:
+                    return out
+                return out | {name: 1 - out[name] if name.startswith("grid:") else -out[name]}
+
+            assert not report_of(referenced, Spoiled(wrong), ("fp16",)).passed, (program.file, name)
 
 
 def test_a_wrong_map_is_seen_in_every_method(referenced: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from ...kernels import DeviceError
 from ...runtime.backends import Backend, Settings, create, masks_on_gpu
 from ...runtime.bundle.kinds import Kind
-from ...runtime.bundle.manifest import Program, Tap
+from ...runtime.bundle.manifest import Program
 from ...runtime.bundle.reading import Bundle, read_bundle
 from ...runtime.cams import MaskedRuns, method_named
 from ...runtime.errors import CamrtError, InputError, UnknownName, near
@@ -21,8 +21,9 @@ from ...runtime.explainer import Explainer
 from ...runtime.explanation import Explanation
 from ...runtime.images.image_batch import ImageBatch
 from ...runtime.layer_choice import chosen_layers
+from ...runtime.session.session import Session
 from ..distances import CLASS_LIMIT, Row, cosine_distance, row_distance
-from .references import Case, References, map_distance, read_references, sampled, signed_sums
+from .references import Case, References, map_distance, of_layers, read_references, sampled, signed_sums
 
 REPLAYS = 3  # calls of each method where a CUDA graph is captured in the second and replayed from the third on
 
@@ -53,9 +54,10 @@ def check(
 
     precisions: "fp32", "fp16", "int8", by default all that the bundle has. programs: files, by default those of all
     programs; only methods that these suffice for are checked. backend, max_batch, mask_batch: as for `camrt.load`.
-    Limits: those of `verify`; maps in float16: 1 - cosine of 1e-3, and the top class; of the program `masked`, twice
-    its own distance from float64. Maps in int8 have no limit, so they are not compared. CamrtError if the bundle stores
-    no references; errors of one program or method become a row that fails.
+    Limits: those of `verify`; maps in float16: 1 - cosine of 1e-3, and the top class; what programs in float16 or int8
+    give: a relative L2 of 0.045, which is that cosine, or twice what rounding alone does. Maps in int8 have no limit,
+    so they are not compared. CamrtError if the bundle stores no references; errors of one program or method become a
+    row that fails.
     """
     bundle = read_bundle(path)
     references = read_references(bundle)
@@ -154,7 +156,7 @@ class _Device:
         for run in self._runs(program):
             try:
                 with self._session.exclusive():
-                    feeds = self._feeds(program, run)
+                    feeds = feeds_of(self._session, program, run.images, run.seeds)
                     out = self._session.open(program).run(feeds)
                 program.check_outputs(feeds, out)
             except (CamrtError, DeviceError) as error:
@@ -163,10 +165,8 @@ class _Device:
             bad = next((name for name, array in out.items() if not np.isfinite(array).all()), None)
             if bad is not None:
                 yield _failed(program.file, f"finite, {run.name}", f"NaN or infinity in {bad}")
-            elif program.precision == "float32" or program.kind == Kind.MASKED:
+            else:
                 yield from self._compared(program, run, out)
-            else:  # the methods' maps and the top class are compared in float16
-                yield Row(program.file, f"finite, {run.name}", 0.0, 0.0, 0.0)
 
     def _runs(self, program: Program) -> Iterator[_Run]:
         """All images; one alone; one with two targets, of which the second is twice the first."""
@@ -179,42 +179,30 @@ class _Device:
             same = images[:1] if shared else np.repeat(images[:1], 2, axis=0)
             yield _Run("two targets", same, np.concatenate([seeds[:1], 2 * seeds[:1]]), [0, 0], np.array([1.0, 2.0]))
 
-    def _feeds(self, program: Program, run: _Run) -> dict[str, np.ndarray]:
-        known = {"image": run.images, "seed": run.seeds, "ratio": np.zeros((len(run.seeds), 1), np.float32)}
-        before = {Kind.HEAD: (Kind.TRUNK, program.taps), Kind.SCORE: (Kind.NORMALIZE, ())}
-        if self._manifest.normalized is not None:
-            before[Kind.MASKED] = (Kind.NORMALIZE, ())
-        if program.kind in before:
-            source = self._session.program(*before[Kind(program.kind)])
-            known |= self._session.open(source).run({"image": run.images})
-        known["masked"] = known.get("normalized", run.images).astype(np.float16)
-        return {name: known[name] for name in program.inputs}
-
     def _compared(self, program: Program, run: _Run, out: Mapping[str, np.ndarray]) -> Iterator[Row]:
         taps = [t for t in self._manifest.taps if t.name in program.taps]
         if "logits" in out:
             rows = run.rows[: len(out["logits"])]
             distance = row_distance(out["logits"].astype(np.float64), self._references.logits[rows].astype(np.float64))
-            name = f"masked {program.precision}" if program.kind == Kind.MASKED else "logits"
-            limit = float(self._references.limits[name][0])
+            limit = float(self._limits(program, "logits")[0])
             yield Row(program.file, f"logits, {run.name}", distance, 0.0, limit)
-        for kind, arrays in _by_kind(program, taps, out).items():
+        for kind, arrays in of_layers(program, taps, out).items():
             rows = run.rows[: len(arrays[0])]
             factors = np.ones(len(rows)) if kind == "activation" else run.factors
-            want = self._references.tensors[kind][:, rows] * factors[:, None]
-            yield self._worst(program.file, f"{kind} {{}}, {run.name}", kind, zip(taps, arrays, strict=True), want)
+            layers = [self._manifest.taps.index(t) for t in taps]
+            wanted = self._references.tensors[kind][layers][:, rows].astype(np.float64) * factors[:, None]
+            found = [  # below: the layer that is nearest to its limit, or farthest beyond it
+                Row(program.file, f"{kind} {t.name}, {run.name}", row_distance(signed_sums(a), want), 0.0, float(limit))
+                for t, a, want, limit in zip(taps, arrays, wanted, self._limits(program, kind), strict=True)
+            ]
+            yield max(found, key=lambda row: row.distance / row.limit)
 
-    def _worst(
-        self, file: str, subject: str, kind: str, arrays: Iterable[tuple[Tap, np.ndarray]], want: np.ndarray
-    ) -> Row:
-        """The layer that is nearest to its limit, or farthest beyond it. want (layers, B, SUMS): of all layers."""
-        found = []
-        for tap, array in arrays:
-            layer = self._manifest.taps.index(tap)
-            distance = row_distance(signed_sums(array), want[layer].astype(np.float64))
-            limit = float(self._references.limits[kind][layer])
-            found.append(Row(file, subject.format(tap.name), distance, 0.0, limit))
-        return max(found, key=lambda row: row.distance / row.limit)
+    def _limits(self, program: Program, kind: str) -> np.ndarray:
+        """Of the program's layers."""
+        if program.precision != "float32":
+            return self._references.limits[f"{program.file} {kind}"]
+        limits = self._references.limits[kind]
+        return limits if kind == "logits" else limits[[t.name in program.taps for t in self._manifest.taps]]
 
     # ---- methods
 
@@ -291,25 +279,17 @@ class _Device:
             return _failed(program, subject, str(error))
 
 
-def _by_kind(program: Program, taps: Sequence[Tap], out: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """Of every kind in TENSORS that a program gives: its array of each layer."""
-    found = {
-        kind: [out[f"{kind}:{t.name}"] for t in taps]
-        for kind in ("activation", "gradient")
-        if taps and f"{kind}:{taps[0].name}" in out
-    }
-    if "activation" in out:
-        found["activation"] = [out["activation"]]
-    if "alphas" in out:
-        found["alphas"] = _parts(out["alphas"], [t.channels for t in taps])
-    if "maps" in out:
-        kind = "signed_maps" if program.kind == Kind.SIGNED_MAPS else "maps"
-        found[kind] = _parts(out["maps"], [t.grid[0] * t.grid[1] for t in taps])
-    return found
-
-
-def _parts(joined: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
-    return np.split(joined, np.cumsum(widths)[:-1], axis=1)
+def feeds_of(session: Session, program: Program, images: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
+    """A program's inputs for images and seeds; where it reads what another program gives, that one runs before."""
+    known = {"image": images, "seed": seeds, "ratio": np.zeros((len(seeds), 1), np.float32)}
+    before = {Kind.HEAD: (Kind.TRUNK, program.taps), Kind.SCORE: (Kind.NORMALIZE, ())}
+    if session.manifest.normalized is not None:
+        before[Kind.MASKED] = (Kind.NORMALIZE, ())
+    if program.kind in before:
+        source = session.program(*before[Kind(program.kind)])
+        known |= session.open(source).run({"image": images})
+    known["masked"] = known.get("normalized", images).astype(np.float16)
+    return {name: known[name] for name in program.inputs}
 
 
 def _failed(program: str, subject: str, problem: str) -> Row:

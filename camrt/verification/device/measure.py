@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ...export.api import check_packages
 from ...export.probes import last_bits, smooth_images
 from ...kernels import gate, minmax
 from ...runtime.bundle.kinds import Kind
-from ...runtime.bundle.manifest import MANIFEST, Manifest
+from ...runtime.bundle.manifest import MANIFEST, MASK_PRECISIONS, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
 from ...runtime.errors import BundleError
 from ...runtime.explainer import Explainer
@@ -27,7 +27,19 @@ from ..distances import ACTIVATION_LIMIT, HALF_LIMIT, MAP_LIMIT, cosine_distance
 from ..interpreted import InterpretedBackend
 from ..oracle import Oracle, own_graph
 from ..recorder import FLOAT32_RUNS, Recorder, is_quantised, seeds_for
-from .references import FILE, TENSORS, Case, References, as_images, as_pixels, map_distance, sampled, signed_sums
+from .check import feeds_of
+from .references import (
+    FILE,
+    TENSORS,
+    Case,
+    References,
+    as_images,
+    as_pixels,
+    map_distance,
+    of_layers,
+    sampled,
+    signed_sums,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +47,7 @@ if TYPE_CHECKING:
     from ...export.pytorch.autograd import Record
 
 MASKS = 33  # of ScoreCAM++: more than half of a GPU's mask batch, which the runtime then fills up
-MASKED_LIMIT = 1e-3  # relative L2 of logits in float16 or int8
+ROUNDED_LIMIT = float(np.sqrt(2 * HALF_LIMIT))  # relative L2 in float16 or int8, which is HALF_LIMIT as 1 - cosine
 _IMAGES = 4  # in one run of PyTorch, which then takes little memory
 FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
 Compute = Callable[["Record", "Record"], "torch.Tensor"]  # (layers, layers behind their norms) -> maps
@@ -119,23 +131,29 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
         logits[0].astype(np.float32),
         {kind: sums.astype(np.float32) for kind, sums in tensors.items()},
         {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()}
-        | _masked_limits(bundle, images, logits[0]),
+        | _limits_of_rounding(bundle, images, seeds, logits[0], tensors),
         tuple(cases),
     )
 
 
-def _masked_limits(bundle: Bundle, images: np.ndarray, logits: np.ndarray) -> dict[str, np.ndarray]:
-    """Twice the distance from the network's logits of those that a program `masked` gives in its own precision."""
+def _limits_of_rounding(
+    bundle: Bundle, images: np.ndarray, seeds: np.ndarray, logits: np.ndarray, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Of the programs that are not float32: twice the distance from float64 that their own rounding makes."""
     limits = {}
     for program in bundle.manifest.programs:
-        if program.kind == Kind.MASKED:
-            entry = images
-            if bundle.manifest.normalized is not None:
-                normalize = InterpretedBackend().open(bundle, bundle.program(Kind.NORMALIZE))
-                entry = normalize.run({"image": images})["normalized"]
-            rounded = InterpretedBackend(rounding=True).open(bundle, program)
-            got = rounded.run({"masked": entry.astype(np.float16)})["logits"].astype(np.float64)
-            limits[f"masked {program.precision}"] = np.array([max(MASKED_LIMIT, 2 * row_distance(got, logits))])
+        if program.precision == "float32":
+            continue
+        precision = next(name for name, recorded in MASK_PRECISIONS.items() if recorded == program.precision)
+        session = Explainer(bundle, InterpretedBackend(rounding=True), precision=precision).session
+        out = session.open(program).run(feeds_of(session, program, images, seeds))
+        found = {"logits": [row_distance(out["logits"].astype(np.float64), logits)]}
+        taps = [t for t in bundle.manifest.taps if t.name in program.taps]
+        layers = [bundle.manifest.taps.index(t) for t in taps]
+        for kind, arrays in of_layers(program, taps, out).items():
+            wanted = tensors[kind][layers]
+            found[kind] = [row_distance(signed_sums(a), want) for a, want in zip(arrays, wanted, strict=True)]
+        limits |= {f"{program.file} {k}": np.maximum(ROUNDED_LIMIT, 2 * np.array(d)) for k, d in found.items()}
     return limits
 
 
@@ -185,8 +203,9 @@ def _of_record(
 
     layers, behind = recorded
     alphas, maps = layer_cam_maps(layers)
-    signed = [(y * g / 2).sum(1) for y, g in zip(behind.activations.values(), behind.gradients.values(), strict=True)]
-    tensors = (layers.activations.values(), layers.gradients.values(), alphas, maps, signed)
+    evidence = [y * g / 2 for y, g in zip(behind.activations.values(), behind.gradients.values(), strict=True)]
+    signed, magnitudes = [e.sum(1) for e in evidence], [e.abs().sum((1, 2, 3))[:, None] for e in evidence]
+    tensors = (layers.activations.values(), layers.gradients.values(), alphas, maps, signed, magnitudes)
     sums = {
         kind: np.stack([signed_sums(t.numpy()) for t in of_layers])
         for kind, of_layers in zip(TENSORS, tensors, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ import numpy as np
 
 from ...kernels import minmax
 from ...runtime.bundle.kinds import Kind
-from ...runtime.bundle.manifest import Manifest
+from ...runtime.bundle.manifest import Manifest, Program, Tap
 from ...runtime.bundle.reading import Bundle
 from ...runtime.errors import BundleError, CamrtError
 
 FILE = "references.npz"
 SUMS = 64  # signed sums of a tensor
 POSITIONS = 24  # samples of a map along each side
-TENSORS = ("activation", "gradient", "alphas", "maps", "signed_maps")  # of every layer, by what programs call them
+# of layers, as programs call them
+TENSORS = ("activation", "gradient", "alphas", "maps", "signed_maps", "magnitudes")
 _STEP, _LOWEST = 1 / 32, -4.0  # a pixel q is the number q / 32 - 4, which float32 holds exactly
 _LARGEST = 1 << 28  # bytes of all arrays
 
@@ -56,8 +57,8 @@ class References:
     """pixels (B, C, H, W) uint8: the images, see `images`. seeds, logits (B, classes) float32.
 
     tensors: of each kind in TENSORS the signed sums (layers, B, SUMS) float32 of every layer; limits: the largest
-    relative L2 distance that passes, (layers,); under "logits" (1,); under "masked float16" and "masked int8" (1,),
-    where there is such a program, that of its logits from those of the network in float64.
+    relative L2 distance that passes, (layers,), and under "logits" (1,); of programs that are not float32, under "FILE
+    KIND" and "FILE logits", that of what they give from what the network gives in float64.
     """
 
     pixels: np.ndarray
@@ -134,9 +135,11 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
     ]
     for name in ("seeds", "logits"):
         shapes.append((name, getattr(references, name), (count, manifest.num_classes), "float32"))
-    masked = [f"masked {p.precision}" for p in manifest.programs if p.kind == Kind.MASKED]
-    for name in ("logits", *masked):
-        shapes.append((f"limits of {name}", references.limits[name], (1,), "float64"))
+    shapes.append(("limits of logits", references.limits["logits"], (1,), "float64"))
+    for program in manifest.programs:
+        if program.precision != "float32":
+            for name, length in limits_of(program):
+                shapes.append((f"limits of {name}", references.limits[name], (length,), "float64"))
     for kind in TENSORS:
         shapes.append((kind, references.tensors[kind], (layers, count, SUMS), "float32"))
         shapes.append((f"limits of {kind}", references.limits[kind], (layers,), "float64"))
@@ -156,6 +159,37 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
             raise ValueError(f"{name!r:.100} is {array.dtype}{list(array.shape)}")
         if not np.isfinite(array).all():
             raise ValueError(f"{name!r:.100} holds NaN or infinity")
+
+
+def limits_of(program: Program) -> list[tuple[str, int]]:
+    """(name in `limits`, how many numbers) of a program that is not float32."""
+    kinds = [kind for kind in ("activation", "gradient") if f"{kind}:{(*program.taps, '')[0]}" in program.outputs]
+    if "maps" in program.outputs:
+        kinds += ["signed_maps", "magnitudes"] if program.kind == Kind.SIGNED_MAPS else ["alphas", "maps"]
+    return [(f"{program.file} logits", 1), *((f"{program.file} {kind}", len(program.taps)) for kind in kinds)]
+
+
+def of_layers(program: Program, taps: Sequence[Tap], out: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Of every kind in TENSORS that a program gives: its array (S, ...) of each of the program's layers, `taps`."""
+    found = {
+        kind: [out[f"{kind}:{t.name}"] for t in taps]
+        for kind in ("activation", "gradient")
+        if taps and f"{kind}:{taps[0].name}" in out
+    }
+    if "activation" in out:
+        found["activation"] = [out["activation"]]
+    if "alphas" in out:
+        found["alphas"] = _parts(out["alphas"], [t.channels for t in taps])
+    if "maps" in out:
+        kind = "signed_maps" if program.kind == Kind.SIGNED_MAPS else "maps"
+        found[kind] = _parts(out["maps"], [t.grid[0] * t.grid[1] for t in taps])
+    if "magnitudes" in out:
+        found["magnitudes"] = _parts(out["magnitudes"], [1] * len(taps))
+    return found
+
+
+def _parts(joined: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
+    return np.split(joined, np.cumsum(widths)[:-1], axis=1)
 
 
 def as_images(pixels: np.ndarray) -> np.ndarray:
