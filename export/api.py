@@ -320,7 +320,7 @@ def _write(
 
 def _int8(graph: TappedGraph, manifest: Manifest, facts: _Facts, progress: Progress) -> BuiltProgram:
     """The program `masked` in int8; says how far its logits are from float32's. InputError for other images."""
-    from .int8 import LARGE_ERROR, int8_program
+    from .int8 import FEW_IMAGES, LARGE_ERROR, LEAST_SAME, int8_program
     from .programs import BuiltProgram
 
     given = facts.calibration
@@ -339,7 +339,9 @@ def _int8(graph: TappedGraph, manifest: Manifest, facts: _Facts, progress: Progr
         f"for {result.same:.0%}"
     )
     progress(said)
-    if result.error > LARGE_ERROR:
+    if len(images) < FEW_IMAGES:
+        warnings.warn(f"calibration: {len(images)} images are few: give ten or more", stacklevel=4)
+    if result.error > LARGE_ERROR or result.same < LEAST_SAME:
         warnings.warn(f"{said}: use fp16, or calibrate with more pictures of the kind to explain", stacklevel=4)
     return BuiltProgram(Kind.MASKED, "masked.int8.onnx", (), result.model, "int8")
 

@@ -29,6 +29,8 @@ MEASURED = 16  # calibration images that the error is measured on, under other g
 _QUANTISED = ["Conv", "MatMul", "Gemm"]
 _WARNINGS, _ERRORS = 2, 3  # ONNX Runtime's log levels; the first is its default
 _ANY = 1 << 40  # elements
+FEW_IMAGES = 10
+LEAST_SAME = 0.8  # part of masked images whose top class stays; a warning says if it is less
 LARGE_ERROR = 0.1  # relative L2 of the logits; a warning says so
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,27 @@ def test_on_a_gpu(referenced: Path, emulated: EmulatedGpu) -> None:
     }
 
 
+def test_another_activation_changes_no_reference(copy: Path) -> None:
+    """Recipro-CAM's and Score-CAM's maps depend on it."""
+    assert main(["recipe", str(copy), "--activation", "sigmoid"]) == 0
+    assert camrt.check(copy).passed
+
+
+def test_a_method_that_refuses_leaves_the_others(tmp_path: Path) -> None:
+    """Where one class is certain, Finer-CAM has nothing to compare; of a constant map there is no reference."""
+    model = small_net()
+    model.fc.weight.data *= 1e5  # type: ignore[operator, union-attr]
+    camrt.export_model(model, tmp_path / "certain", (3, 32, 32))
+    camrt.add_references(tmp_path / "certain")
+    report = camrt.check(tmp_path / "certain")
+    assert report.passed and "grad_cam" in {row.subject for row in report.rows}
+    model = small_net()
+    model.fc.weight.data.zero_()  # type: ignore[operator, union-attr]
+    camrt.export_model(model, tmp_path / "zero", (3, 32, 32), precision=["fp32", "fp16"])
+    camrt.add_references(tmp_path / "zero")
+    assert camrt.check(tmp_path / "zero").passed
+
+
 def test_a_bundle_that_changes_meanwhile_is_left_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     references = read_references(read_bundle(copy))
     other = replace(read_bundle(copy).manifest, name="other", references=None)
@@ -300,8 +322,11 @@ def test_a_damaged_or_missing_file_is_a_line(copy: Path, bundle: Path, capsys: p
     assert "its contents are not what was exported" in capsys.readouterr().err
     assert main(["info", str(copy)]) == 0  # everything else works
     file.unlink()
+    os.mkfifo(file)  # reading it would never end
     assert main(["check", str(copy)]) == 2
-    assert "references.npz: damaged" in capsys.readouterr().err.splitlines()[-1]
+    file.unlink()
+    assert main(["check", str(copy)]) == 2
+    assert "references.npz: damaged (it is not there)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_cases_that_this_camrt_cannot_run_fail(copy: Path) -> None:

@@ -150,4 +150,5 @@ def _print_written(path: Path) -> None:
         print(f"It records no preprocessing, so it takes float32 arrays only: see camrt recipe {path} --help.")
     if manifest.assumes_softmax:
         print(f"Its probabilities are assumed to be a softmax. If not: camrt recipe {path} --activation sigmoid")
-    print(f"Next: camrt verify {path}, camrt explain {path} IMAGE ...")
+    check = "" if manifest.references is None else f"camrt check {path} on the device, "
+    print(f"Next: camrt verify {path}, {check}camrt explain {path} IMAGE ...")

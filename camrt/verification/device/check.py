@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,7 @@ def check_on(
 ) -> DeviceReport:
     """As `check`, with an opened bundle and backend."""
     started, rows = time.perf_counter(), []
+    bundle = replace(bundle, manifest=replace(bundle.manifest, activation=references.probability))
     known = [p.file for p in bundle.manifest.programs]
     files = set(known if programs is None else programs)
     for file in files.difference(known):
@@ -169,15 +170,18 @@ class _Device:
                 yield from self._compared(program, run, out)
 
     def _runs(self, program: Program) -> Iterator[_Run]:
-        """All images; one alone; one with two targets, of which the second is twice the first."""
+        """All images, twice; one alone; one with three targets, of which the second is twice the first."""
         images, seeds, count = self._images, self._references.seeds, len(self._images)
         if count > 1:
-            yield _Run(f"{count} images", images, seeds, list(range(count)), np.ones(count))
+            rows = [*range(count)] * 2
+            yield _Run(f"{len(rows)} images", images[rows], seeds[rows], rows, np.ones(len(rows)))
         yield _Run("one image", images[:1], seeds[:1], [0], np.ones(1))
         if count > 1 and "seed" in program.inputs:
             shared = self._manifest.seeds_share_image and program.kind != Kind.FULL_GRAD
-            same = images[:1] if shared else np.repeat(images[:1], 2, axis=0)
-            yield _Run("two targets", same, np.concatenate([seeds[:1], 2 * seeds[:1]]), [0, 0], np.array([1.0, 2.0]))
+            factors = np.array([1.0, 2.0, 1.0])
+            same = images[:1] if shared else np.repeat(images[:1], len(factors), axis=0)
+            given = (seeds[:1] * factors[:, None]).astype(np.float32)
+            yield _Run("three targets", same, given, [0] * len(factors), factors)
 
     def _compared(self, program: Program, run: _Run, out: Mapping[str, np.ndarray]) -> Iterator[Row]:
         taps = [t for t in self._manifest.taps if t.name in program.taps]

@@ -20,7 +20,7 @@ from ...kernels import gate, minmax
 from ...runtime.bundle.kinds import Kind
 from ...runtime.bundle.manifest import MANIFEST, MASK_PRECISIONS, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
-from ...runtime.errors import BundleError
+from ...runtime.errors import BundleError, CamrtError
 from ...runtime.explainer import Explainer
 from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS
 from ..distances import ACTIVATION_LIMIT, HALF_LIMIT, MAP_LIMIT, cosine_distance, row_distance
@@ -129,10 +129,11 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
         pixels,
         seeds,
         logits[0].astype(np.float32),
+        manifest.probability,
         {kind: sums.astype(np.float32) for kind, sums in tensors.items()},
         {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()}
         | _limits_of_rounding(bundle, images, seeds, logits[0], tensors),
-        tuple(cases),
+        tuple(case for case in cases if case.sums.any(axis=1).all()),  # else a map is constant: min-max shows rounding
     )
 
 
@@ -253,9 +254,14 @@ def _by_explaining(
 
     for question in _run_several_times(bundle, images, units):
         progress(f"computing references of {question.method}")
-        (want,) = maps(question, [images[:1]], question.precise)
         changed = itertools.islice(last_bits(images[:1], question.runs, units), question.runs)
-        yield _case(question, want, maps(question, changed), size)
+        try:
+            (want,) = maps(question, [images[:1]], question.precise)
+            singles = maps(question, changed)
+        except CamrtError as error:  # as Finer-CAM's, where all other classes are impossible
+            progress(f"no reference of {question.method}: {error}")
+            continue
+        yield _case(question, want, singles, size)
 
 
 def _run_several_times(bundle: Bundle, images: np.ndarray, units: float) -> Iterator[_Question]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...kernels import minmax
 from ...runtime.bundle.kinds import Kind
-from ...runtime.bundle.manifest import Manifest, Program, Tap
+from ...runtime.bundle.manifest import ACTIVATIONS, Manifest, Program, Tap
 from ...runtime.bundle.reading import Bundle
 from ...runtime.errors import BundleError, CamrtError
 
@@ -55,6 +55,8 @@ class Case:
 @dataclass(frozen=True)
 class References:
     """pixels (B, C, H, W) uint8: the images, see `images`. seeds, logits (B, classes) float32.
+    probability: the function from logits to probabilities ("softmax", "sigmoid") that the maps were computed with;
+    `camrt recipe` may have changed it since.
 
     tensors: of each kind in TENSORS the signed sums (layers, B, SUMS) float32 of every layer; limits: the largest
     relative L2 distance that passes, (layers,), and under "logits" (1,); of programs that are not float32, under "FILE
@@ -64,6 +66,7 @@ class References:
     pixels: np.ndarray
     seeds: np.ndarray
     logits: np.ndarray
+    probability: str
     tensors: dict[str, np.ndarray]
     limits: dict[str, np.ndarray]
     cases: tuple[Case, ...]
@@ -83,7 +86,7 @@ class References:
             facts = asdict(case)
             arrays[f"samples {i}"], arrays[f"sums {i}"] = facts.pop("samples"), facts.pop("sums")
             said.append(facts)
-        arrays["cases"] = np.array(json.dumps(said))
+        arrays["cases"], arrays["probability"] = np.array(json.dumps(said)), np.array(self.probability)
         np.savez_compressed(path, **arrays)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -93,12 +96,14 @@ def read_references(bundle: Bundle) -> References:
     said = bundle.manifest.references
     if said is None:
         raise CamrtError(
-            f"{bundle.path}: has no references to compare with: they come with 'camrt export' where PyTorch is "
-            "installed, or with camrt.add_references"
+            f"{bundle.path}: has no references to compare with: they come with 'camrt export', where PyTorch is "
+            "installed"
         )
     path = bundle.path / said["file"]
     try:
-        if path.is_symlink() or hashlib.sha256(path.read_bytes()).hexdigest() != said["sha256"]:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is not there")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != said["sha256"]:
             raise ValueError("its contents are not what was exported")
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _LARGEST:
@@ -121,6 +126,7 @@ def _of_arrays(arrays: dict[str, np.ndarray]) -> References:
         arrays["pixels"],
         arrays["seeds"],
         arrays["logits"],
+        str(arrays["probability"]),
         {kind: arrays[f"sums {kind}"] for kind in TENSORS},
         {name.removeprefix("limits "): array for name, array in arrays.items() if name.startswith("limits ")},
         tuple(cases),
@@ -130,6 +136,8 @@ def _of_arrays(arrays: dict[str, np.ndarray]) -> References:
 def _check_shapes(references: References, manifest: Manifest) -> None:
     """ValueError if an array does not fit the bundle."""
     count, layers = len(references.pixels), len(manifest.taps)
+    if references.probability not in ACTIVATIONS:
+        raise ValueError(f"the probability {references.probability!r:.100}")
     shapes: list[tuple[str, np.ndarray, tuple[int, ...], str]] = [
         ("pixels", references.pixels, (count, *manifest.input_shape), "uint8")
     ]
