@@ -289,6 +289,8 @@ def stored(path: Path, arrays: dict[str, Any]) -> None:
         ("seeds", np.zeros((2, 5), np.float64)),
         ("sums alphas", np.zeros((4, 2, 63), np.float32)),
         ("limits logits", np.zeros(3)),
+        ("limits activation", np.zeros(4)),
+        ("cases", np.array("[]")),
         ("sums maps", np.full((4, 2, 64), np.nan, np.float32)),
         (
             "cases",
@@ -300,7 +302,7 @@ def stored(path: Path, arrays: dict[str, Any]) -> None:
         ("pixels", np.array([{}], object)),
         ("other", np.zeros(1 << 29, np.uint8)),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_references_that_do_not_fit_are_refused(
     name: str, value: np.ndarray, copy: Path, capsys: pytest.CaptureFixture

@@ -124,6 +124,8 @@ def test_a_device_is_checked_in_int8(path: Path) -> None:
     report = camrt.check(path)
     assert report.passed, [row for row in report.rows if not row.passed]
     rows = {row.program: row for row in report.rows}
+    eight = {row.subject.split()[0]: row.limit for row in report.rows if row.program == "methods int8"}
+    assert eight["score_cam_pp"] == eight["score_cam"] == float("inf") and eight["winsor_cam"] == 1e-3
     for precision in ("fp16", "int8"):
         row = rows[f"masked.{precision}.onnx"]
         assert row.subject.startswith("logits") and 0 < row.distance <= row.limit < 0.1

@@ -55,9 +55,9 @@ def check(
     precisions: "fp32", "fp16", "int8", by default all that the bundle has. programs: files, by default those of all
     programs; only methods that these suffice for are checked. backend, max_batch, mask_batch: as for `camrt.load`.
     Limits: those of `verify`; maps in float16: 1 - cosine of 1e-3, and the top class; what programs in float16 or int8
-    give: a relative L2 of 0.045, which is that cosine, or twice what rounding alone does. Maps in int8 have no limit,
-    so they are not compared. CamrtError if the bundle stores no references; errors of one program or method become a
-    row that fails.
+    give: a relative L2 of 0.045, which is that cosine, or twice what rounding alone does. Maps of masked images in int8
+    have no limit: they must only be finite. CamrtError if the bundle stores no references; errors of one program or
+    method become a row that fails.
     """
     bundle = read_bundle(path)
     references = read_references(bundle)
@@ -216,7 +216,7 @@ class _Device:
         found: dict[str, list[Case]] = {}
         for case in self._references.cases:
             needed = self._programs_of(case)
-            if needed <= set(files) and self._explainer.precision in case.limits:
+            if needed <= set(files):
                 found.setdefault(max(needed, key=lambda file: order[file]), []).append(case)
         return found
 
@@ -235,12 +235,12 @@ class _Device:
                         if case.retune is None or result is None:
                             result = self._explained(case)
                         retuned = result if case.retune is None else result.retune(**case.retune)
-                    distances.append(self._map_distance(case, retuned.maps))
+                    distances.append(self._map_distance(case, retuned.maps))  # `explain` refuses NaN
             except (CamrtError, DeviceError) as error:
                 result = None
                 yield _failed(self._label, case.label, str(error))
                 continue
-            yield Row(self._label, case.label, max(distances), 0.0, case.limits[self._explainer.precision])
+            yield Row(self._label, case.label, max(distances), 0.0, self._limit(case))
 
     def _explained(self, case: Case) -> Explanation:
         images, seeds = self._images[: case.images], self._references.seeds[: case.images]
@@ -249,9 +249,18 @@ class _Device:
     def _map_distance(self, case: Case, maps: np.ndarray) -> float:
         samples, sums = sampled(maps)
         want = case.samples.astype(np.float64), case.sums.astype(np.float64)
-        if self._explainer.precision != "fp32":
+        if not np.isfinite(self._limit(case)):
+            return 0.0  # nothing to compare with: that it ran is what counts
+        if self._explainer.precision == "fp16":
             return max(cosine_distance(samples, want[0]), cosine_distance(sums, want[1]))
         return map_distance((samples, sums), want, maps.shape[1:])
+
+    def _limit(self, case: Case) -> float:
+        """Infinite for masked images in int8, which have none; in that precision, everything else is float32."""
+        if self._explainer.precision != "int8":
+            return case.limits[self._explainer.precision]
+        masks = issubclass(method_named(case.method).data(case.options), MaskedRuns)
+        return float("inf") if masks else case.limits["fp32"]
 
     def _programs_of(self, case: Case) -> set[str]:
         """Files of the programs that a call needs."""

@@ -156,7 +156,8 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
         known = isinstance(case.method, str) and isinstance(case.images, int) and 1 <= case.images <= count
         arguments = isinstance(case.options, dict) and isinstance(case.retune, dict | None)
         layers = case.layers is None or (isinstance(case.layers, list) and all(isinstance(n, str) for n in case.layers))
-        if not known or not arguments or not layers:
+        taken = {"images", "method", "target", "layers"} & set(case.options if arguments else ())
+        if not known or not arguments or not layers or taken:
             raise ValueError(f"the case {case.method!r:.100}")
         shapes.append((case.label, case.samples, (case.images, points), "float32"))
         shapes.append((case.label, case.sums, (case.images, SUMS), "float32"))
@@ -167,6 +168,10 @@ def _check_shapes(references: References, manifest: Manifest) -> None:
             raise ValueError(f"{name!r:.100} is {array.dtype}{list(array.shape)}")
         if not np.isfinite(array).all():
             raise ValueError(f"{name!r:.100} holds NaN or infinity")
+        if name.startswith("limits of ") and not (array > 0).all():
+            raise ValueError(f"{name!r:.100} are not above 0")
+    if not references.cases:
+        raise ValueError("no method's map is there")
 
 
 def limits_of(program: Program) -> list[tuple[str, int]]:
