@@ -18,6 +18,7 @@ from onnxscript import optimizer
 
 from ..runtime.backends.one_file import open_file
 from ..runtime.errors import ExportError, first_line
+from .check import relative_l2
 from .graph import TappedGraph, fold_batch_norm, tidy
 from .head import normalize
 from .precision import takes_half
@@ -29,7 +30,7 @@ MEASURED = 16  # calibration images that the error is measured on, under other g
 _QUANTISED = ["Conv", "MatMul", "Gemm"]
 _WARNINGS, _ERRORS = 2, 3  # ONNX Runtime's log levels; the first is its default
 _ANY = 1 << 40  # elements
-FEW_IMAGES = 10
+FEW_IMAGES = 10  # fewer calibration images are warned of
 LEAST_SAME = 0.8  # part of masked images whose top class stays; a warning says if it is less
 LARGE_ERROR = 0.1  # relative L2 of the logits; a warning says so
 
@@ -59,9 +60,8 @@ def int8_program(graph: TappedGraph, images: np.ndarray) -> Int8Program:
     model = to_int8(exact, under_gates(images, seed=1))
     inputs = under_gates(images[:MEASURED], seed=2)
     want, got = (_outputs(m, "masked", inputs, "logits").astype(np.float64) for m in (exact, model))
-    norm = float(np.linalg.norm(want))
     same = float((want.argmax(axis=1) == got.argmax(axis=1)).mean())
-    return Int8Program(model, float(np.linalg.norm(got - want)) / (norm if norm > 0 else 1.0), same)
+    return Int8Program(model, relative_l2(got, want), same)
 
 
 def under_gates(images: np.ndarray, seed: int) -> np.ndarray:

@@ -136,7 +136,7 @@ def test_a_wrong_output_is_seen_in_float16(kind: str, referenced: Path) -> None:
 
 
 def test_a_wrong_map_is_seen_in_every_method(referenced: Path) -> None:
-    """Gradients and activations of the wrong image: the first one's, for all."""
+    """All outputs but the logits are mirrored."""
 
     def spoil(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {n: a if n == "logits" else np.ascontiguousarray(np.flip(a, axis=-1)) for n, a in out.items()}

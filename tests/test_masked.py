@@ -97,8 +97,7 @@ def test_int8_is_near_and_says_how_near(path: Path) -> None:
     np.testing.assert_array_equal(eight.classify(IMAGES), single.classify(IMAGES))
 
 
-def test_the_error_that_is_reported_is_that_of_the_scores(path: Path) -> None:
-    """Seven of twelve channels live, or so: the sample holds all of them."""
+def test_the_distance_of_scores_ignores_a_common_factor() -> None:
     from camrt.runtime.cams.masking import SAMPLE, _distance
 
     a, b = np.array([[1.0, 2, 3], [0, 0, 0]]), np.array([[2.0, 4, 6], [0, 0, 0]])
@@ -109,7 +108,7 @@ def test_the_error_that_is_reported_is_that_of_the_scores(path: Path) -> None:
 
 
 def test_a_large_error_is_warned_of(tmp_path: Path) -> None:
-    """Calibrated with images of a tenth of the range, most of what is explained is clipped."""
+    """Calibrated with images of a small part of the range, most of what is explained is clipped."""
     path = tmp_path / "narrow.camrt"
     calibration = CALIBRATION / 50
     camrt.export_model(small_net(), path, (3, 32, 32), precision="int8", calibration=calibration)

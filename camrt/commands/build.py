@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import EngineError, InputError, UnknownName, near
-from .comparison_table import print_count, print_rows
+from .comparison_table import print_device_report
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ def check_built(bundle: Bundle, programs: Sequence[Program], options: argparse.N
     files = {program.file for program in programs}
     with Progress() as progress:
         report = check(bundle.path, "tensorrt", precisions, files, options.max_batch, options.mask_batch, progress)
-    print(report.engine)
-    print_rows(report.rows, every=False)
-    print_count(report.rows, report.seconds)
-    return 0 if report.passed else 1
+    return print_device_report(report, every=False)
 
 
 def _make(

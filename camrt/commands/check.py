@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .comparison_table import print_count, print_rows
+from .comparison_table import print_device_report
 from .progress import Progress
 
 HELP = "compare what this machine computes with what the bundle recorded at export; exit code 1 if it differs"
@@ -38,7 +38,4 @@ def run(options: argparse.Namespace) -> int:
             options.mask_batch,
             progress,
         )
-    print(report.engine)
-    print_rows(report.rows, options.all)
-    print_count(report.rows, report.seconds)
-    return 0 if report.passed else 1
+    return print_device_report(report, options.all)

@@ -1,4 +1,4 @@
-"""The table of comparisons that `camrt verify`, `camrt check` and `camrt build` print."""
+"""What `camrt verify`, `camrt check` and `camrt build` print of comparisons."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..verification.device.check import DeviceReport
     from ..verification.distances import Row
+
+
+def print_device_report(report: DeviceReport, every: bool) -> int:
+    """Of `check`. Returns the exit code. every: all rows, not the worst of each kind."""
+    print(report.engine)
+    print_rows(report.rows, every)
+    print_count(report.rows, report.seconds)
+    return 0 if report.passed else 1
 
 
 def print_rows(rows: Sequence[Row], every: bool, pytorch: bool = False) -> None:
     """every: all rows, not the worst of each kind. pytorch: with a column of PyTorch float32's own distance."""
-    shown = rows if every else worst(rows)
-    programs, subjects = (max(len(text) for text in ("compared", *column)) + 2 for column in _columns(shown))
+    shown = rows if every else _worst(rows)
+    columns = [row.program for row in shown], [row.subject for row in shown]
+    programs, subjects = (max(len(text) for text in ("compared", *column)) + 2 for column in columns)
     header = f"{'distance':>10}{'PyTorch' if pytorch else '':>{10 * pytorch}}{'limit':>10}"
     print(f"{'':5}{'program':{programs}}{'compared':{subjects}}{header}")
     for row in shown:
@@ -21,16 +31,12 @@ def print_rows(rows: Sequence[Row], every: bool, pytorch: bool = False) -> None:
         print(f"{mark:5}{row.program:{programs}}{row.subject:{subjects}}{row.problem or figures}")
 
 
-def _columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    return [row.program for row in rows], [row.subject for row in rows]
-
-
 def print_count(rows: Sequence[Row], seconds: float | None = None) -> None:
     passed = sum(row.passed for row in rows)
     print(f"{passed} of {len(rows)} comparisons passed{'' if seconds is None else f' in {seconds:.1f} s'}")
 
 
-def worst(rows: Sequence[Row]) -> list[Row]:
+def _worst(rows: Sequence[Row]) -> list[Row]:
     """The failed rows, and for each program and kind of comparison the passed row that is nearest to its limit."""
     found: dict[tuple[str, str], Row] = {}
     for row in rows:

@@ -25,6 +25,7 @@ from .distances import (
     HALF_LIMIT,
     MAP_LIMIT,
     Row,
+    class_distance,
     cosine_distance,
     largest_difference,
     relative_l2,
@@ -117,10 +118,7 @@ def finished(found: Iterable[Row | Comparison], singles: Iterable[Records]) -> t
 
 
 def top_class_row(program: str, logits: np.ndarray, double: Record) -> Row:
-    """The reference's top logit minus its logit of the top class of `logits`, as a fraction of its range."""
-    want = double.logits.numpy()
-    short = want.max(axis=1) - want[np.arange(len(want)), logits.argmax(axis=1)]
-    return Row(program, "top class", float((short / np.ptp(want, axis=1)).max()), 0.0, CLASS_LIMIT)
+    return Row(program, "top class", class_distance(logits, double.logits.numpy()), 0.0, CLASS_LIMIT)
 
 
 def compared(

@@ -64,6 +64,13 @@ def row_distance(got: np.ndarray, want: np.ndarray) -> float:
     return max(relative_l2(a, b) for a, b in zip(got, want, strict=True))
 
 
+def class_distance(got: np.ndarray, want: np.ndarray) -> float:
+    """Of logits (B, classes): want's top logit minus its logit of got's top class, as a fraction of its range."""
+    short = want.max(axis=1) - want[np.arange(len(want)), got.argmax(axis=1)]
+    span = np.ptp(want, axis=1)
+    return float((short / np.where(span > 0, span, 1)).max())
+
+
 def largest_difference(got: np.ndarray, want: np.ndarray) -> float:
     """max |got - want|. ValueError as `comparable`."""
     comparable(got, want)

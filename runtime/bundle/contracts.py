@@ -66,7 +66,7 @@ def contracts_as_text(manifest: Manifest) -> str:
     lines += [f"{name}: {text}." for name, text in MEANINGS.items() if name in used]
     lines += [
         "",
-        "All tensors are float32, but `masked` is float16. "
+        f"All tensors are float32{', but `masked` is float16' if 'masked' in used else ''}. "
         + "; ".join(f"{name}: {text}" for name, text in SIZES.items())
         + ".",
     ]

@@ -22,7 +22,7 @@ from ...runtime.explanation import Explanation
 from ...runtime.images.image_batch import ImageBatch
 from ...runtime.layer_choice import chosen_layers
 from ...runtime.session.session import Session
-from ..distances import CLASS_LIMIT, Row, cosine_distance, row_distance
+from ..distances import CLASS_LIMIT, Row, class_distance, cosine_distance, row_distance
 from .references import Case, References, map_distance, of_layers, read_references, sampled, signed_sums
 
 REPLAYS = 3  # calls of each method where a CUDA graph is captured in the second and replayed from the third on
@@ -62,9 +62,8 @@ def check(
     bundle = read_bundle(path)
     references = read_references(bundle)
     chosen = [bundle.chosen_precision(p, masks=True) for p in precisions or bundle.mask_precisions]
-    engine = create(
-        backend, Settings(max_batch=max_batch, progress=progress, mask_batch=masks_on_gpu(max_batch, mask_batch))
-    )
+    masks = masks_on_gpu(max_batch, mask_batch)
+    engine = create(backend, Settings(max_batch=max_batch, progress=progress, mask_batch=masks))
     return check_on(bundle, references, engine, chosen, programs, max_batch, mask_batch, progress)
 
 
@@ -138,9 +137,8 @@ class _Device:
         stream = self._session.memory.stream
         if stream is None or self._manifest.preprocess is None or self._manifest.input_shape[0] != 3:
             return
-        picture = np.ascontiguousarray(
-            self._references.pixels[0, :, : self._manifest.input_shape[1] * 3 // 4].transpose(1, 2, 0)
-        )
+        upper = self._references.pixels[0, :, : self._manifest.input_shape[1] * 3 // 4]
+        picture = np.ascontiguousarray(upper.transpose(1, 2, 0))
 
         def distance() -> float:
             batch = ImageBatch([picture], self._manifest)
@@ -221,7 +219,10 @@ class _Device:
         return found
 
     def top_class(self) -> Iterator[Row]:
-        yield self._row(self._label, "top class", self._class_distance, CLASS_LIMIT)
+        def distance() -> float:
+            return class_distance(self._explainer.classify(self._images), self._references.logits.astype(np.float64))
+
+        yield self._row(self._label, "top class", distance, CLASS_LIMIT)
 
     def maps(self, cases: Iterable[Case]) -> Iterator[Row]:
         result: Explanation | None = None
@@ -277,13 +278,6 @@ class _Device:
         if method.seeds is not None:
             programs.append(self._session.exact_logits_program)
         return {program.file for program in programs}
-
-    def _class_distance(self) -> float:
-        """The references' top logit minus their logit of the top class here, as a fraction of their range."""
-        want = self._references.logits.astype(np.float64)
-        top = self._explainer.classify(self._images).argmax(axis=1)
-        short = want.max(axis=1) - want[np.arange(len(want)), top]
-        return float((short / np.where(np.ptp(want, axis=1) > 0, np.ptp(want, axis=1), 1)).max())
 
     def _row(self, program: str, subject: str, measure: Callable[[], float], limit: float) -> Row:
         try:

@@ -22,11 +22,11 @@ from ...runtime.bundle.manifest import MANIFEST, MASK_PRECISIONS, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
 from ...runtime.errors import BundleError, CamrtError
 from ...runtime.explainer import Explainer
-from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS
+from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS, full_grads
 from ..distances import ACTIVATION_LIMIT, HALF_LIMIT, MAP_LIMIT, cosine_distance, row_distance
 from ..interpreted import InterpretedBackend
 from ..oracle import Oracle, own_graph
-from ..recorder import FLOAT32_RUNS, Recorder, is_quantised, seeds_for
+from ..recorder import Recorder, is_quantised, seeds_for
 from .check import feeds_of
 from .references import (
     FILE,
@@ -46,11 +46,23 @@ if TYPE_CHECKING:
 
     from ...export.pytorch.autograd import Record
 
+FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
 MASKS = 33  # of ScoreCAM++: more than half of a GPU's mask batch, which the runtime then fills up
 ROUNDED_LIMIT = float(np.sqrt(2 * HALF_LIMIT))  # relative L2 in float16 or int8, which is HALF_LIMIT as 1 - cosine
 _IMAGES = 4  # in one run of PyTorch, which then takes little memory
-FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
 Compute = Callable[["Record", "Record"], "torch.Tensor"]  # (layers, layers behind their norms) -> maps
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """What a bundle is measured with: images (B, C, H, W), the cotangents of their logits (B, classes), and by how many
+    units in the last place the images of float32's runs differ.
+    """
+
+    bundle: Bundle
+    images: np.ndarray
+    seeds: np.ndarray
+    units: float
 
 
 @dataclass(frozen=True)
@@ -104,27 +116,28 @@ def store_references(folder: Path, manifest: Manifest, progress: Callable[[str],
 
 
 def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -> References:
+    """The references of a bundle. ExportError as `add_references`."""
     manifest = bundle.manifest
     pixels = as_pixels(smooth_images(manifest.input_shape, 1 if manifest.batch == 1 else 2))
     images, oracle = as_images(pixels), own_graph(bundle)
     seeds = seeds_for(oracle, images, manifest.num_classes, [t.name for t in manifest.taps])
     units = QUANTISED_UNITS if is_quantised(bundle) else FLOAT32_UNITS
     progress("computing references in float64")
-    recorder, size = Recorder(bundle, oracle, images, seeds), manifest.input_shape[1:]
-    questions = list(_of_layers(bundle, seeds, size))
+    probes, recorder = _Probes(bundle, images, seeds, units), Recorder(bundle, oracle, images, seeds)
+    questions = list(_of_layers(bundle, seeds))
     tensors, maps = _of_record(recorder(images, True), questions)
     logits = tensors.pop("logits")
     own = {kind: np.zeros(len(manifest.taps)) for kind in TENSORS} | {"logits": np.zeros(1)}
     singles: list[list[np.ndarray]] = []
-    for changed in last_bits(images, FLOAT32_RUNS, units):
-        found, single_maps = _of_record(recorder(changed, False), questions)
+    for records in recorder.singles(images, units):
+        found, single_maps = _of_record(records, questions)
         for kind, want in {"logits": logits, **tensors}.items():
             distances = [row_distance(a, b) for a, b in zip(found[kind], want, strict=True)]
             own[kind] = np.maximum(own[kind], distances)
         singles.append(single_maps)
-    cases = [_case(question, maps[i], [single[i] for single in singles], size) for i, question in enumerate(questions)]
-    cases += _full_grad(bundle, oracle, images, seeds, units, size, progress)
-    cases += _by_explaining(bundle, images, seeds, units, size, progress)
+    cases = [_case(question, maps[i], [single[i] for single in singles]) for i, question in enumerate(questions)]
+    cases += _full_grad(probes, oracle, progress)
+    cases += _by_explaining(probes, progress)
     return References(
         pixels,
         seeds,
@@ -132,22 +145,22 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
         manifest.probability,
         {kind: sums.astype(np.float32) for kind, sums in tensors.items()},
         {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()}
-        | _limits_of_rounding(bundle, images, seeds, logits[0], tensors),
+        | _limits_of_rounding(probes, logits[0], tensors),
         tuple(case for case in cases if case.sums.any(axis=1).all()),  # else a map is constant: min-max shows rounding
     )
 
 
 def _limits_of_rounding(
-    bundle: Bundle, images: np.ndarray, seeds: np.ndarray, logits: np.ndarray, tensors: Mapping[str, np.ndarray]
+    probes: _Probes, logits: np.ndarray, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Of the programs that are not float32: twice the distance from float64 that their own rounding makes."""
-    limits = {}
+    bundle, limits = probes.bundle, {}
     for program in bundle.manifest.programs:
         if program.precision == "float32":
             continue
         precision = next(name for name, recorded in MASK_PRECISIONS.items() if recorded == program.precision)
         session = Explainer(bundle, InterpretedBackend(rounding=True), precision=precision).session
-        out = session.open(program).run(feeds_of(session, program, images, seeds))
+        out = session.open(program).run(feeds_of(session, program, probes.images, probes.seeds))
         found = {"logits": [row_distance(out["logits"].astype(np.float64), logits)]}
         taps = [t for t in bundle.manifest.taps if t.name in program.taps]
         layers = [bundle.manifest.taps.index(t) for t in taps]
@@ -158,14 +171,14 @@ def _limits_of_rounding(
     return limits
 
 
-def _of_layers(bundle: Bundle, seeds: np.ndarray, size: Sequence[int]) -> Iterator[_Question]:
+def _of_layers(bundle: Bundle, seeds: np.ndarray) -> Iterator[_Question]:
     """The methods that a record of the layers decides."""
     import torch
 
     from ...export.pytorch.autograd import select
     from ..methods import LAYER_METHODS, integrative_cam, integrative_residual, winsor_cam
 
-    taps, images = bundle.manifest.taps, len(seeds)
+    taps, size, images = bundle.manifest.taps, bundle.manifest.input_shape[1:], len(seeds)
     conv, last = ([t.name for t in taps if role in t.roles] for role in ("conv", "last"))
 
     def seed(recorded: Record) -> torch.Tensor:
@@ -215,64 +228,51 @@ def _of_record(
     return {"logits": layers.logits.double().numpy()[None], **sums}, found
 
 
-def _full_grad(
-    bundle: Bundle,
-    oracle: Oracle,
-    images: np.ndarray,
-    seeds: np.ndarray,
-    units: float,
-    size: Sequence[int],
-    progress: Callable[[str], None],
-) -> Iterator[Case]:
-    if any(p.kind == Kind.FULL_GRAD for p in bundle.manifest.programs):
-        progress("computing references of full_grad")
-        singles = [oracle.full_grad(changed, seeds, False) for changed in last_bits(images, FULL_GRAD_RUNS, units)]
-        question = _Question("full_grad", {}, images=len(images))
-        yield _case(question, oracle.full_grad(images, seeds, True), singles, size)
+def _full_grad(probes: _Probes, oracle: Oracle, progress: Callable[[str], None]) -> Iterator[Case]:
+    progress("computing references of methods")
+    found = full_grads(probes.bundle, oracle, probes.images, probes.seeds, probes.units)
+    if found is not None:
+        yield _case(_Question("full_grad", {}, images=len(probes.images)), found.double, found.singles)
 
 
-def _by_explaining(
-    bundle: Bundle,
-    images: np.ndarray,
-    seeds: np.ndarray,
-    units: float,
-    size: Sequence[int],
-    progress: Callable[[str], None],
-) -> Iterator[Case]:
+def _by_explaining(probes: _Probes, progress: Callable[[str], None]) -> Iterator[Case]:
     """The methods that run the network several times, or seed it in their own way, for one image.
 
     PyTorch runs the programs, in float64; where masked images run through the whole network in float32, as no gradient
     then depends on its rounding.
     """
+    bundle, image, seed = probes.bundle, probes.images[:1], probes.seeds[:1]
 
     def maps(question: _Question, batch: Iterable[np.ndarray], precise: bool = False) -> list[np.ndarray]:
         explainer = Explainer(bundle, InterpretedBackend(precise), _IMAGES, bundle.precisions[0])
-        arguments = question.method, seeds[:1], question.layers
+        arguments = question.method, seed, question.layers
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a map of zeros is compared too
             return [explainer.explain(image, *arguments, **question.options).maps for image in batch]
 
-    for question in _run_several_times(bundle, images, units):
+    for question in _run_several_times(probes):
         progress(f"computing references of {question.method}")
-        changed = itertools.islice(last_bits(images[:1], question.runs, units), question.runs)
+        changed = itertools.islice(last_bits(image, question.runs, probes.units), question.runs)
         try:
-            (want,) = maps(question, [images[:1]], question.precise)
+            (want,) = maps(question, [image], question.precise)
             singles = maps(question, changed)
         except CamrtError as error:  # as Finer-CAM's, where all other classes are impossible
             progress(f"no reference of {question.method}: {error}")
             continue
-        yield _case(question, want, singles, size)
+        yield _case(question, want, singles)
 
 
-def _run_several_times(bundle: Bundle, images: np.ndarray, units: float) -> Iterator[_Question]:
-    manifest = bundle.manifest
-    runs = 2 if units == QUANTISED_UNITS else 0  # of masked images: without steps, float32 is far closer than the limit
+def _run_several_times(probes: _Probes) -> Iterator[_Question]:
+    bundle, manifest = probes.bundle, probes.bundle.manifest
+    runs = (
+        2 if probes.units == QUANTISED_UNITS else 0
+    )  # of masked images: without steps, float32 is far closer than the limit
     last = [t.name for t in manifest.taps if "last" in t.roles]
     if last and manifest.num_classes > 1:
         yield _Question("finer_cam", {}, images=1)
     if last:
         program = InterpretedBackend().open(bundle, bundle.program(Kind.ACTIVATIONS, last))
-        activation = program.run({"image": images[:1]})[f"activation:{last[0]}"][0]
+        activation = program.run({"image": probes.images[:1]})[f"activation:{last[0]}"][0]
         options = {"max_error": _error_for(activation)}
         yield _Question("score_cam_pp", options, images=1, precise=False, runs=runs)
         if any(p.kind == Kind.HEAD and last[0] in p.taps for p in manifest.programs):
@@ -292,14 +292,11 @@ def _error_for(activation: np.ndarray) -> float:
     return float(sizes[:dropped].sum() + sizes[dropped] / 2) if dropped > 0 else 0.0
 
 
-def _case(question: _Question, want: np.ndarray, singles: Sequence[np.ndarray], size: Sequence[int]) -> Case:
+def _case(question: _Question, want: np.ndarray, singles: Sequence[np.ndarray]) -> Case:
     """want: maps (images, H, W) in float64; singles: PyTorch float32's."""
-    samples = sampled(want)
-    own = [sampled(single) for single in singles]
-    distance = max((map_distance(some, samples, size) for some in own), default=0.0)
-    half = max(
-        (cosine_distance(minmax(s.astype(np.float64)), minmax(want.astype(np.float64))) for s in singles), default=0.0
-    )
+    samples, scaled = sampled(want), minmax(want.astype(np.float64))
+    distance = max((map_distance(sampled(maps), samples, want.shape[1:]) for maps in singles), default=0.0)
+    half = max((cosine_distance(minmax(maps.astype(np.float64)), scaled) for maps in singles), default=0.0)
     return Case(
         question.method,
         question.options,

@@ -206,6 +206,7 @@ def _parts(joined: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
 
 
 def as_images(pixels: np.ndarray) -> np.ndarray:
+    """The numbers (float32) that pixels (uint8) stand for."""
     return pixels * np.float32(_STEP) + np.float32(_LOWEST)
 
 

@@ -51,6 +51,8 @@ class MethodData:
 
 @functools.lru_cache(maxsize=64)
 def columns(widths: tuple[int, ...], indices: tuple[int, ...]) -> np.ndarray:
-    """Column numbers of the arrays at `indices`, of arrays with these widths side by side. Not to be changed."""
+    """Column numbers of the arrays at `indices`, of arrays with these widths side by side."""
     ends = np.cumsum([0, *widths])
-    return np.concatenate([np.arange(ends[i], ends[i + 1]) for i in indices])
+    found = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in indices])
+    found.flags.writeable = False
+    return found
