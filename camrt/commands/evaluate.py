@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..evaluation import Settings, evaluate
+    from ..runtime.cams.sampled_error import LARGE_ERROR
     from ..runtime.explainer import load
 
     check_plot(options.plot)
@@ -88,6 +89,10 @@ def run(options: argparse.Namespace) -> int:
     _write_tables(options, records, [m.text for m in methods])
     used = len({r["image"] for r in records})
     print(f"{used} of {len(images)} images; means with half of a 95 % bootstrap interval; best in bold: {options.out}")
+    errors = [r["map_error"] for r in records if "map_error" in r]
+    if inexact := sum(error > LARGE_ERROR for error in errors):
+        said = f"{inexact} of {len(errors)} maps of the Score family are more than {LARGE_ERROR} off in int8"
+        print(f"{said} (1 - cosine, estimated; at most {max(errors):.1g})")
     return 1 if problems else 0
 
 

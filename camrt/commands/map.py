@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     from ..mapping.run import Means, Summary, map_images
     from ..questions import class_number
     from ..runtime.bundle.reading import read_bundle
+    from ..runtime.cams.sampled_error import LARGE_ERROR
     from ..runtime.errors import InputError
 
     if options.price is not None and not 0 <= options.price < 1e9:
@@ -93,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{done} images in {summary.seconds:.1f} s, {rate:.1f} a second, {said}{'s' * (summary.machines > 1)}")
         if options.price is not None:
             print(f"{summary.cost_per_million(options.price):.2f} for a million images, at {options.price} an hour")
+    if summary.inexact:
+        print(f"{summary.inexact} maps are more than {LARGE_ERROR} off in int8 (1 - cosine, estimated): see map_error")
     for reason, count in summary.problems.most_common():
         print(f"{count} not explained: {reason}")
     return 1 if summary.failed and not options.allow_failures else 0

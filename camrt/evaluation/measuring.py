@@ -36,7 +36,7 @@ class Question:
 
 
 def measure(explainer: Explainer, method: MethodChoice, names: Sequence[str], asked: Question) -> dict[str, Any]:
-    """The metrics `names` of one image's map, with its class and that class's probability."""
+    """The metrics `names` of one image's map, with its class and that class's probability; in int8, map_error."""
     started = time.perf_counter()
     result = explainer.explain(asked.batch, method.name, asked.target, asked.layers, **method.options)
     seconds = time.perf_counter() - started
@@ -91,7 +91,8 @@ def measure(explainer: Explainer, method: MethodChoice, names: Sequence[str], as
         }
     computed = [n for n in names if n != "win" and (asked.mask is not None or n not in LOCALISATION)]
     values = {name: round(float(computations[name]()), 6) for name in computed}
-    return {"target": target, "probability": round(float(before), 6), **values}
+    inexact = {name: float(error[0]) for name, error in result.details.items() if name == "map_error"}
+    return {"target": target, "probability": round(float(before), 6), **inexact, **values}
 
 
 def _middle_class(logits: np.ndarray, target: int) -> int:

@@ -39,8 +39,10 @@ class Wanted:
     pixels: int = PIXELS
 
 
-def schema(manifest: Manifest, wanted: Wanted) -> Any:
-    """The columns: path, target, probabilities, layer_weights, map and overlay if they are wanted, error."""
+def schema(manifest: Manifest, wanted: Wanted, precision: str) -> Any:
+    """The columns: path, target, probabilities, layer_weights, map and overlay if they are wanted, map_error in int8
+    (empty where a map is exact), error.
+    """
     import pyarrow as pa
 
     fields = [
@@ -56,6 +58,8 @@ def schema(manifest: Manifest, wanted: Wanted) -> Any:
         fields.append(("map", pa.binary()))
     if wanted.overlay:
         fields.append(("overlay", pa.binary()))
+    if precision == "int8":
+        fields.append(("map_error", pa.float32()))
     return pa.schema([*fields, ("error", pa.string())])
 
 
@@ -88,7 +92,7 @@ def explain_rows(explainer: Explainer, images: Sequence[Prepared], wanted: Wante
     """Explains images by one run of the network; if it fails, one by one, so that one bad image spoils no other.
 
     Returns their problems ("" where there is none), and columns of those that were explained: target (n,),
-    probabilities (n, classes), layer_weights (n, layers), map (n, H, W), overlay (n,).
+    probabilities (n, classes), layer_weights (n, layers), map (n, H, W), overlay (n,), map_error (n,).
     """
     problems = [image.problem or "" for image in images]
     good = [i for i, image in enumerate(images) if image.image is not None]
@@ -134,6 +138,8 @@ def _columns(rows: Sequence[_Row], images: Sequence[Prepared], wanted: Wanted) -
     if wanted.overlay:
         drawn = [replace(e.for_image(i), images=image.photo).png(0) for (e, i), image in zip(rows, images, strict=True)]
         columns["overlay"] = drawn
+    if "map_error" in rows[0][0].details:
+        columns["map_error"] = np.array([e.details["map_error"][i] for e, i in rows], np.float32)
     return columns
 
 
@@ -161,7 +167,7 @@ def as_table(paths: Sequence[str], problems: Sequence[str], columns: dict[str, A
             arrays.append(pa.array(paths, pa.string()))
         elif one.name == "error":
             arrays.append(pa.array([problem or None for problem in problems], pa.string()))
-        elif not good.any():
+        elif not good.any() or one.name not in columns:
             arrays.append(pa.nulls(len(paths), one.type))
         else:
             made = _array(columns[one.name], one.type)

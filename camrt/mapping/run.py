@@ -25,25 +25,32 @@ from .places import RUN, Place, would_find
 from .processes import run_processes
 from .rows import MAPS, Wanted
 from .tasks import Task, fingerprint, plan
-from .worker import Done, Job, part_name, problems_of
+from .worker import Done, Job, done_before, part_name
 
 SUMMARY = "_summary.json"  # what reads a folder of Parquet files leaves names with _ out
 
 
 @dataclass
 class Summary:
-    """What became of the images. images, problems (reason -> images): of the whole run, with what an earlier leg did;
-    before: of `images`, those of earlier legs, in parts_before. seconds: of this leg alone.
+    """What became of the images. images, problems (reason -> images), inexact (maps that int8 moves by more than
+    LARGE_ERROR, by estimate): of the whole run, with what an earlier leg did; before: of `images`, those of earlier
+    legs, in parts_before. seconds: of this leg alone.
     """
 
     images: int = 0
     problems: Counter[str] = field(default_factory=Counter)
+    inexact: int = 0
     parts: int = 0
     before: int = 0
     parts_before: int = 0
     seconds: float = 0.0
     machines: int = 1
     workers: int = 1
+
+    def add(self, done: Done) -> None:
+        self.images += done.images
+        self.problems.update(done.problems)
+        self.inexact += done.inexact
 
     @property
     def failed(self) -> int:
@@ -108,8 +115,7 @@ def map_images(
         progress(summary, len(tasks))
         if waiting:
             for done in _running(job, waiting, means, summary):
-                summary.images += done.images
-                summary.problems.update(done.problems)
+                summary.add(done)
                 summary.parts += 1
                 summary.seconds = time.monotonic() - started
                 progress(summary, len(tasks))
@@ -130,14 +136,12 @@ def _written_before(place: Place, tasks: Sequence[Task], names: set[str]) -> tup
     there = [task for task in tasks if part_name(task.number) in names]
     summary, waiting = Summary(), [task for task in tasks if part_name(task.number) not in names]
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda task: problems_of(place.child(part_name(task.number))), there)
-        for task, problems in zip(there, found, strict=True):
-            if problems is None:
+        found = pool.map(lambda task: done_before(place.child(part_name(task.number)), task.number), there)
+        for task, done in zip(there, found, strict=True):
+            if done is None:
                 waiting.append(task)
                 continue
-            rows, told = problems
-            summary.images += rows
-            summary.problems.update(told)
+            summary.add(done)
             summary.parts_before += 1
     summary.before = summary.images
     return summary, sorted(waiting, key=lambda task: task.number)

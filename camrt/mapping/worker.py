@@ -11,6 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from ..runtime.cams.sampled_error import LARGE_ERROR
 from ..runtime.explainer import Explainer, load
 from .places import Place
 from .rows import Prepared, Wanted, as_table, explain_rows, prepare, schema
@@ -39,28 +42,36 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A task whose part is written. problems: reason -> images."""
+    """A task whose part is written. problems: reason -> images. inexact: maps that int8 moves by over LARGE_ERROR."""
 
     number: int
     images: int
     problems: dict[str, int]
+    inexact: int = 0
 
 
 def part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
-def problems_of(part: Place) -> tuple[int, Counter[str]] | None:
-    """(rows, reason -> images that were not explained) of a part that is there; None if it cannot be read."""
+def done_before(part: Place, number: int) -> Done | None:
+    """The task of a part that is there; None if it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with part.open(seeks=True) as file:
-            errors = pyarrow.parquet.read_table(file, columns=["error"])["error"]
+            parquet = pyarrow.parquet.ParquetFile(file)
+            table = parquet.read([n for n in ("error", "map_error") if n in parquet.schema_arrow.names])
     except (pyarrow.ArrowException, OSError):
         return None
-    return len(errors), Counter(_reason(problem) for problem in errors.drop_null().to_pylist())
+    if "error" not in table.column_names:
+        return None
+    problems = Counter(_reason(problem) for problem in table["error"].drop_null().to_pylist())
+    inexact = 0
+    if "map_error" in table.column_names:
+        inexact = int((table["map_error"].drop_null().to_numpy() > LARGE_ERROR).sum())
+    return Done(number, len(table), dict(problems), inexact)
 
 
 class Worker:
@@ -69,13 +80,13 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._explainer = job.open()
-        self._schema = schema(self._explainer.manifest, job.wanted)
+        self._schema = schema(self._explainer.manifest, job.wanted, self._explainer.precision)
 
     def run(self, task: Task) -> Done:
         """Explains a task's images and writes its part, all or nothing. OSError if it cannot be written."""
         import pyarrow.parquet
 
-        problems, images = Counter(), 0
+        problems, images, inexact = Counter(), 0, 0
         # a dictionary of the numbers of maps costs much time, and saves nothing
         form = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": ["path"]}
         with (
@@ -92,9 +103,10 @@ class Worker:
                 writing = beside.submit(writer.write_table, table)
                 problems.update(_reason(problem) for problem in told if problem)
                 images += len(batch)
+                inexact += int((columns.get("map_error", np.zeros(0)) > LARGE_ERROR).sum())
             if writing is not None:
                 writing.result()
-        return Done(task.number, images, dict(problems))
+        return Done(task.number, images, dict(problems), inexact)
 
     def _batches(self, task: Task) -> Iterator[list[Prepared]]:
         """The images, read and decoded ahead of the network, which does not wait for them."""

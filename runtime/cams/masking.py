@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,24 +14,21 @@ from ..scores import complements
 from .baseline import combined
 from .data import Lane, MaskedRuns
 from .registry import Result, cam, chosen, is_number
+from .sampled_error import LARGE_ERROR, chances, map_error, taken
 
 VARIANTS = ("tanh", "tanh_mask_only", "sigmoid_relu")
 SCORE_CAM_VARIANTS = ("original", "pytorch_grad_cam")
-SAMPLE = 8  # masks that also run in float32, where masked images run in int8
-LARGE_ERROR = 0.1  # relative; a warning says so
 
 
 @dataclass(frozen=True)
 class _Scores:
     """Scores of masked images. parts: number of a batch's first mask -> its scores (S, n), in the runs' memory.
 
-    summed: sum_k score_k gate(up(A_k)), (S, H, W), if it was asked for, else zeros. error: in int8, the `_distance`
-    from the scores in float32, of a sample of masks.
+    summed: sum_k score_k gate(up(A_k)), (S, H, W), if it was asked for, else zeros.
     """
 
     parts: dict[int, Any]
     summed: Any
-    error: float = 0.0
 
     def on_host(self, runs: MaskedRuns) -> np.ndarray:
         """(S, number of masks)."""
@@ -57,37 +54,51 @@ class _Ask:
 
 
 def _score(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask) -> _Scores:
-    """Runs the network on the image under the mask of each live channel. live: channel numbers.
+    """Runs the network on the image under the mask of each live channel. live: channel numbers."""
+    on_device = _score_on_host if runs.memory.stream is None else _score_on_gpu
+    return on_device(runs, activation, live, _complemented(runs, ask))
 
-    For the class "not" of a single score the probability is 1 - p.
-    """
+
+def _complemented(runs: MaskedRuns, ask: _Ask) -> _Ask:
+    """For the class "not" of a single score the probability is 1 - p; a difference of two needs no complement."""
     lacking = complements(runs.seeds)
     if ask.offset is None and ask.probability != "logits" and lacking.any():
-        ask = replace(ask, offset=runs.memory.put(-lacking))  # a difference of two scores needs no complement
-    scores = (_score_on_host if runs.memory.stream is None else _score_on_gpu)(runs, activation, live, ask)
-    if runs.exact is None or not len(live):
-        return scores
-    return replace(scores, error=_error(runs, activation, live, ask, scores))
+        return replace(ask, offset=runs.memory.put(-lacking))
+    return ask
 
 
-def _error(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask, scores: _Scores) -> float:
-    """How far some of the scores are from those that the network gives in float32."""
-    sample = np.unique(np.linspace(0, len(live) - 1, SAMPLE).astype(int))
-    logits = runs.exact_logits(activation, live[sample], ask.kind, ask.interpolation)
-    weights = None if ask.weights is None else runs.memory.put(ask.weights[sample])
-    probability, seeds = ask.probability or runs.probability, runs.memory.put(runs.seeds)
-    (exact,) = runs.memory.get(class_scores(logits, seeds, probability, ask.offset, weights, stream=runs.memory.stream))
-    return _distance(scores.on_host(runs)[:, sample].astype(np.float64), exact.astype(np.float64))
+def _exact_scores(runs: MaskedRuns, activation: Any, channels: np.ndarray, ask: _Ask) -> Any:
+    """(S, n), in the runs' memory: the scores under a few masks, from the network in float32."""
+    ask, memory = _complemented(runs, ask), runs.memory
+    logits = runs.exact_logits(activation, channels, ask.kind, ask.interpolation)
+    weights = None if ask.weights is None else memory.put(ask.weights)
+    probability = ask.probability or runs.probability
+    return class_scores(logits, memory.put(runs.seeds), probability, ask.offset, weights, stream=memory.stream)
 
 
-def _distance(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest relative L2 distance of the rows, after the common factor that makes it smallest: a map's min-max
-    ignores such a factor. 0 where both rows are zero, 1 where one is.
+def _int8_error(
+    runs: MaskedRuns,
+    activation: Any,
+    live: np.ndarray,
+    ask: _Ask,
+    scores: _Scores,
+    weighed: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
+) -> np.ndarray:
+    """(S,): `map_error` of a layer's map, from a sample of masks that run in float32; zeros where nothing ran in int8.
+
+    scores: of the live channels. weighed: scores (S, any) -> what the maps are weighed with.
     """
-    lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
-    cosine = np.clip((got * want).sum(axis=1) / np.where(lengths > 0, lengths, 1), 0, 1)
-    neither = ~got.any(axis=1) & ~want.any(axis=1)
-    return float(np.where(neither, 0, np.sqrt(1 - cosine**2)).max())
+    if runs.exact is None or not len(live):
+        return np.zeros(len(runs.seeds))
+    (channels,) = runs.memory.get(activation)
+    maps = gate(channels[live], ask.summed_gate or "identity").astype(np.float64)
+    weights = weighed(scores.on_host(runs).astype(np.float64))
+    chance = chances(weights, maps)
+    sample = taken(chance)
+    if ask.weights is not None:
+        ask = replace(ask, weights=ask.weights[sample])
+    (exact,) = runs.memory.get(_exact_scores(runs, activation, live[sample], ask))
+    return map_error(weights, maps, sample, weighed(exact.astype(np.float64)), chance)
 
 
 def _score_on_gpu(runs: MaskedRuns, activation: Any, live: np.ndarray, ask: _Ask) -> _Scores:
@@ -137,11 +148,12 @@ def _score_on_host(runs: MaskedRuns, activation: np.ndarray, live: np.ndarray, a
     return _Scores(parts, first)
 
 
-def _score_of_zeros(runs: MaskedRuns, probability: str | None = None) -> Any:
-    """seed . probabilities (S,) of the all-zero input, in the runs' memory."""
+def _score_of_zeros(runs: MaskedRuns, probability: str | None = None, exact: bool = False) -> Any:
+    """seed . probabilities (S,) of the all-zero input, in the runs' memory. exact: from the network in float32."""
     nothing, as_it_is = runs.memory.zeros((1, 1, 1)), runs.memory.zeros((len(runs.seeds),))
-    result = _score(runs, nothing, np.array([0]), _Ask("identity", probability=probability, offset=as_it_is))
-    return result.parts[0].reshape(len(runs.seeds))
+    ask, first = _Ask("identity", probability=probability, offset=as_it_is), np.array([0])
+    scores = _exact_scores(runs, nothing, first, ask) if exact else _score(runs, nothing, first, ask).parts[0]
+    return scores.reshape(len(runs.seeds))
 
 
 def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:
@@ -159,8 +171,10 @@ def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:
     return maps if count == 1 else scaled(runs.memory.side_by_side([maps]), 1)
 
 
-def _result(maps: Any, runs: MaskedRuns, masked_runs: int, errors: Sequence[float], error_bound: float = 0.0) -> Result:
-    """errors: of each layer's scores, in int8."""
+def _result(
+    maps: Any, runs: MaskedRuns, masked_runs: int, errors: Sequence[np.ndarray], error_bound: float = 0.0
+) -> Result:
+    """errors: of each layer's maps (S,), in int8."""
     rows, layers = len(runs.seeds), len(runs.taps)
     details = {
         "channels": np.full(rows, sum(len(a) for a in runs.activations)),
@@ -168,12 +182,11 @@ def _result(maps: Any, runs: MaskedRuns, masked_runs: int, errors: Sequence[floa
         "error_bound": np.full(rows, error_bound, np.float32),
     }
     if runs.exact is not None:
-        error = max(errors, default=0.0)
-        details["score_error"] = np.full(rows, error, np.float32)
-        if error > LARGE_ERROR:
+        details["map_error"] = np.max(errors, axis=0).astype(np.float32)
+        if (worst := details["map_error"].max(initial=0)) > LARGE_ERROR:
             warn(
-                f"int8 changes the scores of masked images by {error:.0%} beside one another (of a sample): use "
-                "another precision, or calibrate with pictures like these"
+                f"int8 moves this map by about {worst:.1g} (1 - cosine, estimated from a sample of masks): use another "
+                "precision, or calibrate with pictures like these"
             )
     return Result(maps, np.full((rows, layers), 1 / layers, np.float32), details)
 
@@ -199,9 +212,9 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     variant: tanh; tanh_mask_only sums up(A_k) instead of H_k; sigmoid_relu has H_k = sigmoid(ReLU(up(A_k) / 2)).
     baseline="zero": s_k minus the score of the all-zero input. x is the normalised input. Channels that add exactly
     nothing never run. max_error: skip weak channels, while no pixel of the map before ReLU and minmax changes by more
-    than this; details["error_bound"] is the bound that holds. In int8 details["score_error"] is how far the scores of a
-    sample of masks are from float32's (relative L2, after the best common factor). Several layers: the mean of their
-    maps, minmax again. InputError, UnknownMethod for options that do not fit.
+    than this; details["error_bound"] is the bound that holds. In int8 details["map_error"] is an estimate of 1 - cosine
+    from the map in float32, by a sample of masks. Several layers: the mean of their maps, minmax again. InputError,
+    UnknownMethod for options that do not fit.
     """
     chosen(variant, VARIANTS, "variant")
     chosen(baseline, ("none", "zero"), "baseline")
@@ -211,6 +224,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     summed_gate = "identity" if variant == "tanh_mask_only" else kind
     reach = float(np.abs(runs.seeds).sum(axis=1).max())  # |s_k| <= reach: 1 for a class
     offset = _score_of_zeros(runs) if baseline == "zero" else None
+    exact_offset = offset if offset is None or runs.exact is None else _score_of_zeros(runs, exact=True)
     totals, count, bounds, errors = [], 0, [], []
     for activation, extremes in zip(runs.activations, runs.extremes, strict=True):
         still = np.logical_not(extremes.any(axis=1))
@@ -224,7 +238,8 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
         ask = _Ask(kind, summed_gate=summed_gate, offset=offset, weights=weights)
         scores = _score(runs, activation, live, ask)
         totals.append(scores.summed)
-        errors.append(scores.error)
+        exact_ask = replace(ask, offset=exact_offset)
+        errors.append(_int8_error(runs, activation, live, exact_ask, scores))
         count += len(live)
         bounds.append(bound * reach)
     return _result(_finished(runs, totals), runs, count, errors, max(bounds))
@@ -244,19 +259,21 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
         live = np.flatnonzero(~flat)
         count += len(live)
         if variant == "original":
-            found = _score(runs, activation, live, _Ask("minmax", summed_gate="identity"))
+            ask = _Ask("minmax", summed_gate="identity")
+            found = _score(runs, activation, live, ask)
             totals.append(found.summed)
-            errors.append(found.error)
+            errors.append(_int8_error(runs, activation, live, ask, found))
             continue
         scores = np.zeros((len(runs.seeds), len(flat)), np.float32)
         ask = _Ask("minmax", "align_corners", probability="logits")
         found = _score(runs, activation, live, ask)
-        errors.append(found.error)
         scores[:, live] = found.on_host(runs)
         if flat.any():  # a constant channel's mask is zero everywhere: one run stands for all of them
             scores[:, flat] = runs.memory.get(_score_of_zeros(runs, "logits"))[0][:, None]
             count += 1
-        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+        highest = scores.max(axis=1, keepdims=True)
+        errors.append(_int8_error(runs, activation, live, ask, found, lambda s, highest=highest: np.exp(s - highest)))
+        scores = np.exp(scores - highest)
         (channels,) = runs.memory.get(activation)
         totals.append(np.einsum("sk,khw->shw", scores / scores.sum(axis=1, keepdims=True), channels))
     maps = _finished(runs, totals) if variant == "original" else combined(totals, runs.size).maps
