@@ -15,6 +15,7 @@ from ..runtime.errors import BundleError
 from .folder import whole_folder
 from .programs import BuiltProgram
 
+_SUFFIXES = {Path(name).suffix for name in (MANIFEST, WEIGHTS, "references.npz", "a program.onnx")}
 _INLINE_BYTES = 1024  # smaller constants stay inside the program
 _ALIGNMENT = 4096  # a memory-mapped tensor starts on a page
 
@@ -70,7 +71,7 @@ def write_bundle(
     path = Path(path)
     check_target(path, overwrite)
     try:
-        with whole_folder(path) as folder:
+        with whole_folder(path.resolve() if path.is_symlink() else path, overwrite) as folder:
             progress("writing the weights")
             weights = WeightsFile(folder / WEIGHTS)
             written = []
@@ -97,12 +98,15 @@ def write_bundle(
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """BundleError if `path` exists and may not be overwritten, or is not a bundle."""
+    """BundleError if `path` exists and may not be overwritten, is not a bundle, or holds other files, too."""
     if path.exists() or path.is_symlink():
         if not overwrite:
             raise BundleError(f"{path}: exists already: choose another path, or overwrite=True (--force)")
         if not (path / MANIFEST).is_file():
             raise BundleError(f"{path}: exists and is not a bundle: choose another path")
+        others = sorted(f.name for f in path.iterdir() if f.suffix not in _SUFFIXES and not f.name.startswith("."))
+        if others:
+            raise BundleError(f"{path}: holds {others[0]!r}, which is not of the bundle: move it to another folder")
 
 
 def _externalise(model: ir.Model, weights: WeightsFile) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ..runtime.backends.one_file import Run, open_file
 from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Manifest, Program
-from ..runtime.errors import CamrtError, ExportError
+from ..runtime.errors import CamrtError, ExportError, warn
 from .autodiff import on_path
 from .graph import TappedGraph, named_values
 from .layers.layouts import layouts, tap_at
@@ -93,11 +93,15 @@ class Checker:
         self.cotangent, self.seed = seeds_through(logits, manifest.final_activation)
         inputs = {"image": images, "seed": self.seed, "ratio": np.ones((len(self.seed), 1), np.float32)}
         inputs["masked"] = images.astype(np.float16)
+        vanished = []
         for program in manifest.programs:
             if program is classify:
                 continue
             feeds = {name: inputs[name] for name in program.inputs}
             out = self._outputs(program, feeds, open_file(folder / program.file))
+            told = [a for n, a in out.items() if n != "logits"] or list(out.values())
+            if program.precision == "float16" and not any(a.any() for a in told):
+                vanished.append(program.file)
             if program.kind in (Kind.TRUNK, Kind.NORMALIZE):
                 inputs |= {n: a for n, a in out.items() if n != "logits"}
                 inputs["masked"] = inputs.get("normalized", images).astype(np.float16)
@@ -115,6 +119,11 @@ class Checker:
             ):
                 self.gradients = {t: out[f"gradient:{t}"][:1] for t in program.taps}
         dead = not any(g.any() for g in self.gradients.values())  # of a head of zeros, all gradients are
+        if vanished and not (dead and self.gradients):
+            warn(
+                f"{', '.join(vanished)}: only zeros for an ordinary image, whose numbers are too small for float16: "
+                "use fp32"
+            )
         for tap in manifest.taps:
             unread = tap.prefix and tap.name in self.gradients and not self.gradients[tap.name].any()
             if unread and not (dead and self._accepts_zeros):
@@ -143,6 +152,11 @@ class Checker:
         bad = next((n for n, a in out.items() if not np.isfinite(a).all()), None)
         if bad is not None and program.kind == Kind.FULL_GRAD:
             raise NotFinite(program.kind)
+        if bad is not None and program.precision == "float16":
+            raise ExportError(
+                f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: its numbers are too large for "
+                "float16: export in fp32"
+            )
         if bad is not None:
             raise ExportError(
                 f"{program.file}: {bad!r} holds NaN or infinity for an ordinary image: check the model's weights, and "
@@ -298,7 +312,7 @@ def looks_like_probabilities(
     sums = scores.sum(axis=1)
     if scores.min() < -1e-6 or np.ptp(scores) < 1e-6:
         return None
-    if scores.shape[1] > 1 and sums.max() > 0 and np.ptp(sums) < 1e-3 * sums.max():
+    if scores.shape[1] > 1 and sums.max() > 0 and np.ptp(sums) < 1e-3 * np.ptp(scores):  # not: large biases
         return f"rows that sum to {sums.mean():.3g}"
     return "numbers between 0 and 1" if scores.max() <= 1 + 1e-6 and not behind_product else None
 

@@ -18,9 +18,9 @@ _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # a system or file syst
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """Yields a hidden folder beside `path` to write into. When the block ends without an error, this folder replaces
-    whatever is at `path`.
+    whatever is at `path`; without `overwrite`, OSError if something has appeared there.
 
     The writing process holds a lock on the hidden folder. Hidden folders that killed writers of the same `path` left
     behind are removed first. Raises OSError.
@@ -34,7 +34,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             stack.enter_context(_locked(work))
         yield work
         work.chmod(0o755)
-        if path.exists() or path.is_symlink():
+        if overwrite and (path.exists() or path.is_symlink()):
             _exchange(work, path)
         else:
             work.rename(path)

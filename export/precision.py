@@ -4,7 +4,8 @@ In a program that reads a seed, this part is the backward pass. The forward pass
 ReLU's input across zero, the gradient would change by far more than a rounding error. The backward pass is linear, so
 float16 adds only rounding errors. In a program without a seed, whose results are scores, the part is the whole program.
 
-In this part convolutions and matrix products are in float16. The operators that float16 harms most stay in float32:
+In this part convolutions and matrix products are in float16, but for the matrix product that gives the scores: rounded
+to float16, scores that are close could change places. The operators that float16 harms most stay in float32:
 softmax, norms, means, sums and exponentials, and the nodes after them up to the next convolution or product. A branch
 that is multiplied by a small constant (layer scale at the start of training) also stays in float32 until it joins
 another branch, because its values may be too small for float16. Weights stay float32 in the file, shared with the
@@ -100,6 +101,19 @@ def _follows(node: ir.Node) -> bool:
     return node.op_type in _FOLLOWERS and attribute(node, "reduction", "none") == "none"
 
 
+def _last_products(graph: ir.Graph) -> set[ir.Node]:
+    """The matrix products behind which there is no other product."""
+    before: set[ir.Node] = set()  # another one
+    last = set()
+    for node in reversed(graph):
+        behind = any(user in before or user.op_type in _PRODUCTS for y in node.outputs for user in y.consumers())
+        if behind:
+            before.add(node)
+        elif node.op_type in ("Gemm", "MatMul"):
+            last.add(node)
+    return last
+
+
 class _Converter:
     """Converts the nodes that depend on the roots: on the seed, or on all inputs of a program without a seed."""
 
@@ -110,6 +124,7 @@ class _Converter:
         self._dependent = set(roots)
         self._backward = all(x.name == "seed" for x in roots)
         self._small: set[ir.Value] = set()
+        self._last = set() if self._backward else _last_products(graph)
 
     def run(self) -> None:
         for node in list(self._graph):
@@ -124,7 +139,8 @@ class _Converter:
             self._cast_of_condition(node)
             return
         small = any(y in self._small for y in node.outputs)
-        half = not small and (node.op_type in _PRODUCTS or (_follows(node) and not self._wide(node)))
+        product = node.op_type in _PRODUCTS and node not in self._last
+        half = not small and (product or (_follows(node) and not self._wide(node)))
         kind = HALF if half else FLOAT
         for i, x in enumerate(node.inputs):
             if x is not None and x.dtype in (HALF, FLOAT) and not _stays_float(node, i):

@@ -18,7 +18,7 @@ from torch import nn
 
 import camrt
 from camrt.export.probes import smooth_images
-from camrt.runtime.bundle.manifest import MANIFEST
+from camrt.runtime.bundle.manifest import MANIFEST, Manifest
 from camrt.runtime.bundle.reading import read_bundle
 from camrt.verification.oracle import module_oracle
 from camrt.verification.verify import verify, verify_bundle
@@ -189,6 +189,33 @@ def test_overwriting_replaces_the_bundle(bundle: Path) -> None:
     camrt.export_model(small_net(7), bundle, (3, 32, 32), layers="last", overwrite=True)
     assert camrt.load(bundle).manifest.num_classes == 7
     assert [p.name for p in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_overwriting_through_a_link_replaces_what_it_names(bundle: Path, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "link.camrt"
+    link.parent.mkdir()
+    link.symlink_to(bundle)
+    camrt.export_model(small_net(7), link, (3, 32, 32), layers="last", overwrite=True)
+    assert link.is_symlink() and camrt.load(bundle).manifest.num_classes == 7
+
+
+def test_overwriting_removes_nobodys_files(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("mine")
+    with pytest.raises(camrt.CamrtError, match=r"holds 'notes.txt', which is not of the bundle"):
+        camrt.export_model(small_net(7), bundle, (3, 32, 32), overwrite=True)
+    assert (bundle / "notes.txt").read_text() == "mine"
+
+
+def test_of_two_exports_to_one_path_the_second_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.camrt"
+
+    def meanwhile(folder: Path, manifest: Manifest, progress: object) -> Manifest:
+        camrt.export_model(small_net(7), path, (3, 32, 32), layers="last")
+        return manifest
+
+    with pytest.raises(camrt.CamrtError, match="cannot be written"):
+        camrt.export_model(small_net(), path, (3, 32, 32), complete=meanwhile)
+    assert camrt.load(path).manifest.num_classes == 7
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:

@@ -16,21 +16,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import PREPROCESS
 from emulator import EmulatedGpu
 from support import small_net
+from torch import nn
 
 import camrt
 from camrt.cli import main
 from camrt.commands import build
+from camrt.export.probes import smooth_images
 from camrt.runtime.backends import BACKENDS, Backend, BackendRow, create
+from camrt.runtime.bundle.kinds import Kind
 from camrt.runtime.bundle.manifest import Program
 from camrt.runtime.bundle.reading import Bundle, read_bundle, write_manifest
 from camrt.runtime.cams import METHODS
 from camrt.runtime.errors import EngineError
+from camrt.runtime.explainer import Explainer
 from camrt.verification.device import measure
 from camrt.verification.device.check import DeviceReport, check_on
 from camrt.verification.device.references import SUMS, read_references, sampled, signed_sums
+from camrt.verification.interpreted import InterpretedBackend
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +408,48 @@ def test_build_ends_with_the_check(copy: Path, monkeypatch: pytest.MonkeyPatch, 
     write_manifest(copy, replace(bundle.manifest, references=None))
     assert build.check_built(read_bundle(copy), programs, options) == 0
     assert "were not checked: the bundle has no references" in capsys.readouterr().out
+
+
+def of_size(factor: float) -> nn.Module:
+    """A network whose second convolution gives numbers that are so small, or so large, that float16 loses them."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+    with torch.no_grad():
+        second.weight *= factor
+        assert second.bias is not None
+        second.bias *= factor
+    layers = first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4, bias=False)
+    return nn.Sequential(*layers).eval()
+
+
+def test_a_network_that_float16_loses_is_told_at_export_and_fails(tmp_path: Path) -> None:
+    path = tmp_path / "small.camrt"
+    options: dict[str, Any] = {"precision": ["fp32", "fp16"], "complete": camrt.store_references}
+    with pytest.warns(UserWarning) as told:
+        camrt.export_model(of_size(1e-9), path, (3, 32, 32), **options)
+    said = [str(w.message) for w in told]
+    assert any("only zeros for an ordinary image, whose numbers are too small for float16: use fp32" in s for s in said)
+    assert any(s.startswith("rounding alone moves the ") and s.endswith("use fp32") for s in said), said
+    assert camrt.check(path, precisions="fp32").passed
+    report = camrt.check(path, precisions="fp16")
+    assert not report.passed and max(row.limit for row in report.rows if row.program.endswith("fp16.onnx")) == 0.9
+
+
+def test_a_network_that_overflows_in_float16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(camrt.CamrtError, match=r"fp16.onnx: .* too large for float16: export in fp32"):
+        camrt.export_model(of_size(1e7), tmp_path / "large.camrt", (3, 32, 32), precision=["fp32", "fp16"])
+    camrt.export_model(of_size(1e7), tmp_path / "large.camrt", (3, 32, 32))
+
+
+def test_scores_are_not_rounded_to_float16(referenced: Path) -> None:
+    """Behind the last product: Recipro-CAM, which compares scores of near places, stays within its limit then."""
+    explainer = Explainer(read_bundle(referenced), InterpretedBackend(rounding=True), precision="fp16")
+    logits = explainer.session.open(explainer.session.program(Kind.CLASSIFY)).run(
+        {"image": smooth_images((3, 32, 32), 3)}
+    )["logits"]
+    assert (logits != logits.astype(np.float16)).mean() > 0.9
+    rows = [r for r in camrt.check(referenced, precisions="fp16").rows if r.subject.startswith("recipro_cam")]
+    assert rows and all(row.distance < 1e-3 for row in rows)
 
 
 def test_signed_sums_keep_distances() -> None:

@@ -546,6 +546,16 @@ def test_probabilities_behind_something_else_are_warned_of(kind: str, told: str,
     assert any(f"the scores look like probabilities ({told})" in s for s in said), said
 
 
+def test_large_biases_are_no_probabilities(tmp_path: Path) -> None:
+    g = Graph()
+    g.op("GlobalAveragePool", trunk(g), out="pooled")
+    head(g, g.op("Flatten", "pooled", out="rows"))
+    biased = g.op("Add", "scores", g.constant("biases", np.full(6, 1e4, np.float32)), out="biased")
+    g.op("Relu", biased, out="p")
+    _, said = exported(saved(g, tmp_path / "model.onnx", "p"))
+    assert not any("look like probabilities" in s for s in said), said
+
+
 @pytest.mark.parametrize("kind", ["percent", "log", "part", "both signs"])
 def test_scores_made_of_probabilities_are_warned_of(kind: str, tmp_path: Path) -> None:
     g = Graph()

@@ -49,6 +49,14 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_folder_is_not(tm
     assert (path / "file").read_text() == "newer" and not (path / "half").exists()
 
 
+def test_what_appeared_meanwhile_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with pytest.raises(OSError), whole_folder(path, overwrite=False) as folder:
+        (folder / "file").write_text("second")
+        write(path, "first")
+    assert (path / "file").read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
     path, missing, over = tmp_path / "a", [], threading.Event()
     write(path, "0")

@@ -228,10 +228,16 @@ def test_int8_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture)
     torch.onnx.export(small_net(), (torch.zeros(1, 3, 32, 32),), file, dynamo=True, verbose=False)
     command = ["export", str(file), str(tmp_path / "x.camrt"), "--precision", "int8", "--no-check"]
     assert main([*command, "--calibration", str(pictures)]) == 2
-    assert "preprocess" in capsys.readouterr().err  # without a recipe, pictures are no input
+    said = capsys.readouterr().err
+    assert "--calibration: pictures need preprocessing, e.g. --resize" in said and "writing" not in said
     recipe = ["--resize", "32", "32", "--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
     assert main([*command, *recipe]) == 2
     assert "int8 needs calibration= (--calibration PICTURES)" in capsys.readouterr().err
+    (pictures / "broken.png").write_bytes(b"no picture")
+    assert main([*command, *recipe, "--calibration", str(pictures)]) == 2
+    said = capsys.readouterr().err
+    assert "broken.png: not a readable image" in said and "checking" not in said
+    (pictures / "broken.png").unlink()
     assert main([*command, *recipe, "--calibration", str(pictures)]) == 0
     said = capsys.readouterr().err
     assert "calibrating int8 with 10 images" in said and "logits differ from float32's by" in said

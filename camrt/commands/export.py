@@ -16,7 +16,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..runtime.bundle.manifest import Manifest
+    from ..runtime.bundle.manifest import Manifest, Preprocess
 
 HELP = "turn a trained model into a bundle"
 
@@ -65,10 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     layers: Any = layers_of(options.layers)
+    pictures = find_images(options.calibration or [])
     common: dict[str, Any] = {
         "layers": layers,
         "precision": options.precision,
-        "calibration": None if options.calibration is None else _calibration(find_images(options.calibration)),
+        "calibration": _calibration(pictures) if pictures else None,
         "activation": options.activation,
         "name": options.name,
         "classes": None if options.classes is None else class_names.read_class_names(options.classes),
@@ -79,18 +80,20 @@ def run(options: argparse.Namespace) -> int:
     if options.source.lower().endswith(".onnx"):
         from ..export.api import export_onnx
 
+        preprocess = preprocess_options.preprocess_of(options, None, options.input_shape)
+        _check_pictures(pictures, preprocess)
         with Progress() as progress:
             path = export_onnx(
                 options.source,
                 options.bundle,
                 input_shape=options.input_shape,
                 output=options.output,
-                preprocess=preprocess_options.preprocess_of(options, None, options.input_shape),
+                preprocess=preprocess,
                 progress=progress,
                 **common,
             )
     else:
-        path = _export_torch(options, common)
+        path = _export_torch(options, common, pictures)
     _print_written(path)
     return 0
 
@@ -102,7 +105,20 @@ def _calibration(pictures: Sequence[Path]) -> Callable[[Manifest], np.ndarray]:
     return lambda manifest: ImageBatch(list(pictures), manifest).on_host()
 
 
-def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
+def _check_pictures(pictures: Sequence[Path], preprocess: Preprocess | None) -> None:
+    """InputError, before the export, for calibration pictures that it could not use after all else is done."""
+    from ..runtime.images.opening import open_image
+
+    if pictures and preprocess is None:
+        raise InputError(
+            "--calibration: pictures need preprocessing, e.g. --resize 224 224 --mean 0.485 0.456 0.406 --std 0.229 "
+            "0.224 0.225"
+        )
+    for picture in pictures:
+        open_image(picture, 3, str(picture))
+
+
+def _export_torch(options: argparse.Namespace, common: dict[str, Any], pictures: Sequence[Path]) -> Path:
     from ..export.api import check_packages, export_model
 
     check_packages("torch", "onnx", "onnxscript")
@@ -117,11 +133,13 @@ def _export_torch(options: argparse.Namespace, common: dict[str, Any]) -> Path:
         same = source.input_shape is None or tuple(shape) == tuple(source.input_shape)
         common["name"] = common["name"] or source.name
         common["classes"] = common["classes"] or source.classes
+        preprocess = preprocess_options.preprocess_of(options, source.preprocess if same else None, shape)
+        _check_pictures(pictures, preprocess)
         return export_model(
             source.model,
             options.bundle,
             shape,
-            preprocess=preprocess_options.preprocess_of(options, source.preprocess if same else None, shape),
+            preprocess=preprocess,
             output=options.output or source.output,
             source=source.spec,
             progress=progress,

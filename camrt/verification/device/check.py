@@ -44,7 +44,7 @@ class DeviceReport:
 def check(
     path: str | Path,
     backend: str = "auto",
-    precisions: Sequence[str] | None = None,
+    precisions: str | Sequence[str] | None = None,
     programs: Collection[str] | None = None,
     max_batch: int = 16,
     mask_batch: int | None = None,
@@ -61,6 +61,7 @@ def check(
     """
     bundle = read_bundle(path)
     references = read_references(bundle)
+    precisions = [precisions] if isinstance(precisions, str) else precisions
     chosen = [bundle.chosen_precision(p, masks=True) for p in precisions or bundle.mask_precisions]
     masks = masks_on_gpu(max_batch, mask_batch)
     engine = create(backend, Settings(max_batch=max_batch, progress=progress, mask_batch=masks))

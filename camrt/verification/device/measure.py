@@ -20,7 +20,7 @@ from ...kernels import gate, minmax
 from ...runtime.bundle.kinds import Kind
 from ...runtime.bundle.manifest import MANIFEST, MASK_PRECISIONS, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
-from ...runtime.errors import BundleError, CamrtError
+from ...runtime.errors import BundleError, CamrtError, warn
 from ...runtime.explainer import Explainer
 from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS, full_grads
 from ..distances import ACTIVATION_LIMIT, HALF_LIMIT, MAP_LIMIT, cosine_distance, row_distance
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
 MASKS = 33  # of ScoreCAM++: more than half of a GPU's mask batch, which the runtime then fills up
 ROUNDED_LIMIT = float(np.sqrt(2 * HALF_LIMIT))  # relative L2 in float16 or int8, which is HALF_LIMIT as 1 - cosine
+WIDEST_LIMIT = 0.9  # relative L2; a program that gives zeros is at 1
 _IMAGES = 4  # in one run of PyTorch, which then takes little memory
 Compute = Callable[["Record", "Record"], "torch.Tensor"]  # (layers, layers behind their norms) -> maps
 
@@ -153,22 +154,36 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
 def _limits_of_rounding(
     probes: _Probes, logits: np.ndarray, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Of the programs that are not float32: twice the distance from float64 that their own rounding makes."""
-    bundle, limits = probes.bundle, {}
+    """Of the programs that are not float32: twice the distance from float64 that their own rounding makes, at most
+    WIDEST_LIMIT. A warning says where rounding alone goes beyond half of that.
+    """
+    bundle, limits, worst = probes.bundle, {}, (0.0, "")
     for program in bundle.manifest.programs:
         if program.precision == "float32":
             continue
         precision = next(name for name, recorded in MASK_PRECISIONS.items() if recorded == program.precision)
         session = Explainer(bundle, InterpretedBackend(rounding=True), precision=precision).session
         out = session.open(program).run(feeds_of(session, program, probes.images, probes.seeds))
-        found = {"logits": [row_distance(out["logits"].astype(np.float64), logits)]}
+        found = {"logits": [_rounded_distance(out["logits"].astype(np.float64), logits)]}
         taps = [t for t in bundle.manifest.taps if t.name in program.taps]
         layers = [bundle.manifest.taps.index(t) for t in taps]
         for kind, arrays in of_layers(program, taps, out).items():
             wanted = tensors[kind][layers]
-            found[kind] = [row_distance(signed_sums(a), want) for a, want in zip(arrays, wanted, strict=True)]
-        limits |= {f"{program.file} {k}": np.maximum(ROUNDED_LIMIT, 2 * np.array(d)) for k, d in found.items()}
+            found[kind] = [_rounded_distance(signed_sums(a), want) for a, want in zip(arrays, wanted, strict=True)]
+        for kind, distances in found.items():
+            limits[f"{program.file} {kind}"] = np.clip(2 * np.array(distances), ROUNDED_LIMIT, WIDEST_LIMIT)
+            worst = max(worst, (max(distances), f"{kind.replace('_', ' ')} of {program.file}"))
+    if worst[0] > WIDEST_LIMIT / 2:
+        warn(
+            f"rounding alone moves the {worst[1]} by {min(worst[0], 10):.0%}: this precision does not fit the "
+            "network, use fp32"
+        )
     return limits
+
+
+def _rounded_distance(got: np.ndarray, want: np.ndarray) -> float:
+    """As row_distance; infinite where float16 overflowed."""
+    return row_distance(got, want) if np.isfinite(got).all() else math.inf
 
 
 def _of_layers(bundle: Bundle, seeds: np.ndarray) -> Iterator[_Question]:
