@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import camrt
 from camrt.demo.run import BUNDLE
 from camrt.demo.scenes import draw_scene
 from camrt.runtime.cams import METHODS
+from camrt.runtime.session.lanes import Lanes
 
 SCENES = [draw_scene(seed)[0] for seed in range(7)]
 BATCH_LIMIT, THREADS_LIMIT = 1e-6, 1e-5  # after min-max
@@ -59,3 +61,48 @@ def test_any_number_of_threads(method: str, opened: camrt.Explainer) -> None:
     for threads in (1, 2, 3, 5):
         explainer = camrt.load(BUNDLE, "onnxruntime", threads=threads)
         assert np.abs(maps(explainer, method, SCENES[:2]) - want).max() <= THREADS_LIMIT, threads
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_lanes_keep_the_order_and_tell_errors(count: int) -> None:
+    lanes, busy, most, together = Lanes(count), 0, 0, threading.Barrier(count)
+
+    def work(item: int) -> int:
+        nonlocal busy, most
+        busy += 1
+        most = max(most, busy)
+        if item < count:
+            together.wait(10)  # until every lane has an item
+        busy -= 1
+        return item * item
+
+    assert lanes.map(work, range(20)) == [i * i for i in range(20)]
+    assert most == count
+    done: list[int] = []
+
+    def failing(item: int) -> None:
+        done.append(item)
+        if item == 3:
+            raise IndexError("of the work")
+
+    with pytest.raises(IndexError, match="of the work"):
+        lanes.map(failing, range(1000))
+    assert len(done) < 1000 or count > 1
+    assert lanes.map(lambda item: item, []) == []
+
+
+def test_a_caller_does_not_wait_for_lanes_that_others_use() -> None:
+    lanes, started, release = Lanes(2), threading.Semaphore(0), threading.Event()
+
+    def slow(item: int) -> int:
+        started.release()
+        release.wait(10)
+        return item
+
+    other = threading.Thread(target=lambda: lanes.map(slow, [0, 1]))
+    other.start()
+    for _ in range(2):  # its own thread and that of the lane
+        assert started.acquire(timeout=10)
+    assert lanes.map(lambda item: item, [1, 2, 3]) == [1, 2, 3]
+    release.set()
+    other.join()

@@ -27,9 +27,11 @@ from torch import nn
 import camrt
 from camrt.export.probes import smooth_images
 from camrt.export.pytorch.autograd import record
+from camrt.kernels import gate, upsample
 from camrt.runtime.cams import METHODS, Lane, MaskedRuns, Result
 from camrt.runtime.cams.gradient import eigen_cam
 from camrt.runtime.cams.integrative import residual_map
+from camrt.runtime.cams.masking import error_bounds
 from camrt.runtime.cams.smooth import SMOOTH, terms
 from camrt.runtime.session.batches import batches
 from camrt.runtime.session.explaining import read
@@ -264,6 +266,22 @@ def test_max_error_drops_channels_within_its_bound(variant: str, baseline: str, 
     assert 0 < moved <= bound
     everything = explainer.explain(IMAGES[:1], "score_cam_pp", 1, max_error=1e6, **options)
     assert everything.details["masked_runs"][0] == 0 and not everything.maps.any()
+
+
+@pytest.mark.parametrize("kind", ["tanh", "sigmoid_relu", "identity"])
+@pytest.mark.parametrize("grid", [(7, 7), (1, 5), (1, 1), (9, 3)])
+def test_no_pixel_moves_by_more_than_the_bound(kind: str, grid: tuple[int, int]) -> None:
+    """Which is smaller than the sum of the channels' largest values, as these lie at different places."""
+    rng = np.random.default_rng(0)
+    activations = (rng.normal(size=(30, *grid)) * rng.uniform(0, 3, (30, 1, 1))).astype(np.float32)
+    order, bounds = error_bounds(activations, kind)
+    gates = gate(upsample(activations, (33, 40)), kind)[order].astype(np.float64)
+    single = np.cumsum(gate(np.abs(activations).max(axis=(1, 2)), kind)[order])
+    assert (np.diff(bounds) >= 0).all() and (bounds <= single * (1 + 1e-6)).all()
+    assert grid == (1, 1) or bounds[-1] < 0.99 * single[-1]
+    for signs in (np.sign(gates[:, 5, 7]), np.sign(gates[:, 20, 33]), rng.uniform(-1, 1, 30)):
+        moved = np.abs(np.cumsum(signs[:, None, None] * gates, axis=0)).max(axis=(1, 2))
+        assert (moved <= bounds * (1 + 1e-6)).all()
 
 
 def unnormalised(explainer: camrt.Explainer, image: np.ndarray, max_error: float, options: dict) -> np.ndarray:

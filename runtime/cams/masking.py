@@ -191,18 +191,29 @@ def _result(
     return Result(maps, np.full((rows, layers), 1 / layers, np.float32), details)
 
 
-def _within(extremes: np.ndarray, kind: str, candidates: np.ndarray, max_error: float) -> tuple[np.ndarray, float]:
-    """Drops as many channels as max_error allows, the weakest first: (channels left, bound on the error).
+def error_bounds(activations: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(channels (K,), the weakest first; (K,): how far a pixel of sum_k s_k H_k, |s_k| <= 1, can move without the first
+    1, 2, ... K of them).
 
-    Without channel k, no pixel of sum_k s_k H_k, |s_k| <= 1, changes by more than max |H_k|. This maximum comes from
-    max |A_k|: bilinear resizing stays in the range of its input, and the gates grow with |A|.
+    activations (K, h, w), float32; H_k = gate(up(A_k)) of `kind`. A pixel lies between at most four points of the grid,
+    so |H_k| there is at most the gate of the largest |A_k| of the four; the bound is the largest sum of these.
     """
+    padded = np.pad(np.abs(activations), ((0, 0), (0, 1), (0, 1)), mode="edge")
+    rows = np.maximum(padded[:, :-1], padded[:, 1:])
+    sizes = gate(np.maximum(rows[:, :, :-1], rows[:, :, 1:]), kind).astype(np.float64).reshape(len(activations), -1)
+    order = np.argsort(sizes.max(axis=1), kind="stable")
+    return order, np.cumsum(sizes[order], axis=0).max(axis=1)
+
+
+def _within(
+    runs: MaskedRuns, activation: Any, kind: str, candidates: np.ndarray, max_error: float
+) -> tuple[np.ndarray, float]:
+    """Drops as many channels as max_error allows, the weakest first: (channels left, bound on the error)."""
     if max_error == 0 or not len(candidates):
         return candidates, 0.0
-    size = gate(np.abs(extremes[candidates]).max(axis=1), kind).astype(np.float64)
-    order = np.argsort(size, kind="stable")
-    dropped = np.cumsum(size[order]) <= max_error
-    return np.sort(candidates[order[~dropped]]), float(size[order[dropped]].sum())
+    order, bounds = error_bounds(runs.memory.get(activation)[0][candidates], kind)
+    dropped = int(np.searchsorted(bounds, max_error, side="right"))
+    return np.sort(candidates[order[dropped:]]), float(bounds[dropped - 1]) if dropped else 0.0
 
 
 @cam("score_cam_pp", needs=MaskedRuns, layers="last", source="ScoreCAM++, arXiv 2404.19341", on_gpu=True)
@@ -229,7 +240,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     for activation, extremes in zip(runs.activations, runs.extremes, strict=True):
         still = np.logical_not(extremes.any(axis=1))
         candidates = np.arange(len(activation)) if kind == "sigmoid_relu" else np.flatnonzero(np.logical_not(still))
-        candidates, bound = _within(extremes, summed_gate, candidates, max_error / reach)
+        candidates, bound = _within(runs, activation, summed_gate, candidates, max_error / reach)
         # sigmoid_relu makes the same mask, 1/2, of every channel that is zero everywhere: only the first of them runs
         alike = candidates[still[candidates]]
         live, weights = np.setdiff1d(candidates, alike[1:]), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,18 @@ from .registry import Result, cam, chosen
 
 RECIPRO_CAM_VARIANTS = ("original", "openvino_xai")
 _WINDOW = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32) / 16
+
+
+@functools.lru_cache(maxsize=16)
+def _spread(height: int, width: int, gaussian: bool) -> np.ndarray:
+    """(h w, 1, h, w): over which positions, and with which weights, the activation of each position is spread."""
+    alone = np.eye(height * width, dtype=np.float32).reshape(-1, 1, height, width)
+    if gaussian:
+        padded = np.pad(alone, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
+        alone = np.einsum("pcyxij,ij->pcyx", windows, _WINDOW)
+    alone.flags.writeable = False
+    return alone
 
 
 def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], count: int, logits: bool) -> np.ndarray:
@@ -72,21 +85,11 @@ def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original")
     per_layer = []
     for index, activation in enumerate(heads.activations):
         height, width = activation.shape[1:]
+        spread = _spread(height, width, gaussian)
+        vectors = np.ascontiguousarray(activation.reshape(len(activation), -1).T)  # of each position
 
-        def single_positions(part: slice, activation: np.ndarray = activation) -> np.ndarray:
-            height, width = activation.shape[1:]
-            positions = range(part.start, part.stop)
-            changed = np.zeros((len(positions), *activation.shape), np.float32)
-            for n, position in enumerate(positions):
-                y, x = divmod(position, width)
-                vector = activation[:, y, x, None, None]
-                if not gaussian:
-                    changed[n, :, y : y + 1, x : x + 1] = vector
-                    continue
-                top, left = max(y - 1, 0), max(x - 1, 0)
-                window = _WINDOW[top - y + 1 : height - y + 1, left - x + 1 : width - x + 1]
-                changed[n, :, top : top + window.shape[0], left : left + window.shape[1]] = vector * window
-            return changed
+        def single_positions(part: slice, vectors: np.ndarray = vectors, spread: np.ndarray = spread) -> np.ndarray:
+            return np.multiply(vectors[part, :, None, None], spread[part], order="C")
 
         scores = _scores(heads, index, single_positions, height * width, logits=variant == "openvino_xai")
         if variant == "openvino_xai":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 class Lanes:
-    """Threads that run work at the same time. count: how many; they start on first use."""
+    """Threads that run work at the same time, the caller's among them. count: how many; they start on first use."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -21,9 +21,31 @@ class Lanes:
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """[work(item) for item in items], several at the same time if count is above 1. Errors of `work`."""
-        if self.count < 2 or len(items) < 2:
+        helpers = min(self.count, len(items)) - 1
+        if helpers < 1:
             return [work(item) for item in items]
         with self._lock:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="camrt-lane")
-        return list(self._threads.map(work, items))
+                self._threads = ThreadPoolExecutor(self.count - 1, thread_name_prefix="camrt-lane")
+        todo, found = iter(enumerate(items)), {}
+
+        def in_lane() -> None:
+            while True:
+                with self._lock:
+                    number, item = next(todo, (None, None))
+                if number is None:
+                    return
+                found[number] = work(item)  # type: ignore[arg-type]
+
+        helping = [self._threads.submit(in_lane) for _ in range(helpers)]
+        try:
+            in_lane()
+        except BaseException:
+            todo = iter(())  # the others end after the item they are at
+            raise
+        finally:
+            late = [future for future in helping if not future.cancel()]
+            wait(late)
+        for future in late:
+            future.result()
+        return [found[number] for number in range(len(items))]

@@ -16,10 +16,11 @@ import numpy as np
 
 from ...export.api import check_packages
 from ...export.probes import last_bits, smooth_images
-from ...kernels import gate, minmax
+from ...kernels import minmax
 from ...runtime.bundle.kinds import Kind
 from ...runtime.bundle.manifest import MANIFEST, MASK_PRECISIONS, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
+from ...runtime.cams.masking import error_bounds
 from ...runtime.errors import BundleError, CamrtError, warn
 from ...runtime.explainer import Explainer
 from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS, full_grads
@@ -301,10 +302,9 @@ def _run_several_times(probes: _Probes) -> Iterator[_Question]:
 
 def _error_for(activation: np.ndarray) -> float:
     """ScoreCAM++'s max_error that leaves MASKS channels of an activation (K, h, w), half-way to that of one less."""
-    sizes = np.sort(gate(np.abs(activation).max(axis=(1, 2)), "tanh").astype(np.float64))
-    sizes = sizes[sizes > 0]
-    dropped = len(sizes) - MASKS
-    return float(sizes[:dropped].sum() + sizes[dropped] / 2) if dropped > 0 else 0.0
+    _, bounds = error_bounds(activation[activation.any(axis=(1, 2))], "tanh")
+    dropped = len(bounds) - MASKS
+    return float(bounds[dropped - 1 : dropped + 1].mean()) if dropped > 0 else 0.0
 
 
 def _case(question: _Question, want: np.ndarray, singles: Sequence[np.ndarray]) -> Case:
