@@ -63,7 +63,7 @@ def names_of(path: Path) -> list[str]:
 class Engine:
     """One of these functions as a backend."""
 
-    lanes, gpu = 1, None
+    lanes, prunes, gpu = 1, False, None
 
     def __init__(self, opened: Callable[[Path], Opened]) -> None:
         self.name, self._opened = opened.__name__.removeprefix("in_"), opened

@@ -219,6 +219,7 @@ class StandinBackend:
 
     name = "standin"
     lanes = 1
+    prunes = False
 
     def __init__(self, captures: bool = True) -> None:
         import onnxruntime

@@ -52,7 +52,7 @@ def test_the_command(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 class Slow:
     """A backend whose every run takes a while, and whose outputs are off by a factor."""
 
-    gpu = None
+    gpu, prunes = None, False
 
     def __init__(self, seconds: float = 0.0, factor: float = 1.0, name: str = "slow") -> None:
         self._backend = create("onnxruntime")

@@ -56,7 +56,7 @@ def copy(referenced: Path, tmp_path: Path) -> Path:
 class Spoiled:
     """A backend with a defect. spoil: (program, outputs of a run) -> what the device gives instead."""
 
-    name, lanes, gpu = "spoiled", 1, None
+    name, lanes, prunes, gpu = "spoiled", 1, False, None
 
     def __init__(self, spoil: Callable[[Program, dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
         self._engine, self._spoil = create("onnxruntime"), spoil

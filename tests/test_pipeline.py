@@ -71,6 +71,7 @@ class EmulatedBackend:
     capturable: bool = True
     name: str = "emulated"
     lanes: int = 1
+    prunes: bool = False
     runs: list[tuple[str, int]] = field(default_factory=list)
     spoiled: str = ""
 

@@ -22,6 +22,7 @@ class InterpretedBackend:
     """
 
     lanes = 1
+    prunes = False
     gpu = None
 
     def __init__(self, precise: bool = False, rounding: bool = False) -> None:

@@ -200,11 +200,11 @@ class _Sharing:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._opened: WeakValueDictionary[tuple[str, bool], Executable] = WeakValueDictionary()
-        self.name, self.lanes, self.gpu = backend.name, backend.lanes, backend.gpu
+        self._opened: WeakValueDictionary[tuple[str, tuple[str, ...], bool], Executable] = WeakValueDictionary()
+        self.name, self.lanes, self.prunes, self.gpu = backend.name, backend.lanes, backend.prunes, backend.gpu
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> Executable:
-        key = (program.file, concurrent)
+        key = (program.file, program.taps, concurrent)
         executable = self._opened.get(key)
         if executable is None:
             executable = self._opened[key] = self._backend.open(bundle, program, concurrent)

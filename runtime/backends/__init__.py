@@ -66,11 +66,13 @@ class Backend(Protocol):
     """Opens programs.
 
     lanes: how many runs at the same time give the best throughput; a program that is opened with `concurrent` is run
-    in lanes. gpu: the GPU that its programs run on, None on the CPU. str() describes the backend for users.
+    in lanes. gpu: the GPU that its programs run on, None on the CPU. prunes: a program that is opened with some of its
+    file's outputs computes nothing else. str() describes the backend for users.
     """
 
     name: str
     lanes: int
+    prunes: bool
 
     @property
     def gpu(self) -> Gpu | None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ... import install
 from ...kernels import DeviceArray, OutOfMemory
 from ..bundle.kinds import KINDS
 from ..bundle.manifest import Program
+from ..bundle.pruning import pruned
 from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, BundleError, EngineError, InputError, first_line
 from .gpu import Gpu, GpuProgram, open_gpu
@@ -29,6 +30,7 @@ _SMALLEST = (
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
 _DISABLED = ["Pad_Fusion"]  # it breaks a graph that also returns the padded tensor (ONNX Runtime 1.31)
+_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -40,10 +42,12 @@ class OrtExecutable:
     its runs takes one thread.
     """
 
-    def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool):
+    def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool, whole: bool = True):
+        """whole: the program has all outputs of its file."""
         self._backend = backend
         self._program = program
         self._path = path
+        self._whole = whole
         self._concurrent = concurrent
         self._spins = not KINDS[program.kind].runs_once
         self._sessions: dict[bool, Any] = {}
@@ -63,7 +67,9 @@ class OrtExecutable:
     def _session(self, single: bool) -> Any:
         with self._lock:
             if single not in self._sessions:
-                self._sessions[single] = self._backend.session(self._path, single, self._concurrent, self._spins)
+                outputs = None if self._whole else self._program.outputs
+                opened = self._backend.session(self._path, single, self._concurrent, self._spins, outputs=outputs)
+                self._sessions[single] = opened
             return self._sessions[single]
 
 
@@ -72,6 +78,7 @@ class OrtBackend:
 
     name = "onnxruntime"
     gpu = None
+    prunes = True
 
     def __init__(self, runtime: Any, threads: int | None):
         self._runtime = runtime
@@ -82,15 +89,23 @@ class OrtBackend:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
-        return OrtExecutable(self, program, bundle.file(program), concurrent)
+        (file,) = (p for p in bundle.manifest.programs if p.file == program.file)
+        return OrtExecutable(self, program, bundle.file(program), concurrent, whole=file.outputs == program.outputs)
 
     def session(
-        self, path: Path, single: bool, concurrent: bool = False, spins: bool = True, keeps_memory: bool = True
+        self,
+        path: Path,
+        single: bool,
+        concurrent: bool = False,
+        spins: bool = True,
+        keeps_memory: bool = True,
+        outputs: Collection[str] | None = None,
     ) -> Any:
         """An ONNX Runtime InferenceSession.
 
         single: fixes the symbolic sizes to 1. concurrent: one thread per run. spins: threads wait busily for the next
-        run. keeps_memory: the session keeps its memory for later runs. BundleError if the file cannot be loaded.
+        run. keeps_memory: the session keeps its memory for later runs. outputs: of the file, by default all.
+        BundleError if the file cannot be loaded.
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
@@ -102,8 +117,12 @@ class OrtBackend:
             for symbol in _SYMBOLS:
                 options.add_free_dimension_override_by_name(symbol, 1)
         try:
+            model: Any = str(path)
+            if outputs is not None:
+                model = pruned(path.read_bytes(), outputs)
+                options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
             return self._runtime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+                model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
             )
         except Exception as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
@@ -146,6 +165,7 @@ class OrtCudaBackend:
 
     name = "onnxruntime-cuda"
     lanes = 1
+    prunes = False
 
     def __init__(self, runtime: Any, gpu: Gpu) -> None:
         self._runtime = runtime

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,15 @@ class Program:
     @property
     def input_dtype(self) -> str:
         return KINDS[self.kind].input_dtype
+
+    def part(self, layers: Collection[str]) -> Program:
+        """The same program, but for what it gives of other layers: see Backend.prunes."""
+        of = {name: name.partition(":")[2] for name in self.outputs}
+        return replace(
+            self,
+            taps=tuple(t for t in self.taps if t in layers),
+            outputs={name: shape for name, shape in self.outputs.items() if not of[name] or of[name] in layers},
+        )
 
     def check_outputs(self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
         """BundleError if a run's outputs do not have the declared names, shapes and dtype. feeds: the run's inputs."""

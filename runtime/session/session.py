@@ -44,7 +44,7 @@ class Session:
         self.lanes = Lanes(backend.lanes)
         self.stages: Stages | None = None
         self._cuda_graphs = None if backend.gpu is None or not backend.gpu.captures else CudaGraphs(backend.gpu.stream)
-        self._opened: dict[tuple[str, bool], Executable] = {}
+        self._opened: dict[tuple[str, tuple[str, ...], bool], Executable] = {}
         self._lock = threading.Lock()
 
     @property
@@ -72,13 +72,26 @@ class Session:
         return tuple(t for t in self.manifest.taps if t.name in wanted)
 
     def program(self, kind: Kind, layers: Sequence[str] = ()) -> Program:
-        """The program of a kind with the fewest taps that has all the layers. CamrtError if there is none."""
-        return self.bundle.program(kind, layers, self.precision)
+        """The program of a kind with the fewest taps that has all the layers. CamrtError if there is none.
+
+        Of the gradients, where the backend prunes, without the first quarters of the taps that no layer lies in: the
+        backward pass ends there. Quarters, as every program that is opened holds weights.
+        """
+        program = self.bundle.program(kind, layers, self.precision)
+        if kind == Kind.GRADIENTS and self.backend.prunes and layers:
+            return program.part(program.taps[quarter(program, layers) :])
+        return program
+
+    def spares(self, layers: Sequence[str]) -> bool:
+        """Whether the gradients program for these layers leaves out a part of the backward pass that the layer_maps
+        program runs.
+        """
+        return self.backend.prunes and quarter(self.bundle.program(Kind.LAYER_MAPS, layers, self.precision), layers) > 0
 
     def open(self, program: Program, concurrent: bool = False) -> Executable:
         """The opened program; it is opened once. concurrent: for runs in lanes, one thread each."""
         with self._lock:
-            key = (program.file, concurrent)
+            key = (program.file, program.taps, concurrent)
             if key not in self._opened:
                 self._opened[key] = self.backend.open(self.bundle, program, concurrent)
             executable = self._opened[key]
@@ -190,3 +203,9 @@ class Session:
             else:
                 halved, self.max_batch = self.max_batch > 1, max(1, self.max_batch // 2)
             return halved
+
+
+def quarter(program: Program, layers: Sequence[str]) -> int:
+    """The first tap of the quarter in which the first of the layers lies."""
+    count, first = len(program.taps), min(program.taps.index(layer) for layer in layers)
+    return (4 * first // count * count + 3) // 4

@@ -23,6 +23,7 @@ class TensorRtBackend:
 
     name = "tensorrt"
     lanes = 1
+    prunes = False
 
     def __init__(self, library: Library, gpu: Gpu, target: Target, settings: Settings) -> None:
         self.tensorrt = library

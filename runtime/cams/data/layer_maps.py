@@ -87,13 +87,14 @@ class LayerMaps(MethodData):
     def read(
         cls, session: Session, batch: Batch, layers: Sequence[str], options: Mapping[str, Any], on_gpu: bool = False
     ) -> LayerMaps:
-        """Runs the layer_maps program; for another gradient_aggregation than "mean", the gradients program.
+        """Runs the layer_maps program; for another gradient_aggregation than "mean", and where the backward pass is
+        much shorter for these layers alone, the gradients program.
 
         On a GPU the result has all of the program's layers; on the host only `layers`. CamrtError for NaN or infinity
         on the host.
         """
         aggregation = str(options.get("gradient_aggregation", "mean"))
-        mean = aggregation == "mean"
+        mean = aggregation == "mean" and not session.spares(layers)
         program = session.program(Kind.LAYER_MAPS if mean else Kind.GRADIENTS, layers)
         out = session.run(program, batch, session.manifest.seeds_share_image, on_gpu)
         taps = session.taps(program.taps)
