@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ..runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, Program
-from ..runtime.errors import BundleError
+from ..runtime.errors import BundleError, first_line
 from .folder import whole_folder
 from .programs import BuiltProgram
 
-_SUFFIXES = {Path(name).suffix for name in (MANIFEST, WEIGHTS, "references.npz", "a program.onnx")}
 _INLINE_BYTES = 1024  # smaller constants stay inside the program
 _ALIGNMENT = 4096  # a memory-mapped tensor starts on a page
 
@@ -98,15 +98,30 @@ def write_bundle(
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """BundleError if `path` exists and may not be overwritten, is not a bundle, or holds other files, too."""
+    """BundleError if `path` exists and may not be overwritten, is not a bundle, or holds other files, too; or if it
+    cannot exist.
+    """
+    if any(parent.exists() and not parent.is_dir() for parent in path.parents):
+        raise BundleError(f"{path}: cannot be written (a file is where its folder would be): choose another path")
     if path.exists() or path.is_symlink():
         if not overwrite:
             raise BundleError(f"{path}: exists already: choose another path, or overwrite=True (--force)")
         if not (path / MANIFEST).is_file():
             raise BundleError(f"{path}: exists and is not a bundle: choose another path")
-        others = sorted(f.name for f in path.iterdir() if f.suffix not in _SUFFIXES and not f.name.startswith("."))
+        others = sorted({f.name for f in path.iterdir()} - _own_files(path))
         if others:
             raise BundleError(f"{path}: holds {others[0]!r}, which is not of the bundle: move it to another folder")
+
+
+def _own_files(path: Path) -> set[str]:
+    """The names of a bundle's files, by its manifest."""
+    try:
+        said = json.loads((path / MANIFEST).read_bytes())
+        files = [p["file"] for p in said["programs"]] + [said["weights"]["file"]]
+        files += [said["references"]["file"]] if said.get("references") else []
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise BundleError(f"{path}: exists and is not a bundle ({first_line(error)}): choose another path") from None
+    return {MANIFEST, *files}
 
 
 def _externalise(model: ir.Model, weights: WeightsFile) -> None:

@@ -200,10 +200,24 @@ def test_overwriting_through_a_link_replaces_what_it_names(bundle: Path, tmp_pat
 
 
 def test_overwriting_removes_nobodys_files(bundle: Path) -> None:
-    (bundle / "notes.txt").write_text("mine")
-    with pytest.raises(camrt.CamrtError, match=r"holds 'notes.txt', which is not of the bundle"):
-        camrt.export_model(small_net(7), bundle, (3, 32, 32), overwrite=True)
-    assert (bundle / "notes.txt").read_text() == "mine"
+    for name in ("notes.txt", "labels.json", "data.npz", ".git/config", "other.onnx/file"):
+        file = bundle / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+        with pytest.raises(camrt.CamrtError, match=f"holds '{name.partition('/')[0]}', which is not of the bundle"):
+            camrt.export_model(small_net(7), bundle, (3, 32, 32), overwrite=True)
+        assert file.read_text() == "mine"
+        file.unlink()
+        if file.parent != bundle:
+            file.parent.rmdir()
+
+
+def test_a_path_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
+    stages: list[str] = []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(camrt.CamrtError, match="a file is where its folder would be"):
+        camrt.export_model(small_net(), tmp_path / "file" / "x.camrt", (3, 32, 32), progress=stages.append)
+    assert not stages
 
 
 def test_of_two_exports_to_one_path_the_second_is_refused(tmp_path: Path) -> None:

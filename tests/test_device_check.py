@@ -410,6 +410,41 @@ def test_build_ends_with_the_check(copy: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "were not checked: the bundle has no references" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seed", [19, 22, 52])
+def test_gradients_that_cancel_are_not_held_against_a_right_program(seed: int, tmp_path: Path) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(900, 4)).eval()
+    path = camrt.export_model(model, tmp_path / "one.camrt", (3, 32, 32), complete=camrt.store_references)
+    report = camrt.check(path)
+    assert report.passed, [row for row in report.rows if not row.passed]
+    assert max(row.limit for row in report.rows if "alphas" in row.subject) < 1e-3
+
+
+def test_a_network_without_a_map_gets_no_references(tmp_path: Path) -> None:
+    first = nn.Conv2d(3, 4, 3, bias=True)
+    nn.init.zeros_(first.weight)
+    nn.init.constant_(first.bias, 0.5)  # type: ignore[arg-type]
+    model = nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    with pytest.raises(camrt.CamrtError, match="every method's map is constant"):
+        camrt.export_model(model, tmp_path / "even.camrt", (3, 32, 32), complete=camrt.store_references)
+    path = camrt.export_model(model, tmp_path / "even.camrt", (3, 32, 32))
+    with pytest.raises(camrt.CamrtError, match="has no references"):
+        camrt.check(path)
+
+
+def test_a_wrong_int8_program_is_seen_in_large_batches(tmp_path: Path) -> None:
+    path = tmp_path / "eight.camrt"
+    options: dict[str, Any] = {"precision": "int8", "complete": camrt.store_references}
+    camrt.export_model(small_net(), path, (3, 32, 32), calibration=smooth_images((3, 32, 32), 12), **options)
+
+    def rolled(program: Program, out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        wrong = program.precision == "int8" and len(out["logits"]) > 4
+        return {"logits": np.roll(out["logits"], 1, axis=0)} if wrong else out
+
+    assert report_of(path, create("onnxruntime"), ("int8",)).passed
+    assert ("masked.int8.onnx", "logits") in failed(report_of(path, Spoiled(rolled), ("int8",)))
+
+
 def of_size(factor: float) -> nn.Module:
     """A network whose second convolution gives numbers that are so small, or so large, that float16 loses them."""
     torch.manual_seed(0)

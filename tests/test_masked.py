@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from camrt.cli import main
 from camrt.export.probes import smooth_images
 from camrt.kernels import minmax
 from camrt.runtime.bundle.reading import read_bundle
+from camrt.runtime.cams import MaskedRuns
 from camrt.runtime.cams.sampled_error import chances, map_error, taken
 from camrt.runtime.explainer import Explainer
 from camrt.verification.distances import cosine_distance
@@ -138,8 +140,8 @@ def test_a_sample_tells_how_far_a_map_is(shape: str, wrong: str) -> None:
         exact = weights + changes.get(wrong, 3 * weights)
         chance = chances(weights, maps)
         sample = taken(chance)
-        assert chance.sum() == pytest.approx(min(16, terms)) and (chance > 0).all() and chance.max() <= 1 + 1e-9
-        assert len(sample) == min(16, terms)
+        assert chance.sum() == pytest.approx(min(32, terms)) and (chance > 0).all() and chance.max() <= 1 + 1e-9
+        assert len(sample) == min(32, terms)
         said = map_error(weights, maps, sample, exact[:, sample], chance)
         got, want = (np.maximum(np.tensordot(w, maps, 1), 0) for w in (weights, exact))
         true = np.array([_cosine_distance(a, b) for a, b in zip(got, want, strict=True)])
@@ -159,13 +161,84 @@ def _cosine_distance(a: np.ndarray, b: np.ndarray) -> float:
     return 1 - (a * b).sum() / np.sqrt(np.square(a).sum() * np.square(b).sum())
 
 
-def test_maps_without_anything_have_no_error_unless_weights_are_wrong() -> None:
-    maps, weights = -np.ones((3, 2, 2)), np.array([[1.0, 2, 3], [0, 0, 0]])
+@pytest.mark.parametrize(
+    ("exact", "distance"),
+    [
+        ([[1.0, 2, -3]], 0),
+        ([[10.0, 20, -30]], 0),  # a min-max ignores a factor, but not its sign
+        ([[-1.0, -2, 3]], 1),
+        ([[0.0, 0, 0]], 1),
+        ([[1.3, 2, -3]], 0.45),  # pixels that one of the two rectifies to zero
+        ([[1.0, 2, -4]], 1),
+    ],
+)
+def test_all_terms_leave_nothing_to_estimate(exact: list[list[float]], distance: float) -> None:
+    maps = np.array([[[1.0, 0, 0]], [[1, 1, 0]], [[1.0, 0.6, 0]]])
+    weights = np.array([[1.0, 2, -3]])
+    chance = chances(weights, maps)
+    assert (chance == 1).all() and taken(chance).tolist() == [0, 1, 2]
+    said = map_error(weights, maps, taken(chance), np.array(exact), chance)
+    sums = np.tensordot(weights, maps, 1), np.tensordot(np.array(exact), maps, 1)
+    assert said == pytest.approx(cosine_distance(*(minmax(np.maximum(x, 0)) for x in sums)), abs=1e-12)
+    assert said == pytest.approx(distance, abs=0.01)
+
+
+def test_each_target_has_its_own_large_terms() -> None:
+    """One of which weighs a hundred thousand times as much as the others: its terms alone would make the sample."""
+    rng = np.random.default_rng(1)
+    maps = np.maximum(rng.normal(size=(100, 5, 5)), 0)
+    weights = np.eye(10).repeat(10, axis=1) * np.logspace(0, -5, 10)[:, None] * rng.uniform(0.5, 1, (10, 100))
+    exact = weights * (1 + 0.5 * rng.normal(size=weights.shape))
     chance = chances(weights, maps)
     sample = taken(chance)
-    assert map_error(weights, maps, sample, weights, chance).tolist() == [0, 0]
-    assert map_error(weights, maps, sample, np.array([[1.0, 2, 4], [0, 0, 1]]), chance).tolist() == [0, 1]
+    assert all(weights[s, sample].any() for s in range(10))
+    said = map_error(weights, maps, sample, exact[:, sample], chance)
+    true = [cosine_distance(*(minmax(np.tensordot(w[s], maps, 1)[None]) for w in (weights, exact))) for s in range(10)]
+    assert (said > np.array(true) / 20).all() and np.median(said / true) > 0.3
+
+
+def test_nothing_is_taken_of_nothing() -> None:
     assert taken(chances(np.zeros((1, 40)), np.zeros((40, 2, 2)))).shape == (16,)
+
+
+class Mixing(nn.Module):
+    """A network whose images change one another: its batch is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x - 0.5 * x.mean(0, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:the bundle explains one image")
+def test_int8_of_one_image_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "mixing.camrt"
+    options: dict[str, Any] = {"precision": ["fp32", "int8"], "complete": camrt.store_references}
+    camrt.export_model(Mixing(), path, (3, 32, 32), calibration=CALIBRATION, **options)
+    single, eight = camrt.load(path), camrt.load(path, precision="int8")
+    for method, chosen in SCORE_FAMILY:
+        want, got = (e.explain(IMAGES[:1], method, **chosen) for e in (single, eight))
+        error, said = _distances(got.maps, want.maps), got.details["map_error"]
+        assert error / 6 <= said < error * 10 + 1e-6, (method, chosen)
+    assert camrt.check(path).passed
+
+
+def test_sampled_masks_run_in_batches_as_small_as_the_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many, few = (camrt.load(path, precision="int8", mask_batch=n) for n in (16, 3))
+    sizes = []
+    exact = MaskedRuns.exact_logits
+
+    def counted(runs: MaskedRuns, *arguments: Any) -> Any:
+        run = runs.exact
+        assert run is not None
+        return exact(replace(runs, exact=lambda masked: sizes.append(len(masked)) or run(masked)), *arguments)
+
+    monkeypatch.setattr(MaskedRuns, "exact_logits", counted)
+    got, want = (e.explain(IMAGES[:1], "score_cam_pp").details["map_error"] for e in (few, many))
+    assert max(sizes[:-1]) == 3
+    np.testing.assert_allclose(got, want, rtol=0.01)
 
 
 def test_a_large_error_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -89,8 +89,8 @@ class OrtBackend:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
-        (file,) = (p for p in bundle.manifest.programs if p.file == program.file)
-        return OrtExecutable(self, program, bundle.file(program), concurrent, whole=file.outputs == program.outputs)
+        whole = any(p.file == program.file and p.outputs == program.outputs for p in bundle.manifest.programs)
+        return OrtExecutable(self, program, bundle.file(program), concurrent, whole)
 
     def session(
         self,

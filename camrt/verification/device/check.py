@@ -169,11 +169,16 @@ class _Device:
                 yield from self._compared(program, run, out)
 
     def _runs(self, program: Program) -> Iterator[_Run]:
-        """All images, twice; one alone; one with three targets, of which the second is twice the first."""
+        """All images, twice; of a program that masked images run through, as many as these; one alone; one with three
+        targets, of which the second is twice the first.
+        """
         images, seeds, count = self._images, self._references.seeds, len(self._images)
         if count > 1:
             rows = [*range(count)] * 2
             yield _Run(f"{len(rows)} images", images[rows], seeds[rows], rows, np.ones(len(rows)))
+            if program.kind == Kind.MASKED:
+                rows = [i % count for i in range(self._session.mask_batch)]
+                yield _Run(f"{len(rows)} images", images[rows], seeds[rows], rows, np.ones(len(rows)))
         yield _Run("one image", images[:1], seeds[:1], [0], np.ones(1))
         if count > 1 and "seed" in program.inputs:
             shared = self._manifest.seeds_share_image and program.kind != Kind.FULL_GRAD

@@ -21,7 +21,7 @@ from ...runtime.bundle.kinds import Kind
 from ...runtime.bundle.manifest import MANIFEST, MASK_PRECISIONS, Manifest
 from ...runtime.bundle.reading import Bundle, read_bundle, write_manifest
 from ...runtime.cams.masking import error_bounds
-from ...runtime.errors import BundleError, CamrtError, warn
+from ...runtime.errors import BundleError, CamrtError, ExportError, warn
 from ...runtime.explainer import Explainer
 from ..comparisons import FLOAT32_UNITS, FULL_GRAD_RUNS, QUANTISED_UNITS, full_grads
 from ..distances import ACTIVATION_LIMIT, HALF_LIMIT, MAP_LIMIT, cosine_distance, row_distance
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 FEW_CHANNELS = 64  # Score-CAM runs all channels of a layer, so only a layer with so many is used
 MASKS = 33  # of ScoreCAM++: more than half of a GPU's mask batch, which the runtime then fills up
 ROUNDED_LIMIT = float(np.sqrt(2 * HALF_LIMIT))  # relative L2 in float16 or int8, which is HALF_LIMIT as 1 - cosine
+ROUNDING = 2.0**-25  # of a sum in float32, beside the sum of its terms' sizes
 WIDEST_LIMIT = 0.9  # relative L2; a program that gives zeros is at 1
 _IMAGES = 4  # in one run of PyTorch, which then takes little memory
 Compute = Callable[["Record", "Record"], "torch.Tensor"]  # (layers, layers behind their norms) -> maps
@@ -127,9 +128,10 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
     progress("computing references in float64")
     probes, recorder = _Probes(bundle, images, seeds, units), Recorder(bundle, oracle, images, seeds)
     questions = list(_of_layers(bundle, seeds))
-    tensors, maps = _of_record(recorder(images, True), questions)
+    record = recorder(images, True)
+    (tensors, maps), cancelling = _of_record(record, questions), _cancelling(record[0])
     logits = tensors.pop("logits")
-    own = {kind: np.zeros(len(manifest.taps)) for kind in TENSORS} | {"logits": np.zeros(1)}
+    own = {kind: np.zeros(len(manifest.taps)) for kind in TENSORS} | {"logits": np.zeros(1)} | cancelling
     singles: list[list[np.ndarray]] = []
     for records in recorder.singles(images, units):
         found, single_maps = _of_record(records, questions)
@@ -140,6 +142,9 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
     cases = [_case(question, maps[i], [single[i] for single in singles]) for i, question in enumerate(questions)]
     cases += _full_grad(probes, oracle, progress)
     cases += _by_explaining(probes, progress)
+    cases = [case for case in cases if case.sums.any(axis=1).all()]  # else a map is constant: min-max shows rounding
+    if not cases:
+        raise ExportError("every method's map is constant for the images that 'camrt check' would compare")
     return References(
         pixels,
         seeds,
@@ -148,7 +153,7 @@ def measured(bundle: Bundle, progress: Callable[[str], None] = lambda _: None) -
         {kind: sums.astype(np.float32) for kind, sums in tensors.items()},
         {kind: np.maximum(ACTIVATION_LIMIT, 2 * distance) for kind, distance in own.items()}
         | _limits_of_rounding(probes, logits[0], tensors),
-        tuple(case for case in cases if case.sums.any(axis=1).all()),  # else a map is constant: min-max shows rounding
+        tuple(cases),
     )
 
 
@@ -242,6 +247,21 @@ def _of_record(
     }
     found = [q.compute(layers, behind).numpy() for q in questions if q.compute is not None]
     return {"logits": layers.logits.double().numpy()[None], **sums}, found
+
+
+def _cancelling(layers: Record) -> dict[str, np.ndarray]:
+    """How far float32's rounding alone can move each layer's alphas and maps (relative L2), where the gradient cancels
+    over the grid: few runs of float32 may by chance all be nearer.
+    """
+    found: dict[str, list[float]] = {"alphas": [], "maps": []}
+    for y, g in zip(layers.activations.values(), layers.gradients.values(), strict=True):
+        alpha, size = g.mean((2, 3)), g.abs().mean((2, 3))
+        sums = [(size, alpha), ((size[:, :, None, None] * y.abs()).sum(1), (alpha[:, :, None, None] * y).sum(1))]
+        for kind, (large, small) in zip(found, sums, strict=True):
+            norms = [(a.flatten(1).norm(dim=1)).double().numpy() for a in (large, small)]
+            ratio = norms[0] / np.where(norms[1] > 0, norms[1], 1)
+            found[kind].append(ROUNDING * float(ratio.max()))
+    return {kind: np.array(values) for kind, values in found.items()}
 
 
 def _full_grad(probes: _Probes, oracle: Oracle, progress: Callable[[str], None]) -> Iterator[Case]:

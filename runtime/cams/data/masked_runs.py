@@ -117,9 +117,17 @@ class MaskedRuns(MethodData):
     def exact_logits(self, activation: Any, channels: np.ndarray, kind: str, interpolation: str) -> Any:
         """The logits (n, classes), in float32, of the image under the masks of a few channels."""
         assert self.exact is not None
-        stream = self.memory.stream
-        taken = take_channels(activation, self.memory.put(channels.astype(np.int32)), stream=stream)
-        return self.exact(mask_batch(self.image, taken, kind, interpolation, stream=stream))
+        memory, stream = self.memory, self.memory.stream
+        found = memory.empty((len(channels), self.logits.shape[1]))
+        for start in range(0, len(channels), self.mask_batch):
+            part = channels[start : start + self.mask_batch].astype(np.int32)
+            taken = take_channels(activation, memory.put(part), stream=stream)
+            logits = self.exact(mask_batch(self.image, taken, kind, interpolation, stream=stream))
+            if stream is None:
+                found[start : start + len(part)] = logits
+            else:
+                stream.copy(logits, found[start : start + len(part)])
+        return found
 
     @classmethod
     def read(
