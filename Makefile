@@ -86,7 +86,7 @@ lowest: .venv-lowest/ready
 	touch $@
 
 interop: .venv/test-ready
-	$(PIP) --editable '.[cpu,interop]'
+	$(PIP) --editable '.[cpu,openvino]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/test_interop.py tests/test_compile.py tests/test_compile_pictures.py
 
 browser: .venv/test-ready

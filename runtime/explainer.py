@@ -33,8 +33,8 @@ from .targets import Targets, read_targets
 class Explainer:
     """Explains images with the programs of one bundle. May be used from several threads.
 
-    backend: an opened backend; max_batch: the most images or targets in one run; precision: "fp32", "fp16" or "int8"
-    (ScoreCAM++ and Score-CAM run masked images in int8, all else is float32), by default the bundle's first;
+    backend: an opened backend; max_batch: the most images or targets in one run; precision: "fp32", "fp16", "int8" or
+    "bf16" (ScoreCAM++ and Score-CAM run masked images so, all else is float32), by default the bundle's first;
     mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a GPU. session: runs the
     programs. InputError if max_batch or mask_batch is below 1 or the bundle does not have the precision.
     """
@@ -284,9 +284,10 @@ def load(
     """Opens a bundle.
 
     path: the bundle's folder. backend: "tensorrt", "onnxruntime-cuda", "onnxruntime", or "auto": the first of these
-    that works on this machine. max_batch: the most images or targets in one run. precision: "fp32", "fp16"
-    or "int8" (ScoreCAM++ and Score-CAM run masked images in int8 and say in `details` what that changed, all else is
-    float32), by default the first that the bundle has. threads: CPU threads of one run, by default one per core.
+    that works on this machine; or "openvino". max_batch: the most images or targets in one run. precision: "fp32",
+    "fp16", or "int8" or "bf16" (ScoreCAM++ and Score-CAM run masked images so and say in `details` what that changed,
+    all else is float32; bf16 needs OpenVINO and a CPU that has it, and no programs of its own), by default the first
+    that the bundle has. threads: CPU threads of one run, by default one per core.
     device: the GPU's number. progress: called with one line of text before work that takes seconds, e.g. building an
     engine. mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a GPU.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +18,23 @@ import pytest
 import torch
 from engines import Engine, in_openvino, in_reference, needs_openvino
 from families import network
+from PIL import Image
 from support import SmallNet, small_net
 from torch import nn
 
 import camrt
+from camrt.cli import main
 from camrt.export.precision import to_half
+from camrt.export.probes import smooth_images
 from camrt.export.pytorch.autograd import record
 from camrt.export.tape import Tape, attribute, output
+from camrt.kernels import minmax
+from camrt.runtime.backends import create
 from camrt.runtime.bundle.kinds import Kind
 from camrt.runtime.bundle.reading import Bundle, read_bundle
+from camrt.runtime.cams import METHODS
 from camrt.runtime.explainer import Explainer
+from camrt.verification.distances import cosine_distance
 from camrt.verification.interpreted import InterpretedBackend
 from camrt.verification.oracle import module_oracle
 from camrt.verification.verify import verify_bundle
@@ -128,3 +139,86 @@ def test_scattered_sums_stay_float32() -> None:
     run = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run
     (summed,) = run(["add"], {"image": np.ones((2, 4), np.float32), "seed": np.ones((2, 4), np.float32)})
     np.testing.assert_array_equal(np.asarray(summed)[:, 0], 4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with references. Not to be changed."""
+    path = tmp_path_factory.mktemp("interop") / "small.camrt"
+    return camrt.export_model(small_net(), path, (3, 32, 32), complete=camrt.store_references)
+
+
+@needs_openvino
+def test_openvino_as_a_backend(small: Path) -> None:
+    report = camrt.check(small, "openvino")
+    assert report.passed, [row for row in report.rows if not row.passed]
+    here, there = camrt.load(small, "onnxruntime", threads=2), camrt.load(small, "openvino", threads=2)
+    assert str(there.backend).startswith("openvino 20") and str(there.backend).endswith("on the CPU, 2 threads")
+    assert there.provenance["engine"] == str(there.backend)
+    images = smooth_images((3, 32, 32), 5)
+    for method in METHODS:
+        for some in (images, images[:1]):
+            want, got = (e.explain(some, method, 1) for e in (here, there))
+            assert cosine_distance(minmax(got.maps), minmax(want.maps)) < 1e-5, method
+    again = pickle.loads(pickle.dumps(there))
+    np.testing.assert_array_equal(again.explain(images, "winsor_cam").maps, there.explain(images, "winsor_cam").maps)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: there.explain(images[:1], "score_cam_pp", 1).maps, range(8)))
+    for maps in found:
+        np.testing.assert_array_equal(maps, found[0])
+
+
+@needs_openvino
+def test_a_program_that_openvino_cannot_run_is_a_line(small: Path, tmp_path: Path) -> None:
+    backend = create("openvino")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    with pytest.raises(camrt.CamrtError, match=r"broken.onnx: OpenVINO cannot load it: "):
+        backend.compiled(broken, True, False)  # type: ignore[attr-defined]
+    bundle = read_bundle(small)
+    program = backend.open(bundle, bundle.program(Kind.CLASSIFY))
+    with pytest.raises(camrt.CamrtError, match=r"OpenVINO refused image \(2, 3, 31, 32\)"):
+        program.run({"image": np.zeros((2, 3, 31, 32), np.float32)})
+
+
+def has_bfloat16() -> bool:
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@needs_openvino
+def test_masked_images_in_bfloat16_say_how_near_they_are(small: Path) -> None:
+    if not has_bfloat16():
+        with pytest.raises(camrt.BackendUnavailable, match="this CPU has no arithmetic of bfloat16"):
+            camrt.load(small, precision="bf16")
+        pytest.skip("this CPU has no arithmetic of bfloat16")
+    single, half = camrt.load(small, "onnxruntime"), camrt.load(small, "onnxruntime", precision="bf16")
+    assert half.precision == half.provenance["precision"] == "bf16"
+    images = smooth_images((3, 32, 32), 3)
+    for method, options in (("score_cam_pp", {}), ("score_cam", {}), ("score_cam", {"variant": "pytorch_grad_cam"})):
+        want, got = (e.explain(images, method, **options) for e in (single, half))
+        true = [cosine_distance(minmax(a[None]), minmax(b[None])) for a, b in zip(got.maps, want.maps, strict=True)]
+        assert (np.array(true) > 1e-12).all() and max(true) < 1e-3, method
+        said = got.details["map_error"]
+        assert (said > np.array(true) / 6).all() and (said < np.array(true) * 10).all(), (method, true, said)
+        assert "map_error" not in want.details
+    for method in ("winsor_cam", "recipro_cam", "grad_cam"):  # gradients are float32's
+        np.testing.assert_array_equal(half.explain(images, method).maps, single.explain(images, method).maps)
+    np.testing.assert_array_equal(half.classify(images), single.classify(images))
+
+
+@needs_openvino
+def test_bfloat16_at_the_command_line(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if not has_bfloat16():
+        pytest.skip("this CPU has no arithmetic of bfloat16")
+    recipe = ["--resize", "32", "32", "--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
+    path, picture = tmp_path / "small.camrt", tmp_path / "picture.png"
+    shutil.copytree(small, path)
+    assert main(["recipe", str(path), *recipe]) == 0
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(picture)
+    common = ["--method", "score_cam_pp", "--precision", "bf16"]
+    assert main(["explain", str(path), str(picture), "--out", str(tmp_path / "out"), *common]) == 0
+    (line,) = (tmp_path / "out" / "explanations.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["details"]["map_error"] < 1e-2
+    assert main(["explain", str(path), str(picture), "--out", str(tmp_path / "o2"), "--backend", "openvino"]) == 0

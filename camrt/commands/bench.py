@@ -11,6 +11,7 @@ from pathlib import Path
 from ..image_files import find_images
 from ..method_choice import parse_method
 from ..runtime.errors import InputError
+from . import precision
 from .plotting import check_plot
 
 HELP = "measure latency, throughput, memory and stages of explanations"
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=50, help="calls of each method, at most (default: 50)")
     parser.add_argument("--seconds", type=float, default=60, help="seconds for each batch size, roughly (default: 60)")
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
+    precision.add_argument(parser)
     parser.add_argument("--threads", type=int, help="of a run on the CPU (default: one per core)")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     parser.add_argument("--plot", type=Path, help="a picture to write (.png, .svg, .pdf); needs matplotlib")

@@ -13,6 +13,7 @@ from typing import Any
 from ..image_files import collect
 from ..method_choice import layers_of, parse_method
 from ..runtime.errors import InputError
+from . import precision
 from .plotting import check_plot
 
 HELP = "measure methods over a folder of images"
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--void", type=int, help="mask value to leave out (default: 255 in palette pictures, else none)"
     )
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
+    precision.add_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{used} of {len(images)} images; means with half of a 95 % bootstrap interval; best in bold: {options.out}")
     errors = [r["map_error"] for r in records if "map_error" in r]
     if inexact := sum(error > LARGE_ERROR for error in errors):
-        said = f"{inexact} of {len(errors)} maps of the Score family are more than {LARGE_ERROR} off in int8"
-        print(f"{said} (1 - cosine, estimated; at most {max(errors):.1g})")
+        said = f"{inexact} of {len(errors)} maps of the Score family are more than {LARGE_ERROR} off"
+        print(f"{said} in {options.precision} (1 - cosine, estimated; at most {max(errors):.1g})")
     return 1 if problems else 0
 
 

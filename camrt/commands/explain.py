@@ -15,6 +15,7 @@ from typing import Any
 from ..image_files import collect, read_list
 from ..method_choice import layers_of, parse_method
 from ..runtime.errors import InputError
+from . import precision
 
 HELP = "write overlays and maps of images"
 QUIET = 60.0  # seconds between lines of progress, where there is no terminal
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", help="conv, last or names (default: the method's own)")
     parser.add_argument("--batch", type=int, default=8, help="images in one run (default: 8)")
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
+    precision.add_argument(parser)
     parser.add_argument("--jobs", type=int, help="threads that read and write files (default: one per core)")
     parser.add_argument("--shard", metavar="I/N", help="explain only every N-th image from the I-th on; I from 1")
     drawing = parser.add_argument_group("overlays")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..method_choice import layers_of, parse_method
+from . import precision
 
 HELP = "explain images by the million into Parquet files, on this machine or on a Ray cluster"
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--map", choices=("float16", "float32", "png", "none"), default="float16", help="(float16)")
     parser.add_argument("--overlay", action="store_true", help="also keep the map over the photo, as PNG")
     parser.add_argument("--part", type=int, default=256, help="images of one file (default: 256)")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that the bundle has")
+    precision.add_argument(parser)
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
     parser.add_argument(
         "--address",
@@ -95,7 +96,8 @@ def run(options: argparse.Namespace) -> int:
         if options.price is not None:
             print(f"{summary.cost_per_million(options.price):.2f} for a million images, at {options.price} an hour")
     if summary.inexact:
-        print(f"{summary.inexact} maps are more than {LARGE_ERROR} off in int8 (1 - cosine, estimated): see map_error")
+        said = f"{summary.inexact} maps are more than {LARGE_ERROR} off in {options.precision}"
+        print(f"{said} (1 - cosine, estimated): see map_error")
     for reason, count in summary.problems.most_common():
         print(f"{count} not explained: {reason}")
     return 1 if summary.failed and not options.allow_failures else 0

@@ -7,6 +7,8 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+from . import precision
+
 HELP = "explain pictures over HTTP"
 TOKEN = "CAMRT_TOKEN"
 
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
     parser.add_argument("--backend", default="auto", help="see 'camrt info --backends' (default: auto)")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="default: the first that a bundle has")
+    precision.add_argument(parser)
     parser.add_argument("--threads", type=int, help="CPU threads of a run of the network (default: one per core)")
     parser.add_argument("--page", type=Path, help="folder of camrt page, to be served at /")
     parser.add_argument("--batch", type=int, help="the most images in one run of the network (default: 8)")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..kernels import minmax
 from ..runtime.bundle.manifest import Manifest
+from ..runtime.cams.data.masked_runs import APPROXIMATE
 from ..runtime.errors import CamrtError
 from ..runtime.explainer import Explainer
 from ..runtime.explanation import Explanation
@@ -40,8 +41,8 @@ class Wanted:
 
 
 def schema(manifest: Manifest, wanted: Wanted, precision: str) -> Any:
-    """The columns: path, target, probabilities, layer_weights, map and overlay if they are wanted, map_error in int8
-    (empty where a map is exact), error.
+    """The columns: path, target, probabilities, layer_weights, map and overlay if they are wanted, in int8 and bf16
+    map_error (empty where a map is exact), error.
     """
     import pyarrow as pa
 
@@ -58,7 +59,7 @@ def schema(manifest: Manifest, wanted: Wanted, precision: str) -> Any:
         fields.append(("map", pa.binary()))
     if wanted.overlay:
         fields.append(("overlay", pa.binary()))
-    if precision == "int8":
+    if precision in APPROXIMATE:
         fields.append(("map_error", pa.float32()))
     return pa.schema([*fields, ("error", pa.string())])
 

@@ -32,9 +32,9 @@ SUMMARY = "_summary.json"  # what reads a folder of Parquet files leaves names w
 
 @dataclass
 class Summary:
-    """What became of the images. images, problems (reason -> images), inexact (maps that int8 moves by more than
-    LARGE_ERROR, by estimate): of the whole run, with what an earlier leg did; before: of `images`, those of earlier
-    legs, in parts_before. seconds: of this leg alone.
+    """What became of the images. images, problems (reason -> images), inexact (maps whose map_error is above
+    LARGE_ERROR): of the whole run, with what an earlier leg did; before: of `images`, those of earlier legs, in
+    parts_before. seconds: of this leg alone.
     """
 
     images: int = 0

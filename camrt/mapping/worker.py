@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A task whose part is written. problems: reason -> images. inexact: maps that int8 moves by over LARGE_ERROR."""
+    """A task whose part is written. problems: reason -> images. inexact: maps whose map_error is above LARGE_ERROR."""
 
     number: int
     images: int

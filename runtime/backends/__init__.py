@@ -26,6 +26,7 @@ BACKENDS = {  # the best first
     "tensorrt": BackendRow("tensorrt.backend", "create", True),
     "onnxruntime-cuda": BackendRow("ort", "create_cuda", True),
     "onnxruntime": BackendRow("ort", "create", False),
+    "openvino": BackendRow("openvino", "create", False, automatic=False),
 }
 
 

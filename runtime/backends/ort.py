@@ -83,7 +83,7 @@ class OrtBackend:
     def __init__(self, runtime: Any, threads: int | None):
         self._runtime = runtime
         self._threads = threads
-        self.lanes = threads or _cores()
+        self.lanes = threads or cores()
 
     def __str__(self) -> str:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
@@ -128,7 +128,7 @@ class OrtBackend:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -27,6 +27,7 @@ MOST_ELEMENTS = 1 << 31  # the most elements of one tensor
 LARGEST_SIDE = 1 << 14  # pixels, of a resized picture or of a crop
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # the user's name -> the name in the manifest
 MASK_PRECISIONS = PRECISIONS | {"int8": "int8"}  # of programs that run masked images
+RUN_PRECISIONS = MASK_PRECISIONS | {"bf16": "float32"}  # bf16: an engine's arithmetic, for masked images
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import BundleError, CamrtError, InputError
 from .kinds import KINDS, Kind
-from .manifest import MANIFEST, MASK_PRECISIONS, PRECISIONS, Manifest, Program, check_recipe, parse
+from .manifest import MANIFEST, PRECISIONS, RUN_PRECISIONS, Manifest, Program, check_recipe, parse
 from .onnx_check import check_program
 
 _LONGEST = 1 << 26  # characters of a manifest
@@ -42,11 +42,14 @@ class Bundle:
         return [*self.precisions, *(["int8"] if any(p.precision == "int8" for p in self.manifest.programs) else [])]
 
     def chosen_precision(self, precision: str | None, masks: bool = False) -> str:
-        """The precision, by default the bundle's first. masks: "int8" will do, where the bundle has it.
+        """The precision, by default the bundle's first. masks: "int8" will do, where the bundle has it, and "bf16",
+        where it has "fp32".
 
         InputError if the bundle does not have the precision.
         """
         known = self.mask_precisions if masks else self.precisions
+        if precision == "bf16" and masks and "fp32" in known:
+            return precision
         if precision is not None and precision not in known:
             raise InputError(
                 f"{self.path} has no {precision} programs, it has {' and '.join(known)}: export it with "
@@ -70,11 +73,11 @@ class Bundle:
     def program(self, kind: str, layers: Sequence[str] = (), precision: str = "fp32") -> Program:
         """The program of a kind with the fewest taps that has all the layers.
 
-        precision: "fp32", "fp16" or "int8"; a kind that has no such program gives its float32 one. CamrtError if the
-        bundle has none.
+        precision: "fp32", "fp16", "int8" or "bf16"; a kind that has no such program gives its float32 one. CamrtError
+        if the bundle has none.
         """
         fitting = [p for p in self.manifest.programs if p.kind == kind and set(layers) <= set(p.taps)]
-        in_precision = [p for p in fitting if p.precision == MASK_PRECISIONS[precision]]
+        in_precision = [p for p in fitting if p.precision == RUN_PRECISIONS[precision]]
         fitting = in_precision or [p for p in fitting if p.precision == "float32"]
         if not fitting:
             of = f" for {', '.join(layers)}" if layers else ""
@@ -83,7 +86,7 @@ class Bundle:
 
     def programs(self, precision: str) -> list[Program]:
         """Every program that runs in a precision: its own, and the float32 ones that it does without its own."""
-        own = [p for p in self.manifest.programs if p.precision == MASK_PRECISIONS[precision]]
+        own = [p for p in self.manifest.programs if p.precision == RUN_PRECISIONS[precision]]
         covered = {(p.kind, p.taps) for p in own}
         others = (p for p in self.manifest.programs if p.precision == "float32" and (p.kind, p.taps) not in covered)
         return sorted([*own, *others], key=self.manifest.programs.index)
@@ -93,9 +96,7 @@ class Bundle:
         whose input is float32.
         """
         kind = Kind.CLASSIFY if self.manifest.normalized is None else Kind.SCORE
-        exists = any(
-            p.kind == Kind.MASKED and p.precision == MASK_PRECISIONS[precision] for p in self.manifest.programs
-        )
+        exists = any(p.kind == Kind.MASKED and p.precision == RUN_PRECISIONS[precision] for p in self.manifest.programs)
         return self.program(Kind.MASKED if exists and (on_gpu or precision == "int8") else kind, (), precision)
 
 

@@ -76,7 +76,7 @@ def _exact_scores(runs: MaskedRuns, activation: Any, channels: np.ndarray, ask: 
     return class_scores(logits, memory.put(runs.seeds), probability, ask.offset, weights, stream=memory.stream)
 
 
-def _int8_error(
+def _map_error(
     runs: MaskedRuns,
     activation: Any,
     live: np.ndarray,
@@ -84,7 +84,7 @@ def _int8_error(
     scores: _Scores,
     weighed: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
 ) -> np.ndarray:
-    """(S,): `map_error` of a layer's map, from a sample of masks that run in float32; zeros where nothing ran in int8.
+    """(S,): `map_error` of a layer's map, from a sample of masks that run in float32; zeros where all masks did.
 
     scores: of the live channels. weighed: scores (S, any) -> what the maps are weighed with.
     """
@@ -174,7 +174,7 @@ def _finished(runs: MaskedRuns, totals: list[Any]) -> Any:
 def _result(
     maps: Any, runs: MaskedRuns, masked_runs: int, errors: Sequence[np.ndarray], error_bound: float = 0.0
 ) -> Result:
-    """errors: of each layer's maps (S,), in int8."""
+    """errors: of each layer's maps (S,), in int8 or bf16."""
     rows, layers = len(runs.seeds), len(runs.taps)
     details = {
         "channels": np.full(rows, sum(len(a) for a in runs.activations)),
@@ -185,8 +185,8 @@ def _result(
         details["map_error"] = np.max(errors, axis=0).astype(np.float32)
         if (worst := details["map_error"].max(initial=0)) > LARGE_ERROR:
             warn(
-                f"int8 moves this map by about {worst:.1g} (1 - cosine, estimated from a sample of masks): use another "
-                "precision, or calibrate with pictures like these"
+                f"{runs.precision} moves this map by about {worst:.1g} (1 - cosine, estimated from a sample of masks): "
+                "use another precision"
             )
     return Result(maps, np.full((rows, layers), 1 / layers, np.float32), details)
 
@@ -223,9 +223,9 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
     variant: tanh; tanh_mask_only sums up(A_k) instead of H_k; sigmoid_relu has H_k = sigmoid(ReLU(up(A_k) / 2)).
     baseline="zero": s_k minus the score of the all-zero input. x is the normalised input. Channels that add exactly
     nothing never run. max_error: skip weak channels, while no pixel of the map before ReLU and minmax changes by more
-    than this; details["error_bound"] is the bound that holds. In int8 details["map_error"] is an estimate of 1 - cosine
-    from the map in float32, by a sample of masks. Several layers: the mean of their maps, minmax again. InputError,
-    UnknownMethod for options that do not fit.
+    than this; details["error_bound"] is the bound that holds. In int8 and bf16 details["map_error"] is an estimate of
+    1 - cosine from the map in float32, by a sample of masks. Several layers: the mean of their maps, minmax again.
+    InputError, UnknownMethod for options that do not fit.
     """
     chosen(variant, VARIANTS, "variant")
     chosen(baseline, ("none", "zero"), "baseline")
@@ -250,7 +250,7 @@ def score_cam_pp(runs: MaskedRuns, variant: str = "tanh", baseline: str = "none"
         scores = _score(runs, activation, live, ask)
         totals.append(scores.summed)
         exact_ask = replace(ask, offset=exact_offset)
-        errors.append(_int8_error(runs, activation, live, exact_ask, scores))
+        errors.append(_map_error(runs, activation, live, exact_ask, scores))
         count += len(live)
         bounds.append(bound * reach)
     return _result(_finished(runs, totals), runs, count, errors, max(bounds))
@@ -273,7 +273,7 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
             ask = _Ask("minmax", summed_gate="identity")
             found = _score(runs, activation, live, ask)
             totals.append(found.summed)
-            errors.append(_int8_error(runs, activation, live, ask, found))
+            errors.append(_map_error(runs, activation, live, ask, found))
             continue
         scores = np.zeros((len(runs.seeds), len(flat)), np.float32)
         ask = _Ask("minmax", "align_corners", probability="logits")
@@ -283,7 +283,7 @@ def score_cam(runs: MaskedRuns, variant: str = "original") -> Result:
             scores[:, flat] = runs.memory.get(_score_of_zeros(runs, "logits"))[0][:, None]
             count += 1
         highest = scores.max(axis=1, keepdims=True)
-        errors.append(_int8_error(runs, activation, live, ask, found, lambda s, highest=highest: np.exp(s - highest)))
+        errors.append(_map_error(runs, activation, live, ask, found, lambda s, highest=highest: np.exp(s - highest)))
         scores = np.exp(scores - highest)
         (channels,) = runs.memory.get(activation)
         totals.append(np.einsum("sk,khw->shw", scores / scores.sum(axis=1, keepdims=True), channels))

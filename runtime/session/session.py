@@ -19,7 +19,7 @@ from ..backends import Backend, Executable
 from ..bundle.kinds import Kind
 from ..bundle.manifest import Manifest, Program, Tap
 from ..bundle.reading import Bundle
-from ..errors import CamrtError
+from ..errors import CamrtError, InputError
 from .batches import Batch, chunks
 from .cuda_graphs import CudaGraphs
 from .lanes import Lanes
@@ -32,6 +32,7 @@ class Session:
 
     max_batch: the most images or targets in one run; mask_batch: the most masked images. They are halved when the
     GPU's memory runs out. stages: measures the time of each stage while `Explainer.timed` is active, else None.
+    InputError, BackendUnavailable for a precision that cannot be had here.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, max_batch: int, mask_batch: int, precision: str) -> None:
@@ -43,8 +44,16 @@ class Session:
         self.memory = Memory(None if backend.gpu is None else backend.gpu.stream)
         self.lanes = Lanes(backend.lanes)
         self.stages: Stages | None = None
+        self._scoring: Backend | None = None
+        if precision == "bf16":
+            from ..backends.openvino import create_bfloat16
+
+            if backend.gpu is not None:
+                raise InputError("precision 'bf16' is for the CPU: use backend='onnxruntime'")
+            self._scoring = create_bfloat16(backend.lanes)
         self._cuda_graphs = None if backend.gpu is None or not backend.gpu.captures else CudaGraphs(backend.gpu.stream)
         self._opened: dict[tuple[str, tuple[str, ...], bool], Executable] = {}
+        self._opened_for_masks: Executable | None = None
         self._lock = threading.Lock()
 
     @property
@@ -95,6 +104,16 @@ class Session:
             if key not in self._opened:
                 self._opened[key] = self.backend.open(self.bundle, program, concurrent)
             executable = self._opened[key]
+        return executable if self.stages is None else TimedExecutable(executable, self.stages)
+
+    def open_for_masks(self, program: Program) -> Executable:
+        """As `open`, for masked images, in lanes: in bf16 the engine that computes so."""
+        if self._scoring is None:
+            return self.open(program, concurrent=self.lanes.count > 1)
+        with self._lock:
+            if self._opened_for_masks is None:
+                self._opened_for_masks = self._scoring.open(self.bundle, program, self.lanes.count > 1)
+            executable = self._opened_for_masks
         return executable if self.stages is None else TimedExecutable(executable, self.stages)
 
     def run(

@@ -18,10 +18,12 @@ from ...session.memory import HOST, Memory
 from .base import MethodData
 
 if TYPE_CHECKING:
+    from ...backends import Executable
     from ...session.batches import Batch
     from ...session.session import Session
 
 T = TypeVar("T")
+APPROXIMATE = ("int8", "bf16")  # precisions in which a map says how far it may be from float32's
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class MaskedRuns(MethodData):
     logits and seeds (S, classes) are on the host, as extremes are: per layer, each channel's lowest and highest value
     (K, 2). The image and the activations are in `memory`. probability: "softmax" or "sigmoid", the `kind` of
     kernels.class_scores. run: masked images (n, C, H, W) -> logits (n, classes); on a GPU they are of `dtype`. exact:
-    None; or, where `run` is in int8, the same in float32. mask_batch: the most masked images in one run. graphs: of the
-    GPU, None without one.
+    None; or, where `run` is in a precision of APPROXIMATE, the same in float32. mask_batch: the most masked images in
+    one run. graphs: of the GPU, None without one.
     """
 
     kinds = (Kind.ACTIVATIONS, Kind.CLASSIFY)
@@ -67,6 +69,7 @@ class MaskedRuns(MethodData):
     memory: Memory = HOST
     dtype: str = "float32"
     exact: Callable[[Any], Any] | None = None
+    precision: str = "fp32"
     graphs: CudaGraphs | None = None
 
     @property
@@ -148,8 +151,9 @@ class MaskedRuns(MethodData):
         check_finite(logits)
         program = session.bundle.mask_program(session.precision, memory.stream is not None)
         image, exact = session.normalized(batch.images), None
-        if program.precision == "int8":
-            exact = _runner(session, session.bundle.mask_program("fp32", False), concurrent=False)
+        if session.precision in APPROXIMATE:
+            exact_program = session.bundle.mask_program("fp32", False)
+            exact = _runner(exact_program, session.open(exact_program))
         return cls(
             taps=taps,
             logits=logits,
@@ -158,20 +162,20 @@ class MaskedRuns(MethodData):
             activations=activations,
             extremes=tuple(extremes),
             probability=manifest.probability,
-            run=_runner(session, program, concurrent=session.lanes.count > 1),
+            run=_runner(program, session.open_for_masks(program)),
             mask_batch=session.mask_batch,
             lanes=session.lanes,
             memory=memory,
             dtype=program.input_dtype,
             exact=exact,
+            precision=session.precision,
             graphs=session.cuda_graphs,
         )
 
 
-def _runner(session: Session, program: Program, concurrent: bool) -> Callable[[Any], Any]:
+def _runner(program: Program, executable: Executable) -> Callable[[Any], Any]:
     """masked images (n, C, H, W) -> logits (n, classes)."""
-    executable, dtype = session.open(program, concurrent=concurrent), program.input_dtype
-    (entry,) = program.inputs
+    (entry,), dtype = program.inputs, program.input_dtype
 
     def run(masked: Any) -> Any:
         masked = masked.astype(dtype, copy=False) if isinstance(masked, np.ndarray) else masked
