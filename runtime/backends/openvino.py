@@ -31,7 +31,7 @@ class OpenVinoExecutable:
         self._concurrent = concurrent
         self._compiled: dict[bool, Any] = {}
         self._lock = threading.Lock()
-        self._requests = threading.local()  # of each thread, by the same key
+        self._requests = threading.local()  # `opened`: of each thread, by the same key
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         request = self._request(all(len(array) == 1 for array in feeds.values()))
@@ -45,7 +45,7 @@ class OpenVinoExecutable:
         return out
 
     def _request(self, single: bool) -> Any:
-        requests = self._requests.__dict__
+        requests: dict[bool, Any] = self._requests.__dict__.setdefault("opened", {})
         if single not in requests:
             with self._lock:
                 if single not in self._compiled:
