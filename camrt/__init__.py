@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .runtime.errors import CamrtError
     from .runtime.explainer import Explainer, load
     from .runtime.explanation import Explanation
+    from .runtime.tuning import tune
     from .verification.device.check import check
     from .verification.device.measure import add_references, store_references
 
@@ -36,6 +37,7 @@ __all__ = [
     "export_onnx",
     "load",
     "store_references",
+    "tune",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "export_onnx": "export.api",
     "load": "runtime.explainer",
     "store_references": "verification.device.measure",
+    "tune": "runtime.tuning",
 }
 
 

@@ -13,7 +13,7 @@ from .runtime.errors import CamrtError, first_line
 
 COMMANDS = (
     *("export", "recipe", "info", "build", "cache", "compile", "page", "serve", "deploy"),
-    *("methods", "explain", "map", "evaluate", "verify", "check", "bench", "demo"),
+    *("methods", "explain", "map", "evaluate", "verify", "check", "bench", "tune", "demo"),
 )
 
 

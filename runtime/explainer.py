@@ -28,6 +28,7 @@ from .session.explaining import explain_batch
 from .session.session import Session
 from .session.timing import Stages
 from .targets import Targets, read_targets
+from .tuning import tuned_mask_batch
 
 
 class Explainer:
@@ -35,8 +36,9 @@ class Explainer:
 
     backend: an opened backend; max_batch: the most images or targets in one run; precision: "fp32", "fp16", "int8" or
     "bf16" (ScoreCAM++ and Score-CAM run masked images so, all else is float32), by default the bundle's first;
-    mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a GPU. session: runs the
-    programs. InputError if max_batch or mask_batch is below 1 or the bundle does not have the precision.
+    mask_batch: the most masked images in one run, by default what `tune` kept or max_batch on a CPU, and 64 on a GPU.
+    session: runs the programs. InputError if max_batch or mask_batch is below 1 or the bundle does not have the
+    precision.
     """
 
     def __init__(
@@ -47,15 +49,17 @@ class Explainer:
         precision: str | None = None,
         mask_batch: int | None = None,
     ):
-        if mask_batch is None:
-            mask_batch = max_batch if backend.gpu is None else masks_on_gpu(max_batch, None)
+        self.precision = bundle.chosen_precision(precision, masks=True)
+        if mask_batch is None and backend.gpu is None:
+            mask_batch = tuned_mask_batch(bundle, backend, self.precision) or max_batch
+        elif mask_batch is None:
+            mask_batch = masks_on_gpu(max_batch, None)
         for name, value in (("max_batch", max_batch), ("mask_batch", mask_batch)):
             if value < 1:
                 raise InputError(f"{name} {value}: use 1 or more")
         self.bundle = bundle
         self.backend = backend
         self.manifest: Manifest = bundle.manifest
-        self.precision = bundle.chosen_precision(precision, masks=True)
         self.session = Session(bundle, backend, max_batch, mask_batch, self.precision)
         self._settings: tuple[int | None, int] = (None, 0)  # threads and device, as `load` took them
 
@@ -289,7 +293,8 @@ def load(
     all else is float32; bf16 needs OpenVINO and a CPU that has it, and no programs of its own), by default the first
     that the bundle has. threads: CPU threads of one run, by default one per core.
     device: the GPU's number. progress: called with one line of text before work that takes seconds, e.g. building an
-    engine. mask_batch: the most masked images in one run, by default max_batch on a CPU and 64 on a GPU.
+    engine. mask_batch: the most masked images in one run, by default what `tune` kept or max_batch on a CPU, and 64 on
+    a GPU.
 
     BundleError if the bundle is missing or damaged; BackendUnavailable if no backend can run it here; UnknownName for
     an unknown backend; InputError for a precision that the bundle does not have.
