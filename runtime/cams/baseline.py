@@ -19,6 +19,6 @@ def scale(maps: np.ndarray) -> np.ndarray:
 def combined(per_layer: list[np.ndarray], size: tuple[int, int]) -> Result:
     """Layers' maps (S, h, w) -> (S, *size): rectified, scaled, upsampled, clipped at 0, averaged, scaled again."""
     resized = [np.maximum(upsample(scale(np.maximum(m, 0)), size), 0) for m in per_layer]
-    maps = scale(np.stack(resized).mean(axis=0, dtype=np.float32))
+    maps = scale(resized[0] if len(resized) == 1 else np.stack(resized).mean(axis=0, dtype=np.float32))
     count = len(per_layer)
     return Result(maps, np.full((len(maps), count), 1 / count, np.float32))
