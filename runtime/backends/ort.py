@@ -78,10 +78,11 @@ class OrtBackend:
 
     name = "onnxruntime"
     gpu = None
-    prunes = True
 
     def __init__(self, runtime: Any, threads: int | None):
         self._runtime = runtime
+        # ONNX Runtime 1.20 does not find the weights of a model that is given as bytes
+        self.prunes = tuple(map(int, runtime.__version__.split(".")[:2])) >= (1, 21)
         self._threads = threads
         self.lanes = threads or cores()
 
