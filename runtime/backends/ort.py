@@ -113,7 +113,7 @@ class OrtBackend:
         options.enable_cpu_mem_arena = keeps_memory
         options.intra_op_num_threads = 1 if concurrent else self._threads or 0
         if not spins:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if single:
             for symbol in _SYMBOLS:
                 options.add_free_dimension_override_by_name(symbol, 1)
