@@ -105,7 +105,7 @@ class OrtBackend:
         """An ONNX Runtime InferenceSession.
 
         single: fixes the symbolic sizes to 1. concurrent: one thread per run. spins: threads wait busily for the next
-        run. keeps_memory: the session keeps its memory for later runs. outputs: of the file, by default all.
+        run, too. keeps_memory: the session keeps its memory for later runs. outputs: of the file, by default all.
         BundleError if the file cannot be loaded.
         """
         options = self._runtime.SessionOptions()
