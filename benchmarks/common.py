@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from camrt.bench import processor
+from camrt.install import processor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import import_torchvision, warmed_up

@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 import camrt
-from camrt.bench import processor
 from camrt.demo.scenes import draw_scene
+from camrt.install import processor
 from camrt.method_choice import parse_method
 
 BATCH, DISTINCT = 16, 200

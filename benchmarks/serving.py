@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 import camrt
-from camrt.bench import processor
 from camrt.export.probes import smooth_images
+from camrt.install import processor
 
 SERVER_CORE, CLIENT_CORE = 0, 1
 METHODS = ("grad_cam", "winsor_cam")

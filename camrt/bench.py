@@ -232,22 +232,11 @@ def machine(explainer: Explainer) -> dict[str, Any]:
         "input_shape": list(explainer.manifest.input_shape),
         "precision": explainer.precision,
         "backend": str(explainer.backend),
-        "processor": processor(),
+        "processor": install.processor(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": install.versions(),
     }
-
-
-def processor() -> str:
-    """The name of this machine's CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Which packages are installed, and the pip command that messages give for a missing one."""
+"""Which packages are installed, and the pip command that messages give for a missing one; the CPU's name."""
 
 from __future__ import annotations
 
@@ -47,6 +47,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    import platform
+    from pathlib import Path
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _origin() -> dict:

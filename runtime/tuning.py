@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import install
 from .errors import CamrtError, InputError
 from .user_cache import cache_folder
 
@@ -71,15 +71,7 @@ def tuned_mask_batch(bundle: Bundle, backend: Backend, precision: str) -> int | 
 
 
 def _key(bundle: Bundle, backend: Backend, precision: str) -> str:
-    return f"{bundle.sha256} {precision} {backend} {_processor()}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"{bundle.sha256} {precision} {backend} {install.processor()}"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -83,6 +83,17 @@ def small_net(classes: int = 5, size: int = 32) -> nn.Module:
     return warmed_up(SmallNet(classes), (3, size, size))
 
 
+class Mixing(nn.Module):
+    """A network whose images change one another: its batch is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x - 0.5 * x.mean(0, keepdim=True))
+
+
 class _PadBottomRight(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.pad(x, (0, 1, 0, 1))

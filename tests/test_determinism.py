@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,13 @@ def test_lanes_keep_the_order_and_tell_errors(count: int) -> None:
 
     def failing(item: int) -> None:
         done.append(item)
+        time.sleep(0.001)
         if item == 3:
             raise IndexError("of the work")
 
     with pytest.raises(IndexError, match="of the work"):
         lanes.map(failing, range(1000))
-    assert len(done) < 1000 or count > 1
+    assert len(done) < 500
     assert lanes.map(lambda item: item, []) == []
 
 

@@ -182,9 +182,7 @@ def test_a_program_that_openvino_cannot_run_is_a_line(small: Path, tmp_path: Pat
 
 
 def has_bfloat16() -> bool:
-    import openvino  # pyright: ignore[reportMissingImports]
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return create("openvino").has_bfloat16()  # type: ignore[attr-defined]
 
 
 @needs_openvino

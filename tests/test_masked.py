@@ -16,7 +16,7 @@ import torch
 from conftest import PREPROCESS
 from emulator import EmulatedGpu
 from PIL import Image
-from support import small_net
+from support import Mixing, small_net
 from torch import nn
 
 import camrt
@@ -199,17 +199,6 @@ def test_each_target_has_its_own_large_terms() -> None:
 
 def test_nothing_is_taken_of_nothing() -> None:
     assert taken(chances(np.zeros((1, 40)), np.zeros((40, 2, 2)))).shape == (16,)
-
-
-class Mixing(nn.Module):
-    """A network whose images change one another: its batch is 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = small_net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x - 0.5 * x.mean(0, keepdim=True))
 
 
 @pytest.mark.filterwarnings("ignore:the bundle explains one image")

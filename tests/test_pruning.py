@@ -31,7 +31,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of all layers, without programs of the last one alone. Not to be changed."""
+    """A bundle of four layers. Not to be changed."""
     folder = tmp_path_factory.mktemp("pruning") / "small.camrt"
     return camrt.export_model(small_net(), folder, (3, 32, 32), precision=["fp32", "fp16"])
 
@@ -105,5 +105,5 @@ def test_each_explainer_gives_the_same_bits(path: Path) -> None:
         for name in (*explainer.layers, *explainer.layers):
             fresh = camrt.load(path, "onnxruntime").explain(IMAGES, method, 1, [name])
             np.testing.assert_array_equal(explainer.explain(IMAGES, method, 1, [name]).maps, fresh.maps)
-    opened = [taps for file, taps, _ in explainer.session._opened if file == "gradients.onnx"]
+    opened = [taps for file, taps, *_ in explainer.session._opened if file == "gradients.onnx"]
     assert len(opened) == (3 if explainer.backend.prunes else 1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from support import small_net
-from torch import nn
+from support import Mixing, small_net
 
 import camrt
 from camrt.cli import main
@@ -81,21 +80,12 @@ def test_where_nothing_can_be_kept(path: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(camrt.CamrtError, match=r"tuned.json: cannot be written"):
         camrt.tune(explainer)
     monkeypatch.delenv("CAMRT_CACHE")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))  # a user without one
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert camrt.load(path, "onnxruntime", threads=1).session.mask_batch == 16
 
 
 def test_a_network_of_one_image_has_nothing_to_tune(tmp_path: Path) -> None:
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = small_net()
-
-        def forward(self, x):
-            return self.network(x - 0.5 * x.mean(0, keepdim=True))
-
     with pytest.warns(UserWarning, match="batch 1"):
         camrt.export_model(Mixing(), tmp_path / "one.camrt", (3, 32, 32))
     with pytest.raises(camrt.CamrtError, match="there is nothing to tune"):

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import BackendUnavailable, BundleError, first_line
 from . import Settings, create
+from .cpu import shapes_of
 from .ort import OrtBackend
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -33,9 +34,8 @@ def open_file(path: Path) -> Run:
         try:
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:
-            shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
             raise BundleError(
-                f"{path.name}: ONNX Runtime cannot run it on {shapes}: {first_line(error)[:300]}"
+                f"{path.name}: ONNX Runtime cannot run it on {shapes_of(feeds)}: {first_line(error)[:300]}"
             ) from error
 
     return run

@@ -12,46 +12,34 @@ import numpy as np
 from ... import install
 from ..bundle.manifest import Program
 from ..bundle.reading import Bundle
-from ..errors import BackendUnavailable, BundleError, InputError, first_line
-from .ort import cores
+from ..errors import BackendUnavailable, BundleError, first_line
+from .cpu import CpuExecutable, cores
 
 if TYPE_CHECKING:
     from . import Settings
 
 
-class OpenVinoExecutable:
-    """A program, compiled up to twice on first use: with every size fixed, for single images, and for all other sizes.
-    A concurrent program's runs take one thread each.
-    """
+class OpenVinoExecutable(CpuExecutable):
+    """Each thread has an inference request of its own."""
+
+    engine = "OpenVINO"
 
     def __init__(self, backend: OpenVinoBackend, program: Program, path: Path, concurrent: bool) -> None:
+        super().__init__(program, concurrent)
         self._backend = backend
-        self._program = program
         self._path = path
-        self._concurrent = concurrent
-        self._compiled: dict[bool, Any] = {}
-        self._lock = threading.Lock()
-        self._requests = threading.local()  # `opened`: of each thread, by the same key
+        self._requests = threading.local()  # `made`: this thread's, by the id of the compiled model
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        request = self._request(all(len(array) == 1 for array in feeds.values()))
-        try:
-            results = request.infer({name: np.ascontiguousarray(a) for name, a in feeds.items()}, share_inputs=True)
-            out = {name: results[name] for name in self._program.outputs}
-        except Exception as error:
-            shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
-            raise InputError(f"OpenVINO refused {shapes}: {first_line(error)}") from error
-        self._program.check_outputs(feeds, out)
-        return out
+    def _load(self, single: bool) -> Any:
+        return self._backend.compiled(self._path, single, self._concurrent)
 
-    def _request(self, single: bool) -> Any:
-        requests: dict[bool, Any] = self._requests.__dict__.setdefault("opened", {})
-        if single not in requests:
-            with self._lock:
-                if single not in self._compiled:
-                    self._compiled[single] = self._backend.compiled(self._path, single, self._concurrent)
-            requests[single] = self._compiled[single].create_infer_request()
-        return requests[single]
+    def _infer(self, loaded: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        requests: dict[int, Any] = self._requests.__dict__.setdefault("made", {})
+        if id(loaded) not in requests:
+            requests[id(loaded)] = loaded.create_infer_request()
+        inputs = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        results = requests[id(loaded)].infer(inputs, share_inputs=True)
+        return {name: results[name] for name in self._program.outputs}
 
 
 class OpenVinoBackend:
@@ -62,18 +50,20 @@ class OpenVinoBackend:
     prunes = False
 
     def __init__(self, runtime: Any, threads: int | None, precision: str = "f32") -> None:
-        self._runtime = runtime
+        self._version = runtime.__version__.partition("-")[0]
         self._core = runtime.Core()
-        self._threads = threads
         self._precision = precision
         self.lanes = threads or cores()
 
     def __str__(self) -> str:
-        version = self._runtime.__version__.partition("-")[0]
-        return f"openvino {version} on the CPU, {self.lanes} threads"
+        return f"openvino {self._version} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OpenVinoExecutable:
         return OpenVinoExecutable(self, program, bundle.file(program), concurrent)
+
+    def has_bfloat16(self) -> bool:
+        """Whether this CPU has arithmetic of bfloat16."""
+        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def compiled(self, path: Path, single: bool, concurrent: bool) -> Any:
         """An OpenVINO CompiledModel. single: every symbolic size is 1. BundleError if the file cannot be loaded."""
@@ -99,11 +89,11 @@ def create(settings: Settings) -> OpenVinoBackend:
 
 
 def create_bfloat16(threads: int | None) -> OpenVinoBackend:
-    """Where convolutions and products are in bfloat16. BackendUnavailable if OpenVINO is not installed, or if this CPU
+    """Computes convolutions and products in bfloat16. BackendUnavailable if OpenVINO is not installed, or if this CPU
     has no arithmetic of bfloat16.
     """
     backend = OpenVinoBackend(_openvino("precision 'bf16'"), threads, "bf16")
-    if "BF16" not in backend._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not backend.has_bfloat16():
         raise BackendUnavailable("precision 'bf16': this CPU has no arithmetic of bfloat16: use fp32")
     return backend
 

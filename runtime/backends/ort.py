@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,8 @@ from ..bundle.kinds import KINDS
 from ..bundle.manifest import Program
 from ..bundle.pruning import pruned
 from ..bundle.reading import Bundle
-from ..errors import BackendUnavailable, BundleError, EngineError, InputError, first_line
+from ..errors import BackendUnavailable, BundleError, EngineError, first_line
+from .cpu import CpuExecutable, cores, shapes_of
 from .gpu import Gpu, GpuProgram, open_gpu
 
 if TYPE_CHECKING:
@@ -34,43 +33,27 @@ _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
-class OrtExecutable:
-    """A program in up to two sessions: one with every size fixed, for single images, and one for all other sizes.
-
-    With fixed sizes, ONNX Runtime keeps the backward pass in the blocked layout of its convolutions: ResNet-50's layer
-    maps then run a quarter faster. A session is made on first use. A concurrent program has one session, and each of
-    its runs takes one thread.
+class OrtExecutable(CpuExecutable):
+    """With fixed sizes, ONNX Runtime keeps the backward pass in the blocked layout of its convolutions: ResNet-50's
+    layer maps then run a quarter faster.
     """
 
-    def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool, whole: bool = True):
+    engine = "ONNX Runtime"
+
+    def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool, whole: bool) -> None:
         """whole: the program has all outputs of its file."""
+        super().__init__(program, concurrent)
         self._backend = backend
-        self._program = program
         self._path = path
-        self._whole = whole
-        self._concurrent = concurrent
+        self._outputs = None if whole else program.outputs
         self._spins = not KINDS[program.kind].runs_once
-        self._sessions: dict[bool, Any] = {}
-        self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        session = self._session(not self._concurrent and all(len(array) == 1 for array in feeds.values()))
-        names = [o.name for o in session.get_outputs()]
-        try:
-            out = dict(zip(names, session.run(names, dict(feeds)), strict=True))
-        except Exception as error:
-            shapes = ", ".join(f"{k} {v.shape}" for k, v in feeds.items())
-            raise InputError(f"ONNX Runtime refused {shapes}: {first_line(error)}") from error
-        self._program.check_outputs(feeds, out)
-        return out
+    def _load(self, single: bool) -> Any:
+        return self._backend.session(self._path, single, self._concurrent, self._spins, outputs=self._outputs)
 
-    def _session(self, single: bool) -> Any:
-        with self._lock:
-            if single not in self._sessions:
-                outputs = None if self._whole else self._program.outputs
-                opened = self._backend.session(self._path, single, self._concurrent, self._spins, outputs=outputs)
-                self._sessions[single] = opened
-            return self._sessions[single]
+    def _infer(self, loaded: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = [o.name for o in loaded.get_outputs()]
+        return dict(zip(names, loaded.run(names, dict(feeds)), strict=True))
 
 
 class OrtBackend:
@@ -129,11 +112,6 @@ class OrtBackend:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class OrtCudaEngine:
     """A session of the CUDA provider, bound to a GPU's arrays."""
 
@@ -157,8 +135,7 @@ class OrtCudaEngine:
             message = first_line(error)
             if _out_of_memory(error):
                 raise OutOfMemory(f"{self._file}: {message}") from error
-            shapes = ", ".join(f"{k} {v.shape}" for k, v in inputs.items())
-            raise EngineError(f"{self._file}: ONNX Runtime refused {shapes}: {message}") from error
+            raise EngineError(f"{self._file}: ONNX Runtime refused {shapes_of(inputs)}: {message}") from error
 
 
 class OrtCudaBackend:

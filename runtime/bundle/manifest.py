@@ -96,13 +96,9 @@ class Program:
         return KINDS[self.kind].input_dtype
 
     def part(self, layers: Collection[str]) -> Program:
-        """The same program, but for what it gives of other layers: see Backend.prunes."""
-        of = {name: name.partition(":")[2] for name in self.outputs}
-        return replace(
-            self,
-            taps=tuple(t for t in self.taps if t in layers),
-            outputs={name: shape for name, shape in self.outputs.items() if not of[name] or of[name] in layers},
-        )
+        """The same program without the outputs of other layers: see Backend.prunes."""
+        kept = {n: shape for n, shape in self.outputs.items() if ":" not in n or n.partition(":")[2] in layers}
+        return replace(self, taps=tuple(t for t in self.taps if t in layers), outputs=kept)
 
     def check_outputs(self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
         """BundleError if a run's outputs do not have the declared names, shapes and dtype. feeds: the run's inputs."""

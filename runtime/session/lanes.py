@@ -30,19 +30,21 @@ class Lanes:
         todo, found = iter(enumerate(items)), {}
 
         def in_lane() -> None:
+            nonlocal todo
             while True:
                 with self._lock:
                     number, item = next(todo, (None, None))
                 if number is None:
                     return
-                found[number] = work(item)  # type: ignore[arg-type]
+                try:
+                    found[number] = work(item)  # type: ignore[arg-type]
+                except BaseException:
+                    todo = iter(())  # the others end after the item that they are at
+                    raise
 
         helping = [self._threads.submit(in_lane) for _ in range(helpers)]
         try:
             in_lane()
-        except BaseException:
-            todo = iter(())  # the others end after the item they are at
-            raise
         finally:
             late = [future for future in helping if not future.cancel()]
             wait(late)

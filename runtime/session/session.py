@@ -44,7 +44,7 @@ class Session:
         self.memory = Memory(None if backend.gpu is None else backend.gpu.stream)
         self.lanes = Lanes(backend.lanes)
         self.stages: Stages | None = None
-        self._scoring: Backend | None = None
+        self._scoring = backend  # of masked images
         if precision == "bf16":
             from ..backends.openvino import create_bfloat16
 
@@ -52,8 +52,7 @@ class Session:
                 raise InputError("precision 'bf16' is for the CPU: use backend='onnxruntime'")
             self._scoring = create_bfloat16(backend.lanes)
         self._cuda_graphs = None if backend.gpu is None or not backend.gpu.captures else CudaGraphs(backend.gpu.stream)
-        self._opened: dict[tuple[str, tuple[str, ...], bool], Executable] = {}
-        self._opened_for_masks: Executable | None = None
+        self._opened: dict[tuple[str, tuple[str, ...], bool, bool], Executable] = {}
         self._lock = threading.Lock()
 
     @property
@@ -99,21 +98,18 @@ class Session:
 
     def open(self, program: Program, concurrent: bool = False) -> Executable:
         """The opened program; it is opened once. concurrent: for runs in lanes, one thread each."""
-        with self._lock:
-            key = (program.file, program.taps, concurrent)
-            if key not in self._opened:
-                self._opened[key] = self.backend.open(self.bundle, program, concurrent)
-            executable = self._opened[key]
-        return executable if self.stages is None else TimedExecutable(executable, self.stages)
+        return self._open_on(self.backend, program, concurrent)
 
     def open_for_masks(self, program: Program) -> Executable:
-        """As `open`, for masked images, in lanes: in bf16 the engine that computes so."""
-        if self._scoring is None:
-            return self.open(program, concurrent=self.lanes.count > 1)
+        """As `open`, for masked images, in lanes: in bf16 on the backend that computes so."""
+        return self._open_on(self._scoring, program, self.lanes.count > 1)
+
+    def _open_on(self, backend: Backend, program: Program, concurrent: bool) -> Executable:
         with self._lock:
-            if self._opened_for_masks is None:
-                self._opened_for_masks = self._scoring.open(self.bundle, program, self.lanes.count > 1)
-            executable = self._opened_for_masks
+            key = (program.file, program.taps, concurrent, backend is self.backend)
+            if key not in self._opened:
+                self._opened[key] = backend.open(self.bundle, program, concurrent)
+            executable = self._opened[key]
         return executable if self.stages is None else TimedExecutable(executable, self.stages)
 
     def run(

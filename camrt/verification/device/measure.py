@@ -300,9 +300,8 @@ def _by_explaining(probes: _Probes, progress: Callable[[str], None]) -> Iterator
 
 def _run_several_times(probes: _Probes) -> Iterator[_Question]:
     bundle, manifest = probes.bundle, probes.bundle.manifest
-    runs = (
-        2 if probes.units == QUANTISED_UNITS else 0
-    )  # of masked images: without steps, float32 is far closer than the limit
+    # of masked images: without steps, float32 is far closer than the limit
+    runs = 2 if probes.units == QUANTISED_UNITS else 0
     last = [t.name for t in manifest.taps if "last" in t.roles]
     if last and manifest.num_classes > 1:
         yield _Question("finer_cam", {}, images=1)

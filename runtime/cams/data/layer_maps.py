@@ -94,18 +94,18 @@ class LayerMaps(MethodData):
         on the host.
         """
         aggregation = str(options.get("gradient_aggregation", "mean"))
-        mean = aggregation == "mean" and not session.spares(layers)
-        program = session.program(Kind.LAYER_MAPS if mean else Kind.GRADIENTS, layers)
+        kind = Kind.LAYER_MAPS if aggregation == "mean" and not session.spares(layers) else Kind.GRADIENTS
+        program = session.program(kind, layers)
         out = session.run(program, batch, session.manifest.seeds_share_image, on_gpu)
-        taps = session.taps(program.taps)
+        taps = session.taps(program.taps if kind == Kind.LAYER_MAPS else layers)
         noise = tuple(noise_of(t, program.precision, aggregation) for t in taps)
         if on_gpu:
             seeds, memory = batch.seeds, session.memory
             return cls(taps, out["logits"], seeds, out["alphas"], out["maps"], session.size, noise, memory)
-        if mean:
+        if kind == Kind.LAYER_MAPS:
             alphas, maps = out["alphas"], out["maps"]
         else:
-            weighed = [_weigh(out, name, aggregation) for name in program.taps]
+            weighed = [_weigh(out, t.name, aggregation) for t in taps]
             alphas, maps = (np.concatenate(parts, axis=1) for parts in zip(*weighed, strict=True))
         check_finite(alphas, maps)
         alone = np.array([n.alone for n in noise])

@@ -1,0 +1,58 @@
+"""What backends on the CPU have in common."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import Program
+from ..errors import InputError, first_line
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shapes_of(arrays: Mapping[str, Any]) -> str:
+    """For a message: each array's name and shape."""
+    return ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+
+
+class CpuExecutable(ABC):
+    """A program that is loaded up to twice, on first use: with every size fixed, for single images, and for all other
+    sizes. A concurrent program is loaded once, and each of its runs takes one thread.
+    """
+
+    engine: str  # its name in messages
+
+    def __init__(self, program: Program, concurrent: bool) -> None:
+        self._program = program
+        self._concurrent = concurrent
+        self._loaded: dict[bool, Any] = {}
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        single = not self._concurrent and all(len(array) == 1 for array in feeds.values())
+        with self._lock:
+            if single not in self._loaded:
+                self._loaded[single] = self._load(single)
+            loaded = self._loaded[single]
+        try:
+            out = self._infer(loaded, feeds)
+        except Exception as error:
+            raise InputError(f"{self.engine} refused {shapes_of(feeds)}: {first_line(error)}") from error
+        self._program.check_outputs(feeds, out)
+        return out
+
+    @abstractmethod
+    def _load(self, single: bool) -> Any:
+        """What `_infer` runs. single: every symbolic size is 1. BundleError if the file cannot be loaded."""
+
+    @abstractmethod
+    def _infer(self, loaded: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
