@@ -355,6 +355,10 @@ CASES = [
             {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
             {"kernel_shape": [2, 3], "strides": [2, 2], "pads": [0, 1, 1, 0], "ceil_mode": 1},
             {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
+            {"kernel_shape": [2, 3], "strides": [2, 3]},
+            {"kernel_shape": [2, 1], "strides": [3, 2]},
+            {"kernel_shape": [3, 3], "strides": [1, 2], "pads": [1, 2, 0, 2]},
+            {"kernel_shape": [2, 2], "strides": [2, 3], "dilations": [3, 2]},
             {"kernel_shape": [3, 2], "strides": [1, 3]},
             {"kernel_shape": [2, 2], "strides": [3, 3]},
             {"kernel_shape": [2, 3], "dilations": [2, 2], "strides": [2, 1]},
@@ -371,6 +375,7 @@ CASES = [
             {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 0, 0, 1]},
             {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1, "pads": [1, 0, 1, 0]},
             {"kernel_shape": [5, 5], "strides": [3, 3]},
+            {"kernel_shape": [2, 3], "strides": [2, 3]},
         )
         for include in (0, 1)
     ),
