@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from ... import install
 from ...kernels import DeviceArray, OutOfMemory
+from ..bundle.blocking import blocked
 from ..bundle.kinds import KINDS
 from ..bundle.manifest import Program
 from ..bundle.pruning import pruned
@@ -30,6 +32,7 @@ _SMALLEST = (
 )
 _DISABLED = ["Pad_Fusion"]  # it breaks a graph that also returns the padded tensor (ONNX Runtime 1.31)
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+_BLOCKS = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere nothing was measured
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -102,8 +105,11 @@ class OrtBackend:
                 options.add_free_dimension_override_by_name(symbol, 1)
         try:
             model: Any = str(path)
-            if outputs is not None:
-                model = pruned(path.read_bytes(), outputs)
+            blocks = single and self.prunes and _BLOCKS
+            if blocks or outputs is not None:
+                model = path.read_bytes()
+                model = blocked(model) if blocks else model
+                model = pruned(model, outputs) if outputs is not None else model
                 options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
             return self._runtime.InferenceSession(
                 model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED

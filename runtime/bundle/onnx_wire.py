@@ -1,10 +1,11 @@
-"""Reads the protocol buffers' wire format of ONNX files: the runtime does without the onnx package.
+"""Reads and writes the protocol buffers' wire format of ONNX files: the runtime does without the onnx package.
 
 Source: the protocol buffers' encoding specification. Field numbers are onnx.proto's.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from ..errors import BundleError
@@ -48,3 +49,38 @@ def varint(data: memoryview, start: int, end: int) -> tuple[int, int]:
 
 def _cut_off() -> BundleError:
     return BundleError("an ONNX file is cut off: export the bundle again")
+
+
+def strings(data: memoryview, start: int, end: int, number: int) -> Iterator[str]:
+    """The strings in field `number` of the message in data[start:end]."""
+    return (str(data[first:last], "utf-8") for n, _, first, last in fields(data, start, end) if n == number)
+
+
+def copied(data: memoryview, field: Field) -> bytes:
+    """A field as it stands in data."""
+    number, value, start, end = field
+    return content(number, data[start:end]) if start or end else whole(number, value)
+
+
+def content(number: int, value: memoryview | bytes | str) -> bytes:
+    """A field that holds a message, a string or bytes."""
+    value = value.encode() if isinstance(value, str) else value
+    return b"".join((_varint(number << 3 | 2), _varint(len(value)), value))
+
+
+def whole(number: int, value: int) -> bytes:
+    """A field that holds a number, not negative."""
+    return _varint(number << 3) + _varint(value)
+
+
+def single(number: int, value: float) -> bytes:
+    """A field that holds a 32-bit float."""
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(out) + bytes([value])
