@@ -160,7 +160,7 @@ class Explainer:
             maps=result.maps.reshape(*leading, *result.maps.shape[1:]),
             target=classes,
             logits=logits,
-            layers=tuple(t.name for t in self.manifest.taps if t.name in names),
+            layers=tuple(t.name for t in self.session.taps(names)),
             layer_weights=result.layer_weights.reshape(*leading, -1) if names else np.zeros((*leading, 0), np.float32),
             options=method.options | options,
             images=pictures,
@@ -172,10 +172,13 @@ class Explainer:
 
     def _warn_of_noise(self, method: str, names: Sequence[str], options: dict[str, Any]) -> None:
         """Names the layers whose alphas are rounding noise, and therefore count as zero."""
-        precision = self.session.program(Kind.LAYER_MAPS, names).precision
         aggregation = str(options.get("gradient_aggregation", "mean"))
-        taps = [t for t in self.manifest.taps if t.name in names]
-        layers = [t.name for t in taps if noise_of(t, precision, aggregation).alone]
+
+        def found() -> list[str]:
+            precision = self.session.program(Kind.LAYER_MAPS, names).precision
+            return [t.name for t in self.session.taps(names) if noise_of(t, precision, aggregation).alone]
+
+        layers = self.session.once(("alone", aggregation, *names), found)
         if layers:
             warn(
                 f"{method}: zero counts instead of {', '.join(layers[:5])}{', ...' if len(layers) > 5 else ''}: the "
@@ -263,7 +266,7 @@ class Explainer:
 def _warn_of_constant_maps(method: str, result: Result, targets: int) -> None:
     """A constant map shows nothing. What a method's own check warns of, maps without a layer, is left to it."""
     maps = result.maps.reshape(len(result.maps), -1)
-    constant = maps.min(axis=1) == maps.max(axis=1)
+    constant = (maps == maps[:, :1]).all(axis=1)
     if result.check is not None:
         constant &= result.layer_weights.any(axis=1)
     images = np.unique(np.flatnonzero(constant) // targets)

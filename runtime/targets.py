@@ -69,7 +69,7 @@ def read_targets(target: Any, images: int, manifest: Manifest) -> Targets:
         raise InputError(f"class {wrong.flat[0]} is out of range: the network has classes 0..{classes - 1}")
     grid = given.reshape(images, -1).astype(np.int64)
     seeds = np.zeros((*grid.shape, classes), np.float32)
-    np.put_along_axis(seeds, grid[..., None], 1, axis=2)
+    seeds.reshape(-1, classes)[np.arange(grid.size), grid.ravel()] = 1
     return Targets(seeds, grid, given.ndim == 2)
 
 

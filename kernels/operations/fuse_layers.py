@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,11 @@ def _by_numpy(
     if normalize:
         maps = normalize_layers(maps, grids)
     largest = max(h for h, _ in grids), max(w for _, w in grids)
-    ends = _offsets(grids)
-    sums = {grid: np.zeros((len(maps), grid[0] * grid[1]), np.float32) for grid in grids}
-    for grid, start, end, weight in zip(grids, ends[:-1], ends[1:], weights.astype(np.float32).T, strict=True):
-        sums[grid] += weight[:, None] * maps[:, start:end]
+    weights = weights.astype(np.float32, copy=False)
+    sums: dict[tuple[int, int], np.ndarray] = {}
+    for grid, layers, block in _by_runs(maps, grids):
+        part = np.einsum("bl,blp->bp", weights[:, layers], block)
+        sums[grid] = sums[grid] + part if grid in sums else part
     total = np.zeros((len(maps), *largest), np.float32)
     for grid, summed in sums.items():
         total += upsample(summed.reshape(-1, *grid), largest, interpolation)
@@ -95,17 +97,34 @@ def normalize_layers(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.n
 
     maps (B, sum h w), layers side by side -> the same shape.
     """
-    sizes, starts = [h * w for h, w in grids], _offsets(grids)[:-1]
     result = np.maximum(maps, 0)
-    low, high = np.minimum.reduceat(result, starts, axis=1), np.maximum.reduceat(result, starts, axis=1)
-    span = high - low  # of numbers from 0: it does not overflow
-    result -= np.repeat(low, sizes, axis=1)
-    result /= np.repeat(np.where(span > 0, span, 1), sizes, axis=1)
+    for _, _, block in _by_runs(result, grids):
+        low = block.min(axis=2, keepdims=True)
+        span = block.max(axis=2, keepdims=True) - low  # of numbers from 0: it does not overflow
+        if low.any():
+            block -= low
+        span[span == 0] = 1
+        block /= span
     return result
 
 
-def _offsets(grids: Sequence[tuple[int, int]]) -> np.ndarray:
-    return np.cumsum([0, *(h * w for h, w in grids)])
+def _by_runs(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice, np.ndarray]]:
+    """Of neighbouring layers with one grid: the grid, which layers, and their maps (B, layers, h w), a view."""
+    for grid, layers, pixels in _runs(tuple(grids)):
+        yield grid, layers, maps[:, pixels].reshape(len(maps), layers.stop - layers.start, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _runs(grids: tuple[tuple[int, int], ...]) -> list[tuple[tuple[int, int], slice, slice]]:
+    """Neighbouring layers with one grid: the grid, the layers, and their pixels."""
+    runs: list[tuple[tuple[int, int], slice, slice]] = []
+    layer = pixel = 0
+    for grid, same in itertools.groupby(grids):
+        count = len(list(same))
+        pixels = count * grid[0] * grid[1]
+        runs.append((grid, slice(layer, layer + count), slice(pixel, pixel + pixels)))
+        layer, pixel = layer + count, pixel + pixels
+    return runs
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ def layer_importance(
     alphas: Any,
     channels: Sequence[int],
     kind: str = "mean",
-    zero: Sequence[float] | None = None,
+    zero: Sequence[float] | np.ndarray | None = None,
     *,
     stream: Stream = None,
 ) -> tuple[Any, Any]:

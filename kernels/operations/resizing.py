@@ -37,34 +37,44 @@ def resize_taps(size: int, target: int, interpolation: str = "bilinear") -> tupl
     return low, np.minimum(low + 1, size - 1), (source - low).astype(np.float32)
 
 
+_SINGLE_THREADED = 2**18  # multiplications of a matrix product: OpenBLAS takes several threads for more
+_BAND = 16  # rows resized together, few enough for the cache
+
+
 def resized_columns(maps: np.ndarray, width: int, interpolation: str) -> np.ndarray:
     """maps (..., h, w) -> (..., h, width)."""
+    if maps.shape[-2] * maps.shape[-1] * width <= _SINGLE_THREADED:
+        return maps @ _column_weights(maps.shape[-1], width, interpolation)
     low, high, weight = resize_taps(maps.shape[-1], width, interpolation)
     return maps[..., low] * (1 - weight) + maps[..., high] * weight
 
 
-_BAND = 16  # rows resized together: few enough for the cache and for a single-threaded matrix product
+@functools.lru_cache(maxsize=64)
+def _column_weights(size: int, target: int, interpolation: str) -> np.ndarray:
+    """(size, target) float32: the weight of each source column in each column."""
+    low, high, weight = resize_taps(size, target, interpolation)
+    matrix, positions = np.zeros((size, target), np.float32), np.arange(target)
+    matrix[low, positions] = 1 - weight
+    matrix[high, positions] += weight
+    return matrix
 
 
 @functools.lru_cache(maxsize=64)
-def _band_weights(size: int, target: int, interpolation: str) -> tuple[tuple[slice, slice, np.ndarray], ...]:
+def _band_weights(size: int, target: int, band: int, interpolation: str) -> tuple[tuple[slice, slice, np.ndarray], ...]:
     """Per band of the resized axis: its rows, the source rows that it reads, and the weights (rows, source rows)."""
-    low, high, weight = resize_taps(size, target, interpolation)
+    weights = _column_weights(size, target, interpolation).T
+    low, high, _ = resize_taps(size, target, interpolation)
     bands = []
-    for start in range(0, target, _BAND):
-        rows = slice(start, min(start + _BAND, target))
+    for start in range(0, target, band):
+        rows = slice(start, min(start + band, target))
         source = slice(int(low[rows][0]), int(high[rows][-1]) + 1)
-        matrix = np.zeros((rows.stop - start, source.stop - source.start), np.float32)
-        positions = np.arange(len(matrix))
-        matrix[positions, low[rows] - source.start] = 1 - weight[rows]
-        matrix[positions, high[rows] - source.start] += weight[rows]
-        bands.append((rows, source, matrix))
+        bands.append((rows, source, np.ascontiguousarray(weights[rows, source])))
     return tuple(bands)
 
 
-def resized_bands(columns: np.ndarray, out: np.ndarray, interpolation: str) -> Iterator[slice]:
+def resized_bands(columns: np.ndarray, out: np.ndarray, interpolation: str, band: int = _BAND) -> Iterator[slice]:
     """Resizes the rows of columns (..., h, W) into out (..., H, W); yields the slice of each band when it is done."""
-    for rows, source, matrix in _band_weights(columns.shape[-2], out.shape[-2], interpolation):
+    for rows, source, matrix in _band_weights(columns.shape[-2], out.shape[-2], band, interpolation):
         np.matmul(matrix, columns[..., source, :], out=out[..., rows, :])
         yield rows
 
@@ -78,9 +88,19 @@ def upsample(maps: np.ndarray, size: Sequence[int], interpolation: str = "biline
         return maps
     columns = resized_columns(maps, size[1], interpolation)
     result = np.empty((*maps.shape[:-2], *size), columns.dtype)
-    for _ in resized_bands(columns, result, interpolation):
+    band = _largest_band(maps.shape[-2], size)
+    for _ in resized_bands(columns, result, interpolation, band):
         pass
     return result
+
+
+def _largest_band(rows: int, size: Sequence[int]) -> int:
+    """The most rows of the result, by doubling, that one thread computes at once."""
+    height, width = size
+    band = _BAND
+    while band < height and 2 * band * (2 * band * rows / height + 2) * width <= _SINGLE_THREADED:
+        band *= 2
+    return band
 
 
 # ---- on a GPU

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...kernels import AGGREGATIONS, fuse_layers, layer_importance, normalize_layers, winsorize
-from ..bundle.manifest import Noise
 from ..errors import InputError, warn
 from .data import LayerMaps
+from .data.layer_maps import NoiseOfLayers
 from .registry import Result, Retune, cam, chosen, is_number
 
 
@@ -69,8 +69,7 @@ class _Fusion(Retune):
         layers, stream, aggregation = self.layers, self.layers.memory.stream, options["layer_aggregation"]
         if aggregation not in self.importances:
             channels = [t.channels for t in layers.taps]
-            zero = [n.zero for n in layers.noise]
-            found = layer_importance(layers.alphas, channels, aggregation, zero, stream=stream)
+            found = layer_importance(layers.alphas, channels, aggregation, layers.noise.zero, stream=stream)
             self.importances[aggregation] = found
         bounds = options["percentile"], options["low"], options["high"]
         importance, relative = self.importances[aggregation]
@@ -81,14 +80,14 @@ class _Fusion(Retune):
         return Result(maps, weights, retune=replace(self, options=options), evidence=relative, check=check)
 
 
-def _check(aggregation: str, layers: Sequence[str], noise: Sequence[Noise], result: Result) -> dict[str, np.ndarray]:
+def _check(aggregation: str, layers: Sequence[str], noise: NoiseOfLayers, result: Result) -> dict[str, np.ndarray]:
     """The details: per explanation the layers whose weight rounding decides. Warns of them and of maps without a layer.
 
     result.evidence: importances relative to the magnitude of their alphas, before those near zero counted as zero.
     """
     within = _undetermined(np.abs(result.evidence), aggregation, noise)
     undetermined = np.empty(len(within), object)
-    undetermined[:] = [[name for name, found in zip(layers, row, strict=True) if found] for row in within]
+    undetermined[:] = [[layers[int(i)] for i in np.flatnonzero(row)] for row in within]
     if within.any():
         names = [layers[int(i)] for i in np.flatnonzero(within.any(axis=0))]
         warn(
@@ -104,12 +103,12 @@ def _check(aggregation: str, layers: Sequence[str], noise: Sequence[Noise], resu
     return {"undetermined": undetermined}
 
 
-def _undetermined(relative: np.ndarray, aggregation: str, noise: Sequence[Noise]) -> np.ndarray:
+def _undetermined(relative: np.ndarray, aggregation: str, noise: NoiseOfLayers) -> np.ndarray:
     """Whether rounding decides a layer's weight, of relative importances (S, L): they are within the noise of zero."""
     if aggregation not in ("mean", "max", "min"):
         return np.zeros(relative.shape, bool)
-    counted = np.array([n.zero < (1 if aggregation == "mean" else 2) for n in noise])
-    change = np.array([n.mean if aggregation == "mean" else n.extreme for n in noise])
+    counted = noise.zero < (1 if aggregation == "mean" else 2)
+    change = noise.mean if aggregation == "mean" else noise.extreme
     return (relative <= change) & counted & (change > 0)
 
 

@@ -75,8 +75,10 @@ def scores_of(out: Mapping[str, np.ndarray], batch: Batch) -> tuple[np.ndarray, 
 
 def top_class_where_zero(seeds: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Seeds (S, classes), rows of zeros replaced by the one-hot row of the top class of logits (S, classes)."""
-    seeds = seeds.copy()
     rows = np.flatnonzero(~seeds.any(axis=1))
+    if not len(rows):
+        return seeds
+    seeds = seeds.copy()
     seeds[rows, logits[rows].argmax(axis=1)] = 1
     return seeds
 

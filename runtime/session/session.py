@@ -7,10 +7,10 @@ there; for other methods only the programs' outputs are downloaded.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from .cuda_graphs import CudaGraphs
 from .lanes import Lanes
 from .memory import Memory
 from .timing import Stages, TimedExecutable
+
+T = TypeVar("T")
+_MOST_KEPT = 256
 
 
 class Session:
@@ -53,7 +56,18 @@ class Session:
             self._scoring = create_bfloat16(backend.lanes)
         self._cuda_graphs = None if backend.gpu is None or not backend.gpu.captures else CudaGraphs(backend.gpu.stream)
         self._opened: dict[tuple[str, tuple[str, ...], bool, bool], Executable] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._lock = threading.Lock()
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave at an earlier call with this key; it must depend on the bundle and the key alone."""
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = make()
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = kept
+        return kept
 
     @property
     def manifest(self) -> Manifest:
@@ -76,8 +90,12 @@ class Session:
 
     def taps(self, names: Sequence[str]) -> tuple[Tap, ...]:
         """The taps of these names, in the bundle's order; unknown names are ignored."""
-        wanted = set(names)
-        return tuple(t for t in self.manifest.taps if t.name in wanted)
+
+        def found() -> tuple[Tap, ...]:
+            wanted = set(names)
+            return tuple(t for t in self.manifest.taps if t.name in wanted)
+
+        return self.once(("taps", *names), found)
 
     def program(self, kind: Kind, layers: Sequence[str] = ()) -> Program:
         """The program of a kind with the fewest taps that has all the layers. CamrtError if there is none.
@@ -85,16 +103,23 @@ class Session:
         Of the gradients, where the backend prunes, without the first quarters of the taps that no layer lies in: the
         backward pass ends there. Quarters, as every program that is opened holds weights.
         """
-        program = self.bundle.program(kind, layers, self.precision)
-        if kind == Kind.GRADIENTS and self.backend.prunes and layers:
-            return program.part(program.taps[quarter(program, layers) :])
-        return program
+
+        def found() -> Program:
+            program = self.bundle.program(kind, layers, self.precision)
+            if kind == Kind.GRADIENTS and self.backend.prunes and layers:
+                return program.part(program.taps[quarter(program, layers) :])
+            return program
+
+        return self.once(("program", kind, self.backend.prunes, *layers), found)
 
     def spares(self, layers: Sequence[str]) -> bool:
         """Whether the gradients program for these layers leaves out a part of the backward pass that the layer_maps
         program runs.
         """
-        return self.backend.prunes and quarter(self.bundle.program(Kind.LAYER_MAPS, layers, self.precision), layers) > 0
+        if not self.backend.prunes:
+            return False
+        key = ("quarter", *layers)
+        return self.once(key, lambda: quarter(self.program(Kind.LAYER_MAPS, layers), layers)) > 0
 
     def open(self, program: Program, concurrent: bool = False) -> Executable:
         """The opened program; it is opened once. concurrent: for runs in lanes, one thread each."""

@@ -31,6 +31,29 @@ GRADIENT_AGGREGATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
+class NoiseOfLayers:
+    """`Noise` of L layers, an array (L,) of each of its numbers."""
+
+    mean: np.ndarray
+    extreme: np.ndarray
+    zero: np.ndarray
+
+    @classmethod
+    def of(cls, taps: Sequence[Tap], precision: str, aggregation: str) -> NoiseOfLayers:
+        noise = [noise_of(t, precision, aggregation) for t in taps]
+        return cls(*(np.array([getattr(n, name) for n in noise]) for name in ("mean", "extreme", "zero")))
+
+    @property
+    def alone(self) -> np.ndarray:
+        """Whether every alpha of a layer is rounding noise, (L,)."""
+        return self.zero >= 2
+
+    def part(self, indices: Sequence[int]) -> NoiseOfLayers:
+        which = list(indices)
+        return NoiseOfLayers(self.mean[which], self.extreme[which], self.zero[which])
+
+
+@dataclass(frozen=True)
 class LayerMaps(MethodData):
     """The outputs of the layer_maps program for L layers, concatenated in the order of `taps`.
 
@@ -51,7 +74,7 @@ class LayerMaps(MethodData):
     alphas: Any
     maps: Any
     size: tuple[int, int]
-    noise: tuple[Noise, ...]
+    noise: NoiseOfLayers
     memory: Memory = HOST
 
     @property
@@ -80,7 +103,7 @@ class LayerMaps(MethodData):
             taps=tuple(self.taps[i] for i in indices),
             alphas=self.memory.columns(self.alphas, columns(channels, indices)),
             maps=self.memory.columns(self.maps, columns(pixels, indices)),
-            noise=tuple(self.noise[i] for i in indices),
+            noise=self.noise.part(indices),
         )
 
     @classmethod
@@ -97,8 +120,10 @@ class LayerMaps(MethodData):
         kind = Kind.LAYER_MAPS if aggregation == "mean" and not session.spares(layers) else Kind.GRADIENTS
         program = session.program(kind, layers)
         out = session.run(program, batch, session.manifest.seeds_share_image, on_gpu)
-        taps = session.taps(program.taps if kind == Kind.LAYER_MAPS else layers)
-        noise = tuple(noise_of(t, program.precision, aggregation) for t in taps)
+        names = program.taps if kind == Kind.LAYER_MAPS else layers
+        taps = session.taps(names)
+        key = ("noise", program.precision, aggregation, *names)
+        noise = session.once(key, lambda: NoiseOfLayers.of(taps, program.precision, aggregation))
         if on_gpu:
             seeds, memory = batch.seeds, session.memory
             return cls(taps, out["logits"], seeds, out["alphas"], out["maps"], session.size, noise, memory)
@@ -108,7 +133,7 @@ class LayerMaps(MethodData):
             weighed = [_weigh(out, t.name, aggregation) for t in taps]
             alphas, maps = (np.concatenate(parts, axis=1) for parts in zip(*weighed, strict=True))
         check_finite(alphas, maps)
-        alone = np.array([n.alone for n in noise])
+        alone = noise.alone
         if alone.any():
             alphas = np.where(np.repeat(alone, [t.channels for t in taps]), np.float32(0), alphas)
             maps = np.where(np.repeat(alone, [h * w for h, w in (t.grid for t in taps)]), np.float32(0), maps)
