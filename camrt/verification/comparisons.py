@@ -67,13 +67,14 @@ Pick = Callable[[Records], np.ndarray]
 
 @dataclass
 class Comparison:
-    """A comparison with float64, whose limit awaits PyTorch float32's own distance. pick: records -> what is compared;
-    runs: how many of float32's records count; own: their largest distance so far. Otherwise as `Row`.
+    """A comparison with float64, whose limit awaits PyTorch float32's own distance. want: gives float64's result, which
+    is not kept where it is large; pick: records -> what is compared; runs: how many of float32's records count; own:
+    their largest distance so far. Otherwise as `Row`.
     """
 
     program: str
     subject: str
-    want: np.ndarray
+    want: Callable[[], np.ndarray]
     pick: Pick
     measure: Callable[[np.ndarray, np.ndarray], float]
     floor: float
@@ -87,7 +88,7 @@ class Comparison:
         try:
             if got.dtype != np.float32:
                 raise ValueError(f"dtype {got.dtype} instead of float32")
-            self.distance = self.measure(got.astype(np.float64), self.want)
+            self.distance = self.measure(got.astype(np.float64), self.want())
         except ValueError as error:
             self.problem = str(error)
         return self
@@ -95,7 +96,7 @@ class Comparison:
     def take_float32(self, records: Records) -> None:
         """What PyTorch gave in float32."""
         try:
-            self.own = max(self.own, self.measure(self.pick(records).astype(np.float64), self.want))
+            self.own = max(self.own, self.measure(self.pick(records).astype(np.float64), self.want()))
         except ValueError as error:
             self.problem = str(error)
 
@@ -106,14 +107,22 @@ class Comparison:
         return Row(self.program, self.subject, self.distance, self.own, max(self.floor, 2 * self.own))
 
 
+def kept(array: np.ndarray) -> Callable[[], np.ndarray]:
+    """For a comparison's `want` that is small, or takes long to compute."""
+    return lambda: array
+
+
 def finished(found: Iterable[Row | Comparison], singles: Iterable[Records]) -> tuple[Row, ...]:
     """The rows, in their order. singles: PyTorch float32's records, of which only one is held at a time."""
     found = list(found)
     waiting = [c for c in found if isinstance(c, Comparison)]
-    for i, records in enumerate(singles):
+    runs = 0
+    for records in singles:  # not in enumerate(), which holds what it gave last
         for comparison in waiting:
-            if i < comparison.runs and not comparison.problem:
+            if runs < comparison.runs and not comparison.problem:
                 comparison.take_float32(records)
+        del records
+        runs += 1  # noqa: SIM113
     return tuple(c.row() if isinstance(c, Comparison) else c for c in found)
 
 
@@ -157,7 +166,7 @@ def program_rows(
             return pick(records[0]).numpy()
 
         runs = 1 if continuous and not steps else FLOAT32_RUNS
-        return Comparison(file, subject, of(double), of, relative_l2, ACTIVATION_LIMIT, runs).take(out[name])
+        return Comparison(file, subject, lambda: of(double), of, relative_l2, ACTIVATION_LIMIT, runs).take(out[name])
 
     if "logits" in out:
         yield row("logits", "logits", lambda r: r.logits, True)
@@ -181,7 +190,7 @@ def signed_row(file: str, out: dict[str, np.ndarray], double: Records) -> Compar
         pairs = zip(behind.activations.values(), behind.gradients.values(), strict=True)
         return torch.cat([(y * g / 2).sum(1).flatten(1) for y, g in pairs], 1).numpy()
 
-    arguments = maps(double), maps, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS
+    arguments = kept(maps(double)), maps, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS
     return Comparison(file, "signed maps", *arguments).take(out["maps"])
 
 
@@ -197,7 +206,7 @@ def head_row(
     def logits(records: Records) -> np.ndarray:
         return np.repeat(records[0].logits[:1].numpy(), 3, axis=0)
 
-    arguments = logits(double), logits, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS if steps else 1
+    arguments = kept(logits(double)), logits, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS if steps else 1
     return Comparison(program.file, "several activations of one image", *arguments).take(got)
 
 
@@ -226,7 +235,7 @@ def use_rows(
         return _side_by_side(records[0], program.taps)[1][:1].numpy()
 
     def row(subject: str, got: np.ndarray) -> Comparison:
-        arguments = maps(double), maps, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS
+        arguments = kept(maps(double)), maps, relative_l2, ACTIVATION_LIMIT, FLOAT32_RUNS
         return Comparison(program.file, subject, *arguments).take(got)
 
     yield row("single image", executable.run({"image": batch[:1], "seed": seed[:1]})["maps"])
@@ -272,23 +281,33 @@ def graph_rows(
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
     """The widest gradient program's arithmetic, in float64, without ONNX Runtime."""
+    program = bundle.program(Kind.GRADIENTS, [t.name for t in bundle.manifest.taps], precision)
+    progress(f"checking {program.file} in float64")
+    names = [f"gradient:{tap}" for tap in program.taps]
+    out = _in_float64(bundle, program, batch, seed, names)
+    for tap, name in zip(program.taps, names, strict=True):
+        subject = f"float64 gradient {tap}"
+        try:
+            distance = relative_l2(out[name], double.gradients[tap].numpy())
+            yield Row(program.file, subject, distance, 0.0, GRAPH_LIMIT)
+        except ValueError as error:
+            yield Row(program.file, subject, float("nan"), 0.0, GRAPH_LIMIT, str(error))
+
+
+def _in_float64(
+    bundle: Bundle, program: Program, batch: np.ndarray, seed: np.ndarray, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """A program's outputs, computed in float64 without ONNX Runtime, one image after another, for the memory."""
     import torch
 
     from ..export.interpreter import Interpreter
 
-    program = bundle.program(Kind.GRADIENTS, [t.name for t in bundle.manifest.taps], precision)
-    progress(f"checking {program.file} in float64")
-    names = [f"gradient:{tap}" for tap in program.taps]
-    feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
+    interpreter, parts = Interpreter(bundle.file(program)), []
     with torch.no_grad():
-        out = Interpreter(bundle.file(program)).run(feeds, names)
-    for tap, name in zip(program.taps, names, strict=True):
-        subject = f"float64 gradient {tap}"
-        try:
-            distance = relative_l2(out[name].numpy(), double.gradients[tap].numpy())
-            yield Row(program.file, subject, distance, 0.0, GRAPH_LIMIT)
-        except ValueError as error:
-            yield Row(program.file, subject, float("nan"), 0.0, GRAPH_LIMIT, str(error))
+        for i in range(len(batch)):
+            feeds = {"image": batch[i : i + 1], "seed": seed[i : i + 1]}
+            parts.append(interpreter.run({n: torch.from_numpy(a).double() for n, a in feeds.items()}, names))
+    return {name: np.concatenate([part[name].numpy() for part in parts]) for name in names}
 
 
 def method_rows(
@@ -310,7 +329,7 @@ def method_rows(
         def maps(records: Records) -> np.ndarray:
             return minmax(compute(records[behind]).numpy())
 
-        arguments = maps(double), maps, what.distance, what.limit, FLOAT32_RUNS
+        arguments = kept(maps(double)), maps, what.distance, what.limit, FLOAT32_RUNS
         return Comparison(what.label, subject, *arguments).take(minmax(got))
 
     if roles["conv"]:
@@ -365,7 +384,8 @@ def full_grads(bundle: Bundle, oracle: Oracle, batch: np.ndarray, seed: np.ndarr
     if not any(p.kind == Kind.FULL_GRAD for p in bundle.manifest.programs):
         return None
     singles = [oracle.full_grad(x, seed, False) for x in last_bits(batch, FULL_GRAD_RUNS, units)]
-    return FullGrads(oracle.full_grad(batch, seed, True), singles)
+    double = [oracle.full_grad(batch[i : i + 1], seed[i : i + 1], True) for i in range(len(batch))]
+    return FullGrads(np.concatenate(double), singles)
 
 
 def full_grad_rows(
@@ -380,18 +400,11 @@ def full_grad_graph_rows(
     bundle: Bundle, precision: str, batch: np.ndarray, seed: np.ndarray, reference: FullGrads | None
 ) -> Iterator[Row]:
     """The program's own arithmetic in float64."""
-    import torch
-
-    from ..export.interpreter import Interpreter
-
     if reference is None:
         return
     program = bundle.program(Kind.FULL_GRAD, (), precision)
     names = [name for name in program.outputs if name.startswith("grid:")]
-    feeds = {"image": torch.from_numpy(batch).double(), "seed": torch.from_numpy(seed).double()}
-    with torch.no_grad():
-        out = Interpreter(bundle.file(program)).run(feeds, names)
-    maps = tuple(out[name].numpy() for name in names)
+    maps = tuple(_in_float64(bundle, program, batch, seed, names).values())
     precise = full_grad(GridMaps((), seed, seed, maps, batch.shape[2:])).maps
     yield compared(
         program.file, "float64 full_grad", precise, reference.double, [], largest_difference, FULL_GRAD_LIMIT

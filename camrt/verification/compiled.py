@@ -24,7 +24,17 @@ from ..runtime.explainer import Explainer
 from ..runtime.explanation import Explanation
 from ..runtime.images.image_batch import ImageBatch
 from ..runtime.images.preprocess import undo
-from .comparisons import FLOAT32_UNITS, PERCENTILES, Comparison, MapComparison, Records, compared, finished, full_grads
+from .comparisons import (
+    FLOAT32_UNITS,
+    PERCENTILES,
+    Comparison,
+    MapComparison,
+    Records,
+    compared,
+    finished,
+    full_grads,
+    kept,
+)
 from .distances import Row, largest_difference, relative_l2
 from .oracle import Oracle, open_oracle
 from .recorder import FLOAT32_RUNS, Recorder
@@ -214,7 +224,7 @@ class _Reference:
             recorded = records[self._said["method"] == "integrative_cam"]  # behind the norms
             return minmax(compute(select(recorded, self._said["layers"])).numpy())
 
-        yield Comparison(*label, maps(self._double), maps, what.distance, what.limit, FLOAT32_RUNS).take(got)
+        yield Comparison(*label, kept(maps(self._double)), maps, what.distance, what.limit, FLOAT32_RUNS).take(got)
 
     def singles(self) -> Iterator[Records]:
         """PyTorch's records in float32, if a row needs them."""

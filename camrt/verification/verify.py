@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakValueDictionary
+from typing import Any
 
 import numpy as np
 
 from ..export.probes import smooth_images
 from ..kernels import DeviceError
 from ..runtime.backends import Backend, Executable, Settings, create
+from ..runtime.backends.cpu import give_back_freed
 from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Program
 from ..runtime.bundle.reading import Bundle, read_bundle
@@ -120,12 +122,14 @@ def _compared(
     units = QUANTISED_UNITS if steps else FLOAT32_UNITS
     progress(f"reference in float64: {oracle.name}")
     recorder = Recorder(bundle, oracle, batch, seed)
-    double = recorder(batch, True)
-    of_full_grad = full_grads(bundle, oracle, batch, seed, units)
-    chosen = bundle.precisions if precisions is None else precisions
-    found = _by_engine(bundle, backend, chosen, batch, seed, double, of_full_grad, progress, steps)
-    progress("comparing PyTorch in float32 with float64")
-    rows = finished(found, recorder.singles(batch, units))
+    with tempfile.TemporaryDirectory(prefix="camrt-") as folder:
+        double = recorder.stored(batch, Path(folder))
+        of_full_grad = full_grads(bundle, oracle, batch, seed, units)
+        give_back_freed()
+        chosen = bundle.precisions if precisions is None else precisions
+        found = _by_engine(bundle, backend, chosen, batch, seed, double, of_full_grad, progress, steps)
+        progress("comparing PyTorch in float32 with float64")
+        rows = finished(found, recorder.singles(batch, units))
     return Report(oracle.name, rows, tuple(oracle.own_backward(batch[:1])))
 
 
@@ -141,10 +145,9 @@ def _by_engine(
     steps: bool,
 ) -> list[Row | Comparison]:
     """What the backend gives, of every program and method. The programs are closed again when it returns."""
-    settings = Settings(max_batch=max(16, len(batch)))
-    engine = _Sharing(create(backend, settings) if isinstance(backend, str) else backend)
+    settings = Settings(max_batch=max(16, len(batch)), keeps_memory=False)
+    engine = _OneOpen(create(backend, settings) if isinstance(backend, str) else backend)
     by_method: list[Row | Comparison] = []
-    explainers = []  # kept, so that the programs' rows use their opened programs
     for precision in precisions:
         by_method += graph_rows(bundle, precision, batch, seed, double[0], progress)
         by_method += full_grad_graph_rows(bundle, precision, batch, seed, of_full_grad)
@@ -153,8 +156,6 @@ def _by_engine(
             what = MapComparison.of(precision, str(run_by.name))
             if precision == "fp16":
                 by_method.append(top_class_row(what.label, explainer.classify(batch), double[0]))
-            else:
-                explainers.append(explainer)
             by_method += method_rows(explainer, what, batch, seed, double, progress)
             by_method += full_grad_rows(explainer, what, batch, seed, of_full_grad)
     rows = list(_of_programs(bundle, engine, batch, seed, double, progress, steps))
@@ -195,17 +196,37 @@ def _of_programs(
             yield head_row(bundle, engine, program, batch, double, steps)
 
 
-class _Sharing:
-    """A backend that opens a program once, as long as somebody uses it: opening takes longer than most runs."""
+class _OneOpen:
+    """A backend that on a CPU keeps only the program open that ran last: all of them together would hold many copies of
+    the weights.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._opened: WeakValueDictionary[tuple[str, tuple[str, ...], bool], Executable] = WeakValueDictionary()
+        self._opened: dict[tuple[str, tuple[str, ...], bool], Executable] = {}
         self.name, self.lanes, self.prunes, self.gpu = backend.name, backend.lanes, backend.prunes, backend.gpu
 
-    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> Executable:
+    def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> _Reopened:
+        return _Reopened(self, bundle, program, concurrent)
+
+    def opened(self, bundle: Bundle, program: Program, concurrent: bool) -> Executable:
         key = (program.file, program.taps, concurrent)
-        executable = self._opened.get(key)
-        if executable is None:
-            executable = self._opened[key] = self._backend.open(bundle, program, concurrent)
-        return executable
+        if key not in self._opened:
+            if self.gpu is None:
+                self._opened.clear()
+                give_back_freed()
+            self._opened[key] = self._backend.open(bundle, program, concurrent)
+        return self._opened[key]
+
+
+@dataclass(frozen=True)
+class _Reopened:
+    """A program that is opened when it runs, unless it is still open."""
+
+    engine: _OneOpen
+    bundle: Bundle
+    program: Program
+    concurrent: bool
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return self.engine.opened(self.bundle, self.program, self.concurrent).run(feeds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,15 +27,32 @@ class Record:
     """logits (B, classes); per layer its activation and the gradient of the target's score, as its module has them."""
 
     logits: torch.Tensor
-    activations: dict[str, torch.Tensor]
-    gradients: dict[str, torch.Tensor]
+    activations: Mapping[str, torch.Tensor]
+    gradients: Mapping[str, torch.Tensor]
 
 
 def select(recorded: Record, layers: Sequence[str]) -> Record:
     """The same for some of the layers."""
-    return Record(
-        recorded.logits, {n: recorded.activations[n] for n in layers}, {n: recorded.gradients[n] for n in layers}
-    )
+    return Record(recorded.logits, _Selected(recorded.activations, layers), _Selected(recorded.gradients, layers))
+
+
+class _Selected(Mapping[str, torch.Tensor]):
+    """Some of a mapping's tensors. They are looked up one by one: `verify` keeps its tensors in files."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+        self._tensors = tensors
+        self._names = tuple(names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def as_maps(recorded: Record, taps: Sequence[Tap]) -> Record:
@@ -83,7 +100,6 @@ def record(model: nn.Module, image: torch.Tensor, target: int | torch.Tensor, la
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        output.retain_grad()
         activations[name] = output
         return Keep.apply(output)  # type: ignore[return-value]
 

@@ -41,7 +41,8 @@ def masks_on_gpu(max_batch: int, mask_batch: int | None) -> int:
 @dataclass(frozen=True)
 class Settings:
     """threads: CPU threads of one run, None for one per core; device: the GPU's number; max_batch: the most images or
-    targets in one run; mask_batch: the most masked images.
+    targets in one run; mask_batch: the most masked images. keeps_memory: programs on a CPU keep the memory of a run for
+    the next, which is faster.
 
     progress: called with one line of text before work that takes seconds, such as building an engine.
     """
@@ -51,6 +52,7 @@ class Settings:
     max_batch: int = 16
     progress: Callable[[str], None] = lambda _: None
     mask_batch: int = MASK_BATCH
+    keeps_memory: bool = True
 
 
 class Executable(Protocol):

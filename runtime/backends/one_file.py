@@ -21,13 +21,13 @@ def open_file(path: Path) -> Run:
     BackendUnavailable where no ONNX Runtime is installed.
     """
     try:
-        backend = create("onnxruntime", Settings())
+        backend = create("onnxruntime", Settings(keeps_memory=False))
     except BackendUnavailable as error:
         raise BackendUnavailable(
             f"an export runs the programs that it wrote, which needs ONNX Runtime: {error}"
         ) from None
     assert isinstance(backend, OrtBackend)
-    session = backend.session(path, single=False, keeps_memory=False)
+    session = backend.session(path, single=False, packs=False)
     names = [o.name for o in session.get_outputs()]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

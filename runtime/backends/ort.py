@@ -17,7 +17,7 @@ from ..bundle.manifest import Program
 from ..bundle.pruning import pruned
 from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, BundleError, EngineError, first_line
-from .cpu import CpuExecutable, cores, shapes_of
+from .cpu import CpuExecutable, cores, give_back_freed, shapes_of
 from .gpu import Gpu, GpuProgram, open_gpu
 
 if TYPE_CHECKING:
@@ -43,16 +43,24 @@ class OrtExecutable(CpuExecutable):
 
     engine = "ONNX Runtime"
 
-    def __init__(self, backend: OrtBackend, program: Program, path: Path, concurrent: bool, whole: bool) -> None:
-        """whole: the program has all outputs of its file."""
+    def __init__(
+        self, backend: OrtBackend, program: Program, path: Path, concurrent: bool, whole: bool, maps_only: bool
+    ) -> None:
+        """whole: the program has all outputs of its file. maps_only: the network has no tokens, so that its matrix
+        products have one row per image.
+        """
         super().__init__(program, concurrent)
         self._backend = backend
         self._path = path
+        self._maps_only = maps_only
         self._outputs = None if whole else program.outputs
         self._spins = not KINDS[program.kind].runs_once
 
     def _load(self, single: bool) -> Any:
-        return self._backend.session(self._path, single, self._concurrent, self._spins, outputs=self._outputs)
+        packs = not (single and self._maps_only)  # a product of one row is as fast without
+        return self._backend.session(
+            self._path, single, self._concurrent, self._spins, outputs=self._outputs, packs=packs
+        )
 
     def _infer(self, loaded: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [o.name for o in loaded.get_outputs()]
@@ -65,11 +73,12 @@ class OrtBackend:
     name = "onnxruntime"
     gpu = None
 
-    def __init__(self, runtime: Any, threads: int | None):
+    def __init__(self, runtime: Any, threads: int | None, keeps_memory: bool = True):
         self._runtime = runtime
         # ONNX Runtime 1.20 does not find the weights of a model that is given as bytes
         self.prunes = tuple(map(int, runtime.__version__.split(".")[:2])) >= (1, 21)
         self._threads = threads
+        self._keeps_memory = keeps_memory
         self.lanes = threads or cores()
 
     def __str__(self) -> str:
@@ -77,7 +86,8 @@ class OrtBackend:
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
         whole = any(p.file == program.file and p.outputs == program.outputs for p in bundle.manifest.programs)
-        return OrtExecutable(self, program, bundle.file(program), concurrent, whole)
+        maps_only = all(t.layout == "NCHW" for t in bundle.manifest.taps)
+        return OrtExecutable(self, program, bundle.file(program), concurrent, whole, maps_only)
 
     def session(
         self,
@@ -85,18 +95,23 @@ class OrtBackend:
         single: bool,
         concurrent: bool = False,
         spins: bool = True,
-        keeps_memory: bool = True,
         outputs: Collection[str] | None = None,
+        packs: bool = True,
     ) -> Any:
         """An ONNX Runtime InferenceSession.
 
         single: fixes the symbolic sizes to 1. concurrent: one thread per run. spins: threads wait busily for the next
-        run, too. keeps_memory: the session keeps its memory for later runs. outputs: of the file, by default all.
+        run, too. outputs: of the file, by default all.
+        packs: copies the weights of matrix products into the order in which products of many rows read them.
         BundleError if the file cannot be loaded.
         """
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
-        options.enable_cpu_mem_arena = keeps_memory
+        options.enable_cpu_mem_arena = self._keeps_memory
+        options.enable_mem_pattern = False  # a planned block of memory, beside that of the first run, is not faster
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # else arenas keep them
+        if not packs:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = 1 if concurrent else self._threads or 0
         if not spins:
             options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -111,11 +126,13 @@ class OrtBackend:
                 model = blocked(model) if blocks else model
                 model = pruned(model, outputs) if outputs is not None else model
                 options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
-            return self._runtime.InferenceSession(
+            session = self._runtime.InferenceSession(
                 model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
             )
         except Exception as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
+        give_back_freed()
+        return session
 
 
 class OrtCudaEngine:
@@ -217,7 +234,7 @@ def _onnxruntime(extra: str) -> Any:
 
 def create(settings: Settings) -> OrtBackend:
     """BackendUnavailable if onnxruntime is not installed."""
-    return OrtBackend(_onnxruntime("cpu"), settings.threads)
+    return OrtBackend(_onnxruntime("cpu"), settings.threads, settings.keeps_memory)
 
 
 def create_cuda(settings: Settings) -> OrtCudaBackend:

@@ -9,7 +9,7 @@ from ...bundle.manifest import Program
 from ...bundle.reading import Bundle
 from ...errors import BackendUnavailable, EngineError
 from ..gpu import Gpu, GpuProgram, open_gpu
-from .bindings import Library, compute_capability_member, find_library, first_line_of, logger
+from .bindings import Library, compute_capability_member, find_library, first_line_of, installed, logger
 from .cache import EngineCache
 from .engine import Scratch, TensorRtEngine
 from .target import Target
@@ -56,8 +56,10 @@ class TensorRtBackend:
 
 def create(settings: Settings) -> TensorRtBackend:
     """BackendUnavailable without TensorRT, without a GPU, or with one that the library does not know."""
+    if not installed():
+        find_library()  # raises: says what to install
+    gpu = open_gpu(settings.device, captures=True)  # first: without a GPU, the library would hold 115 MB for nothing
     library = find_library()
-    gpu = open_gpu(settings.device, captures=True)
     card = gpu.stream.device
     if library.ahead_of_time:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Library:
         """Compute capabilities that one can name to it for a build; none for `tensorrt`."""
         members = self.trt.ComputeCapability.__members__ if self.ahead_of_time else ()
         return [(int(m[2:-1]), int(m[-1])) for m in members if m.startswith("SM")]
+
+
+def installed() -> bool:
+    """Whether a TensorRT library seems to be installed; it is not imported."""
+    return any(importlib.util.find_spec(modules[0]) for rows in _MODULES.values() for modules in rows)
 
 
 def find_library(name: str | None = None) -> Library:
