@@ -6,23 +6,30 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from ..runtime.bundle.manifest import Tap
 from .graph import TappedGraph, finish, is_batch, named_values
 from .layers.layouts import Layout, from_maps, layouts, prefix_of, to_maps
-from .tape import Tape, constant_of, dims, output
+from .tape import Tape, attribute, constant_of, dims, output
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
 def trunk(graph: TappedGraph) -> ir.Model:
-    """image -> logits, `activation` (B, K, h, w) and `context:i`: whatever else the head reads."""
+    """image -> logits, `activation` (B, K, h, w) and `context:i`: whatever else the head reads; and `means` (B, K) if
+    the head reads those.
+    """
     model = graph.model.clone()
     tap, tapped, logits = _parts(graph, model)
+    means = _means(tapped, tap)  # before there are other readers
     model.graph.inputs[0].name = "image"
     tape = Tape(model.graph)
     outputs = [
         output(tape, logits, "logits", ["batch", dims(logits)[1]]),
         output(tape, to_maps(tape, tapped, tap), "activation", ["batch", tap.channels, *tap.grid]),
     ]
+    if means:
+        rows = tape.Reshape(means[0].outputs[0], [-1, tap.channels])
+        outputs.append(output(tape, rows, "means", ["batch", tap.channels]))
     context = [_moved(tape, x, axis, 0) for x, axis in (_context(model.graph, tapped, logits) or {}).items()]
     if tap.prefix:
         context.append(prefix_of(tape, tapped, tap))
@@ -32,7 +39,8 @@ def trunk(graph: TappedGraph) -> ir.Model:
 
 
 def head(graph: TappedGraph) -> ir.Model | None:
-    """`activation` (N, K, h, w) and `context:i`, all of batch N -> logits (N, classes).
+    """`activation` (N, K, h, w), or where the network reads only its means over the grid `means` (N, K); and
+    `context:i`, all of batch N -> logits (N, classes).
 
     None where the network cannot be cut at the tap: another tensor of the image that the head reads is not floating
     point or has no batch axis of its own, or the logits do not depend on the tap.
@@ -43,14 +51,19 @@ def head(graph: TappedGraph) -> ir.Model | None:
     if context is None:
         return None
     tape = Tape(model.graph)
-    activation = _input("activation", (tap.channels, *tap.grid))
+    means = _means(tapped, tap)
+    activation = _input("means", [tap.channels]) if means else _input("activation", (tap.channels, *tap.grid))
     inputs = [
         _input(f"context:{i}", [n for a, n in enumerate(dims(x)) if a != b]) for i, (x, b) in enumerate(context.items())
     ]
     context_values = [_moved(tape, x, 0, axis) for x, axis in zip(inputs, context.values(), strict=True)]
     prefix = _input(f"context:{len(inputs)}", (tap.prefix, tap.channels)) if tap.prefix else None
     after = _downstream(model.graph, tapped)
-    replaced = dict(zip(context, context_values, strict=True)) | {tapped: from_maps(tape, activation, tap, prefix)}
+    replaced = dict(zip(context, context_values, strict=True))
+    if means:
+        replaced |= {node.outputs[0]: _in_shape_of(tape, activation, node.outputs[0]) for node in means}
+    else:
+        replaced[tapped] = from_maps(tape, activation, tap, prefix)
     for node in after:
         for i, x in enumerate(node.inputs):
             if x in replaced:
@@ -58,6 +71,33 @@ def head(graph: TappedGraph) -> ir.Model | None:
     model.graph.inputs.clear()
     model.graph.inputs.extend([activation, *inputs, *([prefix] if prefix is not None else [])])
     return finish(model, [output(tape, logits, "logits", ["batch", dims(logits)[1]])])
+
+
+def _means(tapped: ir.Value, tap: Tap) -> list[ir.Node]:
+    """The nodes that read the tap, if each gives its means over the grid; else none."""
+    readers = tapped.consumers()
+    return list(readers) if readers and not tap.prefix and all(_is_mean(node, tap) for node in readers) else []
+
+
+def _is_mean(node: ir.Node, tap: Tap) -> bool:
+    """Whether the node gives the means over the grid of the tap that it reads."""
+    if node.op_type == "GlobalAveragePool":
+        return tap.layout == "NCHW"
+    if node.op_type == "AveragePool":
+        whole = tuple(attribute(node, "kernel_shape", ())) == tap.grid and not any(attribute(node, "pads", [0]))
+        return tap.layout == "NCHW" and whole and attribute(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    if node.op_type != "ReduceMean":
+        return False
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = attribute(node, "axes") if given is None else constant_of(given)
+    spatial = {"NCHW": {2, 3}, "NHWC": {1, 2}, "tokens": {1}, "LND": {0}}[tap.layout]
+    return axes is not None and {int(a) % (4 if len(spatial) == 2 else 3) for a in axes} == spatial
+
+
+def _in_shape_of(tape: Tape, means: ir.Value, value: ir.Value) -> ir.Value:
+    """means (N, K) in the shape of the means that a node of the network gives: with axes of size 1, or without."""
+    sizes = [-1 if not isinstance(n, int) else n for n in value.shape or ()]
+    return means if len(sizes) == 2 else tape.Reshape(means, sizes)
 
 
 def normalize(graph: TappedGraph) -> ir.Model:

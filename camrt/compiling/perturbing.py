@@ -26,8 +26,13 @@ def recipro_cam(source: Source, gaussian: bool = False, variant: str = "original
         positions = tap.grid[0] * tap.grid[1]
         columns = tape.Unsqueeze(tape.Reshape(outputs["activation"], [-1, tap.channels, positions]), [3])
         rows = tape.Transpose(columns, perm=[0, 2, 1, 3])  # (batch, positions, K, 1)
-        kept = tape.floats(_windows(tap, gaussian)[None, :, None, :])
-        feeds = {"activation": tape.Reshape(tape.Mul(rows, kept), [-1, tap.channels, *tap.grid])}
+        windows = _windows(tap, gaussian)
+        if "means" in outputs:  # all that the network reads
+            kept = tape.floats(windows.mean(axis=1)[None, :, None, None])
+            feeds = {"means": tape.Reshape(tape.Mul(rows, kept), [-1, tap.channels])}
+        else:
+            kept = tape.floats(windows[None, :, None, :])
+            feeds = {"activation": tape.Reshape(tape.Mul(rows, kept), [-1, tap.channels, *tap.grid])}
         for name, value in outputs.items():
             if name.startswith("context:"):
                 sizes = _sizes(value)

@@ -16,6 +16,7 @@ MEANINGS = {
     "1 for exp; large, but finite, where f'' is 0",
     "logits": "the class scores of each image, before the final activation that the manifest names",
     "activation": "the layer's activation, channels first whatever its layout in the network is, without prefix tokens",
+    "means": "the activation's mean over the grid: where the network reads nothing else of the layer",
     "gradient": "the gradient by the layer's activation, in the same layout, for each row of the seed",
     "alphas": "the mean over the grid of the gradient, per channel; layers side by side in the order of `taps`",
     "maps": "per layer a map of h times w numbers, not rectified; layers side by side in the order of `taps`. Of "

@@ -42,6 +42,7 @@ _NOT_CUT = (
 @dataclass(frozen=True)
 class ProgramKind:
     """interface: (manifest, taps) -> the program's inputs and outputs, without `context:` and `grid:` tensors.
+    of_means: the same where the network reads only the layer's means over the grid, None if that makes no difference.
 
     runs_once: the program runs once per explanation, and everything else depends on its result. It is therefore float32
     in every precision, and on a CPU its threads do not spin after the run. engine: `camrt build` builds it by default,
@@ -55,6 +56,12 @@ class ProgramKind:
     engine: bool = False
     missing: str = _EXPORT_AGAIN
     input_dtype: str = "float32"
+    of_means: Callable[[Manifest, Sequence[Tap]], Interface] | None = None
+
+    def allows(self, found: Interface, manifest: Manifest, taps: Sequence[Tap]) -> bool:
+        """Whether a program of this kind may have these inputs and outputs."""
+        allowed = [self.interface] if self.of_means is None else [self.interface, self.of_means]
+        return any(found == given(manifest, taps) for given in allowed)
 
 
 def _image(m: Manifest) -> Sizes:
@@ -79,6 +86,10 @@ def _each(name: str, taps: Sequence[Tap]) -> Sizes:
 
 def _single(taps: Sequence[Tap]) -> Sizes:
     return {"activation": (taps[0].channels, *taps[0].grid)} if len(taps) == 1 else {}
+
+
+def _means(taps: Sequence[Tap]) -> Sizes:
+    return {"means": (taps[0].channels,)} if len(taps) == 1 else {}
 
 
 def _maps(taps: Sequence[Tap]) -> Sizes:
@@ -133,11 +144,13 @@ KINDS: dict[str, ProgramKind] = {
         lambda m, taps: (_image(m), _logits(m) | _single(taps)),
         runs_once=True,
         missing=_NOT_CUT,
+        of_means=lambda m, taps: (_image(m), _logits(m) | _single(taps) | _means(taps)),
     ),
     Kind.HEAD: ProgramKind(
         "the network behind a layer, to run on changed activations",
         lambda m, taps: (_single(taps), _logits(m)),
         missing=_NOT_CUT,
+        of_means=lambda m, taps: (_means(taps), _logits(m)),
     ),
     Kind.NORMALIZE: ProgramKind(
         "the network's own normalisation of the image",

@@ -315,10 +315,12 @@ def _program(program: Program, m: Manifest) -> None:
             well_formed = isinstance(shape, list) and all(d in ("batch", "seeds") or _is_size(d) for d in shape)
             if not well_formed or not shape or (name.startswith("grid:") and len(shape) != 3):
                 raise ValueError(f"the shape of {name!r:.100}")
-    for tensors, wanted in zip((program.inputs, program.outputs), KINDS[program.kind].interface(m, taps), strict=True):
-        found = {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
-        if found != wanted:
-            raise ValueError(f"{program.file!r:.100}: inputs or outputs are not those of kind {program.kind!r:.100}")
+    inputs, outputs = (
+        {n: tuple(s[1:]) for n, s in tensors.items() if not n.startswith(("context:", "grid:"))}
+        for tensors in (program.inputs, program.outputs)
+    )
+    if not KINDS[program.kind].allows((inputs, outputs), m, taps):
+        raise ValueError(f"{program.file!r:.100}: inputs or outputs are not those of kind {program.kind!r:.100}")
 
 
 def _recipe(recipe: Preprocess, channels: int) -> None:

@@ -32,10 +32,9 @@ def _spread(height: int, width: int, gaussian: bool) -> np.ndarray:
 def _scores(heads: Heads, index: int, changed: Callable[[slice], np.ndarray], count: int, logits: bool) -> np.ndarray:
     """Scores (S, count) of changed activations: seed . logits, or seed . probabilities.
 
-    changed: a slice of 0..count -> activations (n, K, h, w); index: the layer.
+    changed: a slice of 0..count -> what the head of layer `index` reads.
     """
-    parts = [slice(start, min(start + heads.batch, count)) for start in range(0, count, heads.batch)]
-    out = np.concatenate(heads.in_lanes(lambda part: heads.heads[index](changed(part)), parts))
+    out = np.concatenate(heads.in_lanes(lambda part: heads.heads[index](changed(part)), heads.parts(index, count)))
     if logits:
         return heads.seeds @ out.T
     return heads.seeds @ heads.probabilities(out).T + complements(heads.seeds)[:, None]
@@ -57,9 +56,12 @@ def ablation_cam(heads: Heads) -> Result:
     for index, activation in enumerate(heads.activations):
         live = np.flatnonzero(activation.any(axis=(1, 2)))
 
-        def without(part: slice, activation: np.ndarray = activation, live: np.ndarray = live) -> np.ndarray:
+        means = heads.means[index]
+        read = activation if means is None else means
+
+        def without(part: slice, read: np.ndarray = read, live: np.ndarray = live) -> np.ndarray:
             channels = live[part]
-            changed = np.repeat(activation[None], len(channels), axis=0)
+            changed = np.repeat(read[None], len(channels), axis=0)
             changed[np.arange(len(channels)), channels] = 0
             return changed
 
@@ -87,9 +89,13 @@ def recipro_cam(heads: Heads, gaussian: bool = False, variant: str = "original")
         height, width = activation.shape[1:]
         spread = _spread(height, width, gaussian)
         vectors = np.ascontiguousarray(activation.reshape(len(activation), -1).T)  # of each position
+        if heads.means[index] is None:
+            vectors = vectors[:, :, None, None]
+        else:
+            spread = spread.mean(axis=(2, 3))
 
         def single_positions(part: slice, vectors: np.ndarray = vectors, spread: np.ndarray = spread) -> np.ndarray:
-            return np.multiply(vectors[part, :, None, None], spread[part], order="C")
+            return np.multiply(vectors[part], spread[part], order="C")
 
         scores = _scores(heads, index, single_positions, height * width, logits=variant == "openvino_xai")
         if variant == "openvino_xai":
