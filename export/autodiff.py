@@ -10,7 +10,13 @@ import onnx_ir as ir
 from ..runtime.errors import UnsupportedOperator
 from .tape import Tape, is_float
 
-Rule = Callable[[Tape, ir.Node, ir.Value], tuple["ir.Value | None", ...]]
+
+class Elsewhere:
+    """A rule's answer for an input whose part of the gradient is in that of another input."""
+
+
+ELSEWHERE = Elsewhere()
+Rule = Callable[[Tape, ir.Node, ir.Value], tuple["ir.Value | Elsewhere | None", ...]]
 RULES: dict[str, Rule] = {}
 NOT_SHARED: set[str] = (
     set()
@@ -28,7 +34,8 @@ _QUANTISED = {
 
 
 def vjp(*op_types: str, shares_image: bool = True) -> Callable[[Rule], Rule]:
-    """Registers a rule: (tape, node, cotangent of the node's first output) -> one cotangent or None per input.
+    """Registers a rule: (tape, node, cotangent of the node's first output) -> one cotangent, None or ELSEWHERE per
+    input.
 
     A rule for a node with several outputs receives a tuple, with None for the outputs that have no cotangent.
     shares_image: whether the emitted nodes also work for several seeds of one image, where the image's tensors are
@@ -84,7 +91,7 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
                 f"no gradient reaches {_label(source)!r}: the logits do not read it, or only through detach or "
                 "no_grad: choose another layer"
             )
-    tape.needed = path
+    tape.needed, tape.sources = path, set(sources)
     forward = list(graph)
     cotangents: dict[ir.Value, ir.Value] = {target: seed}
     for node in reversed(forward):
@@ -99,7 +106,7 @@ def gradients(tape: Tape, sources: Sequence[ir.Value], target: ir.Value, seed: i
         grads = [cotangents.get(y) for y in node.outputs]
         contributions = rule(tape, node, grads[0] if len(grads) == 1 else tuple(grads))  # type: ignore[arg-type]
         for x, contribution in zip(node.inputs, contributions, strict=False):
-            if x is None or x not in path:
+            if x is None or x not in path or isinstance(contribution, Elsewhere):
                 continue
             if contribution is None:
                 raise UnsupportedOperator(

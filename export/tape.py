@@ -87,7 +87,8 @@ def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
 class Tape:
     """Appends nodes to one graph; arrays and numbers become initializers, equal ones a single initializer.
 
-    `needed`: the values whose cotangents are needed, None for all; rules emit no nodes for others. outer: for the body
+    `needed`: the values whose cotangents are needed, None for all; rules emit no nodes for others; sources: those that
+    are asked for. outer: for the body
     of a loop, the tape of the graph around it, which keeps the constants.
     """
 
@@ -102,6 +103,7 @@ class Tape:
         self.outer = outer
         self.dtype = np.dtype(dtype)
         self.needed = needed
+        self.sources: set[ir.Value] = set()
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:

@@ -39,7 +39,8 @@ class Block(nn.Module):
 
 def residual() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), Block(16, 16, 1), Block(16, 32, 2),
+        nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), Block(16, 16, 1), Block(16, 32, 2),
+        nn.Conv2d(32, 32, 3, 2, 1), nn.SiLU(),
         Block(32, 32, 1), nn.Conv2d(32, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
     )  # fmt: skip
 
@@ -91,6 +92,34 @@ def test_a_mask_is_exact_for_every_number(fused: bool) -> None:
 def test_a_comparison_that_others_read_stays() -> None:
     model = onnx.load_model_from_string(blocked(masked(other="Not").SerializeToString()))
     assert [n.op_type for n in model.graph.node] == ["Greater", "Conv", "HardSigmoid", "Mul", "Not"]
+
+
+@pytest.mark.parametrize("number", [1.0, -0.25])
+def test_a_complement_is_exact(number: float) -> None:
+    """Of the slope s + y (1 - s), times g."""
+    nodes = [
+        helper.make_node("Sub", ["one", "s"], ["left"]),
+        helper.make_node("Mul", ["y", "left"], ["part"]),
+        helper.make_node("Add", ["s", "part"], ["slope"]),
+        helper.make_node("Reshape", ["rows", "sizes"], ["g"]),
+        helper.make_node("Mul", ["g", "slope"], ["out"]),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 16, 4, 4)) for n in ("s", "y")]
+    values.append(helper.make_tensor_value_info("rows", TensorProto.FLOAT, (1, 256)))
+    constants = [numpy_helper.from_array(np.array(number, np.float32), "one")]
+    constants.append(numpy_helper.from_array(np.array([-1, 16, 4, 4]), "sizes"))
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, (1, 16, 4, 4))]
+    graph = helper.make_graph(nodes, "slope", values, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    rng = np.random.default_rng(0)
+    feeds = {str(v.name): rng.standard_normal((1, 16, 4, 4)).astype(np.float32) for v in values[:2]}
+    feeds["rows"] = rng.standard_normal((1, 256)).astype(np.float32)
+    changed = onnx.load_model_from_string(blocked(model.SerializeToString()))
+    onnx.checker.check_model(changed, full_check=True)
+    assert [n.op_type for n in changed.graph.node] == ["Conv", "Mul", "Add", "Reshape", "Conv", "Mul"]
+    s, y, g = feeds["s"], feeds["y"], feeds["rows"].reshape(1, 16, 4, 4)
+    session = onnxruntime.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, feeds)[0], g * (s + y * (np.float32(number) - s)))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from ..autodiff import vjp
-from ..tape import attribute, constant_of, dims
+from ..autodiff import ELSEWHERE, vjp
+from ..tape import attribute, constant_of, dims, made_by
 
 
 @vjp("Identity", "Dropout")
@@ -240,9 +240,26 @@ def sub(op, node, g):
 
 @vjp("Mul")
 def mul(op, node, g):
-    """da = g b, db = g a."""
+    """da = g b, db = g a. Of x sigmoid(x): dx = g (s + y (1 - s)), of fewer products than the two rules one by one."""
     (a, b), y = node.inputs, node.outputs[0]
+    for x, s in ((a, b), (b, a)):
+        if _is_gate_of(op, s, x):
+            slope = op.Add(s, op.Mul(y, op.Sub(op.floats(1), s)))
+            return tuple(op.Mul(g, slope) if value is x else ELSEWHERE for value in (a, b))
     return tuple(op.unbroadcast(op.Mul(g, other), x, y) if op.wants(x) else None for x, other in ((a, b), (b, a)))
+
+
+def _is_gate_of(op, s, x):
+    """Whether s is sigmoid(x) and nothing else reads it."""
+    node = made_by(s, "Sigmoid")
+    return (
+        node is not None
+        and node.inputs[0] is x
+        and len(s.consumers()) == 1
+        and not s.is_graph_output()
+        and s not in op.sources
+        and op.wants(x)
+    )
 
 
 @vjp("Div")

@@ -26,8 +26,9 @@ def blocked(model: bytes) -> bytes:
     """The same serialised model, as camrt writes it, where
     - a mask [y > 0] of a map y, Cast(Greater(y, 0)), is HardSigmoid(2^127 (2^127 y)): exactly 1 for every y > 0, the
       least denormal one included, and exactly 0 otherwise; the inner product is a depthwise 1 x 1 convolution;
-    - a masked cotangent, or one of its summands, that comes from a Reshape, Expand or Slice passes through a depthwise
-      1 x 1 convolution of ones.
+    - c - x of a map x, as in the slope of SiLU, s + y (1 - s), is a depthwise 1 x 1 convolution with a bias;
+    - a cotangent that a mask or such a slope multiplies, or one of its summands, passes through a depthwise 1 x 1
+      convolution of ones if it comes from a Reshape, Expand or Slice.
 
     Of maps (N, C, H, W) with C known and a multiple of 16; everything else is left as it is. BundleError for bytes that
     are no model.
@@ -65,8 +66,10 @@ class _Graph:
 
     def blocked(self) -> bytes:
         masks = {node.outputs[0]: y for node in self._nodes if (y := self._masked_by(node)) is not None}
-        entries = self._entries(masks)
-        weights: dict[tuple[float, int], str] = {}
+        complements = {node.outputs[0]: c for node in self._nodes if (c := self._complement(node)) is not None}
+        entries = self._entries({name: self._channels(y) for name, y in masks.items()} | self._slopes(complements))
+        changed = masks.keys() | complements.keys() | entries.keys()
+        weights: dict[tuple[float, tuple[int, ...]], str] = {}
         read = {name for node in self._nodes if node.outputs[0] not in masks for name in node.inputs}
         idle = {self._makers[name].inputs[0] for name in masks} - read
         out = bytearray()
@@ -76,18 +79,21 @@ class _Graph:
             name = node.outputs[0] if node is not None else ""
             if name in idle:
                 continue
-            if node is None or name not in masks.keys() | entries.keys():
+            if node is None or name not in changed:
                 out += copied(self._data, field)
             elif name in masks:
                 y = masks[name]
-                out += _depthwise(y, f"{_PREFIX}{name}", self._channels(y), _GREAT, weights)
+                out += _depthwise(y, f"{_PREFIX}{name}", self._channels(y), weights, _GREAT)
                 alpha_beta = _attribute("alpha", _float(_GREAT)), _attribute("beta", _float(0))
                 out += _encoded("HardSigmoid", [f"{_PREFIX}{name}"], name, *alpha_beta)
+            elif name in complements:
+                x, number = complements[name]
+                out += _depthwise(x, name, self._channels(x), weights, -1, number)
             else:
                 out += self._renamed(node, f"{_PREFIX}{name}")
-                out += _depthwise(f"{_PREFIX}{name}", name, entries[name], 1, weights)
-        for (value, channels), name in weights.items():
-            out += content(_INITIALIZER, _tensor(name, channels, value))
+                out += _depthwise(f"{_PREFIX}{name}", name, entries[name], weights, 1)
+        for (value, shape), name in weights.items():
+            out += content(_INITIALIZER, _tensor(name, shape, value))
         return bytes(out)
 
     def _masked_by(self, node: _Node) -> str | None:
@@ -95,18 +101,38 @@ class _Graph:
         if node.kind != "Cast" or self._attributes(node).get("to") != _FLOAT:
             return None
         greater = self._makers.get(node.inputs[0])
-        if greater is None or greater.kind != "Greater" or not self._is_zero(greater.inputs[1]):
+        if greater is None or greater.kind != "Greater" or self._number(greater.inputs[1]) != 0:
             return None
-        channels = self._channels(greater.inputs[0])
-        return greater.inputs[0] if channels and channels % _BLOCK == 0 else None
+        return greater.inputs[0] if self._is_blocked(greater.inputs[0]) else None
 
-    def _entries(self, masks: dict[str, str]) -> dict[str, int]:
-        """Channels of the cotangents that should enter the blocked layout, by name."""
+    def _complement(self, node: _Node) -> tuple[str, float] | None:
+        """(x, c), where the node makes c - x of a map."""
+        if node.kind != "Sub" or node.outputs[0] in self._shapes or not self._is_blocked(node.inputs[1]):
+            return None
+        number = self._number(node.inputs[0])
+        return None if number is None else (node.inputs[1], number)
+
+    def _slopes(self, complements: dict[str, tuple[str, float]]) -> dict[str, int]:
+        """Channels of the sums that hold a product with one of the complements, by name."""
+        channels = {name: self._channels(x) for name, (x, _) in complements.items()}
+        slopes: dict[str, int] = {}
+        for node in self._nodes:
+            found = [channels[name] for name in node.inputs if name in channels]
+            if found and node.kind == "Mul":
+                channels[node.outputs[0]] = found[0]
+            elif found and node.kind == "Add":
+                slopes[node.outputs[0]] = found[0]
+        return slopes
+
+    def _entries(self, gates: dict[str, int]) -> dict[str, int]:
+        """Channels of the cotangents that should enter the blocked layout, by name. gates: channels of what multiplies
+        them.
+        """
         found: dict[str, int] = {}
         for node in self._nodes:
-            if node.kind == "Mul" and not masks.keys().isdisjoint(node.inputs):
-                channels = next(self._channels(masks[name]) for name in node.inputs if name in masks)
-                waiting = [name for name in node.inputs if name not in masks]
+            if node.kind == "Mul" and not gates.keys().isdisjoint(node.inputs):
+                channels = next(gates[name] for name in node.inputs if name in gates)
+                waiting = [name for name in node.inputs if name not in gates]
                 while waiting:
                     maker = self._makers.get(waiting.pop())
                     if maker is None or maker.outputs[0] in self._shapes:  # the forward pass is as the network has it
@@ -152,9 +178,15 @@ class _Graph:
                 numbers.update((name, value) for n, value, _, _ in fields(self._data, first, last) if n == 3)
         return numbers
 
-    def _is_zero(self, name: str) -> bool:
+    def _is_blocked(self, name: str) -> bool:
+        """Whether it is a map that the blocked layout holds without a rest."""
+        channels = self._channels(name)
+        return channels > 0 and channels % _BLOCK == 0
+
+    def _number(self, name: str) -> float | None:
+        """A constant of one float32."""
         raw = self._raw(name, _FLOAT)
-        return raw is not None and len(raw) == 4 and struct.unpack("<f", raw)[0] == 0
+        return struct.unpack("<f", raw)[0] if raw is not None and len(raw) == 4 else None
 
     def _numbers(self, name: str) -> tuple[int, ...]:
         """A constant of int64; empty where there is none."""
@@ -185,10 +217,18 @@ class _Graph:
                 yield from self._inside(first, last, *path[1:])
 
 
-def _depthwise(x: str, y: str, channels: int, value: float, weights: dict[tuple[float, int], str]) -> bytes:
-    """A depthwise 1 x 1 convolution of a constant weight; weights: names of those in use."""
-    weight = weights.setdefault((value, channels), f"{_PREFIX}{len(weights)}")
-    return _encoded("Conv", [x, weight], y, _attribute("group", whole(3, channels) + whole(20, 2)))
+def _depthwise(
+    x: str,
+    y: str,
+    channels: int,
+    weights: dict[tuple[float, tuple[int, ...]], str],
+    value: float,
+    bias: float | None = None,
+) -> bytes:
+    """A depthwise 1 x 1 convolution of a constant weight and bias; weights: names of the tensors in use."""
+    tensors = [(value, (channels, 1, 1, 1)), *([(bias, (channels,))] if bias is not None else [])]
+    names = [weights.setdefault(tensor, f"{_PREFIX}{len(weights)}") for tensor in tensors]
+    return _encoded("Conv", [x, *names], y, _attribute("group", whole(3, channels) + whole(20, 2)))
 
 
 def _encoded(kind: str, inputs: list[str], output: str, *attributes: bytes) -> bytes:
@@ -204,7 +244,7 @@ def _float(value: float) -> bytes:
     return single(2, value) + whole(20, 1)
 
 
-def _tensor(name: str, channels: int, value: float) -> bytes:
-    """(C, 1, 1, 1) of one value."""
-    dims = b"".join(whole(1, n) for n in (channels, 1, 1, 1))
-    return dims + whole(2, _FLOAT) + content(8, name) + content(9, struct.pack("<f", value) * channels)
+def _tensor(name: str, shape: tuple[int, ...], value: float) -> bytes:
+    """A constant of one value."""
+    dims = b"".join(whole(1, n) for n in shape)
+    return dims + whole(2, _FLOAT) + content(8, name) + content(9, struct.pack("<f", value) * shape[0])
