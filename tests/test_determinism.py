@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import camrt
 from camrt.demo.run import BUNDLE
 from camrt.demo.scenes import draw_scene
+from camrt.export.probes import smooth_images
 from camrt.runtime.cams import METHODS
 from camrt.runtime.session.lanes import Lanes
 
@@ -54,6 +58,28 @@ def test_any_batch(method: str, opened: camrt.Explainer) -> None:
             assert np.abs(got - want[part]).max() <= BATCH_LIMIT, (size, start)
     several = np.stack([target, (target + 1) % 8], axis=1)
     assert np.abs(maps(opened, method, SCENES, several)[:, 0] - want).max() <= BATCH_LIMIT
+
+
+def test_large_images_of_a_batch_give_the_bits_that_each_gives_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.SiLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 4),
+    ).eval()  # fmt: skip
+    path = camrt.export_model(model, tmp_path / "large.camrt", (3, 200, 200), precision=["fp32", "fp16"])
+    images = smooth_images((3, 200, 200), 3)
+    for precision in ("fp32", "fp16"):
+        explainer = camrt.load(path, "onnxruntime", threads=2, precision=precision)
+        for method in ("winsor_cam", "grad_cam", "integrative_cam", "full_grad"):
+            together = explainer.explain(images, method, [1, 2, 3])
+            for i in range(3):
+                alone = explainer.explain(images[i : i + 1], method, 1 + i)
+                np.testing.assert_array_equal(alone.maps[0], together.maps[i])
+                np.testing.assert_array_equal(alone.logits[0], together.logits[i])
+        several = explainer.explain(images, "winsor_cam", [[1, 2], [2, 3], [3, 0]])
+        assert several.maps.shape == (3, 2, 200, 200)
+        want = explainer.explain(images, "winsor_cam", [1, 2, 3]).normalized()
+        assert np.abs(several.normalized()[:, 0] - want).max() <= BATCH_LIMIT
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -39,14 +39,20 @@ class CpuExecutable(ABC):
 
     engine: str  # its name in messages
 
-    def __init__(self, program: Program, concurrent: bool) -> None:
+    def __init__(self, program: Program, concurrent: bool, one_by_one: bool = False) -> None:
+        """one_by_one: several images, with as many seeds, run one after another."""
         self._program = program
         self._concurrent = concurrent
+        self._one_by_one = one_by_one
         self._loaded: dict[bool, Any] = {}
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        single = not self._concurrent and all(len(array) == 1 for array in feeds.values())
+        counts = {len(array) for array in feeds.values()}
+        if self._one_by_one and len(counts) == 1 and max(counts) > 1:
+            rows = [self.run({name: a[i : i + 1] for name, a in feeds.items()}) for i in range(max(counts))]
+            return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        single = not self._concurrent and counts == {1}
         with self._lock:
             if single not in self._loaded:
                 self._loaded[single] = self._load(single)

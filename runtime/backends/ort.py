@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from ... import install
 from ...kernels import DeviceArray, OutOfMemory
 from ..bundle.blocking import blocked
-from ..bundle.kinds import KINDS
+from ..bundle.kinds import KINDS, Kind
 from ..bundle.manifest import Program
 from ..bundle.pruning import pruned
 from ..bundle.reading import Bundle
@@ -33,6 +34,10 @@ _SMALLEST = (
 _DISABLED = ["Pad_Fusion"]  # it breaks a graph that also returns the padded tensor (ONNX Runtime 1.31)
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 _BLOCKS = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere nothing was measured
+# Four large images together take 3.8 (ResNet-18) to 4.4 times (MobileNet v2) as long as one, sixteen 21 times, and a
+# second copy of the weights; of smaller ones, batches are faster. On more threads than these nothing was measured.
+_ONE_BY_ONE = (Kind.LAYER_MAPS, Kind.SIGNED_MAPS, Kind.FULL_GRAD)
+_LARGE_IMAGE, _FEW_THREADS = 200 * 200, 4
 _SYMBOLS = ("batch", "seeds")  # the symbolic sizes of programs
 
 
@@ -43,16 +48,14 @@ class OrtExecutable(CpuExecutable):
 
     engine = "ONNX Runtime"
 
-    def __init__(
-        self, backend: OrtBackend, program: Program, path: Path, concurrent: bool, whole: bool, maps_only: bool
-    ) -> None:
-        """whole: the program has all outputs of its file. maps_only: the network has no tokens, so that its matrix
-        products have one row per image.
-        """
-        super().__init__(program, concurrent)
+    def __init__(self, backend: OrtBackend, bundle: Bundle, program: Program, concurrent: bool) -> None:
+        manifest = bundle.manifest
+        large = math.prod(manifest.input_shape[1:]) >= _LARGE_IMAGE and backend.lanes <= _FEW_THREADS
+        super().__init__(program, concurrent, one_by_one=large and program.kind in _ONE_BY_ONE)
         self._backend = backend
-        self._path = path
-        self._maps_only = maps_only
+        self._path = bundle.file(program)
+        self._maps_only = all(t.layout == "NCHW" for t in manifest.taps)  # its matrix products have one row per image
+        whole = any(p.file == program.file and p.outputs == program.outputs for p in manifest.programs)
         self._outputs = None if whole else program.outputs
         self._spins = not KINDS[program.kind].runs_once
 
@@ -85,9 +88,7 @@ class OrtBackend:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
 
     def open(self, bundle: Bundle, program: Program, concurrent: bool = False) -> OrtExecutable:
-        whole = any(p.file == program.file and p.outputs == program.outputs for p in bundle.manifest.programs)
-        maps_only = all(t.layout == "NCHW" for t in bundle.manifest.taps)
-        return OrtExecutable(self, program, bundle.file(program), concurrent, whole, maps_only)
+        return OrtExecutable(self, bundle, program, concurrent)
 
     def session(
         self,
