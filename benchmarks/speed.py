@@ -1,127 +1,309 @@
-"""Times an explanation, a forward pass and Winsor-CAM's public implementation, in one run on one machine.
+"""What a map of Winsor-CAM costs beside a forward pass of the same network, on this CPU. Writes docs/speed.md.
 
-python benchmarks/speed.py [--model resnet50] [--size 224] [--threads 2] [--runs 30] [--peer FOLDER] [--out speed.json]
+python benchmarks/speed.py [--networks resnet50,...] [--threads 1,2] [--blocks 9] [--beside CHECKOUT] [--page]
 
-The weights are random, with batch norm statistics of random images: the amount of arithmetic is that of a trained
-network. The bundle is verified against PyTorch in float64 first; then the contenders take turns; a ratio is the median
-over the turns. --peer is a
-checkout of Winsor-CAM's public repository (its winsorcam.py), timed over the same layers. Needs the test extra.
+--beside: a checkout of an earlier commit, measured in turns with this one. --page: writes docs/speed.json and the page
+from it. Needs the test extra; with all networks it takes half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+ROOT = Path(__file__).parent.parent
+NETWORKS = (
+    "resnet50", "resnet18", "vgg16", "densenet121", "inception_v3", "mobilenet_v2", "efficientnet_b0",
+)  # fmt: skip
+METHODS = {"Winsor-CAM": ("winsor_cam", "conv"), "Grad-CAM": ("grad_cam", "last")}
+SECONDS = 0.4  # of one loop
+PAGE = """# What a map costs on a CPU
+
+`python benchmarks/speed.py --page` writes this page. The networks are torchvision's with random weights and batch norm
+statistics of random images, which does not change the amount of arithmetic; 224 x 224, Inception v3 299 x 299, batch 1,
+every convolution a layer. A process of its own loads the bundle and has nothing else in it; in a block it loops over
+`classify`, then over `explain`, {seconds} seconds each, float array in, map out. Times are the medians of the loops'
+medians over {blocks} blocks, in milliseconds; a ratio is the median over the blocks of explain over classify, and in
+brackets that of the quietest quarter of the blocks, those whose `classify` was quickest.
+
+{machine}.
+
+"""
+BESIDE = """Before: commit {commit}, measured in the same run; processes of the two take turns, block after block. The
+last column is the largest difference of their maps after min-max.
+
+"""
+OPERATORS = """
+## Where the time goes
+
+Operators of the program that gives all layers' maps, one thread, as ONNX Runtime's profile counts them, in percent of
+its time. *masks* are depthwise 1 x 1 convolutions that stand for comparisons, so that maps stay in the blocked layout
+of the convolutions; *layout* is what enters and leaves it. The last column is the time of the convolutions alone over
+that of the whole forward program: a floor for the ratio of this program.
+
+"""
+
+
+def size_of(network: str) -> int:
+    return 299 if network == "inception_v3" else 224
+
+
+@contextmanager
+def package(checkout: Path) -> Iterator[Path]:
+    """A folder with the package `camrt` of a checkout, to go before the installed one."""
+    with tempfile.TemporaryDirectory() as folder:
+        inside = Path(folder, "camrt")
+        inside.mkdir()
+        parts = [checkout / name for name in ("export", "runtime", "kernels")]
+        for part in (*(checkout / "camrt").iterdir(), *parts):
+            (inside / part.name).symlink_to(part)
+        yield Path(folder)
+
+
+class Process:
+    """This file in a process of its own, with one checkout's package: it exports, and measures block after block."""
+
+    def __init__(self, folder: Path, bundle: Path, network: str, threads: int) -> None:
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-W", "ignore", __file__, "--inside", str(bundle), network, str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, question: str) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(question + "\n")
+        self._process.stdin.flush()
+        while (answer := self._process.stdout.readline()) and not answer.startswith("answer "):
+            pass
+        if not answer:
+            raise SystemExit(f"a process ended at {question!r}")
+        return json.loads(answer.removeprefix("answer "))
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def export(folder: Path, bundle: Path, network: str) -> None:
+    """In a process of its own, whose memory goes with it."""
+    shape = 3, size_of(network), size_of(network)
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "tests")!r}]
 import torch
-from common import build, machine, print_times, summary, take_turns, versions, winsor_cam_peer
-
+from support import import_torchvision, warmed_up
 import camrt
-from camrt.export.probes import smooth_images
-from camrt.runtime.backends import Settings, create
-from camrt.runtime.bundle.reading import read_bundle
-from camrt.verification.oracle import module_oracle
-from camrt.verification.verify import verify_bundle
+torch.manual_seed(0)
+model = import_torchvision().models.get_model({network!r}, weights=None)
+camrt.export_model(warmed_up(model, {shape}), {str(bundle)!r}, {shape})
+"""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    subprocess.run(command, check=True, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
 
 
-def export_memory(name: str, size: int) -> dict[str, float]:
-    """Peak memory of an export in a process of its own, and what PyTorch and the model take before it, in MB."""
-    code = (
-        f"import resource, sys, tempfile, pathlib, camrt\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\nimport "
-        f"common\ntorchvision = common.import_torchvision()\nmodel = torchvision.models.get_model({name!r}, "
-        "weights=None).eval()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nwith "
-        "tempfile.TemporaryDirectory() as folder:\n    camrt.export_model(model, pathlib.Path(folder) / 'x.camrt', "
-        f"(3, {size}, {size}))\nweights = sum(t.nbytes for t in model.state_dict().values())\nprint(weights / 1e6, "
-        "before / 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    weights, before, peak = map(float, done.stdout.split())
+def inside(bundle: str, network: str, threads: int) -> None:
+    """Answers questions: "map": the map; "METHOD": seconds of classify and of explain; "operators": their times."""
+    import camrt
+
+    explainer = camrt.load(bundle, "onnxruntime", threads=threads)
+    image = np.random.default_rng(0).random((1, 3, size_of(network), size_of(network)), np.float32)
+    target = int(explainer.classify(image).argmax())
+    for question in map(str.strip, sys.stdin):
+        if question == "map":
+            answer: Any = explainer.explain(image, "winsor_cam", target).normalized().tolist()
+        elif question == "operators":
+            answer = operators(explainer, image)
+        else:
+            method, layers = METHODS[question]
+            answer = [
+                timed(lambda: explainer.classify(image)),
+                timed(lambda m=method, names=layers: explainer.explain(image, m, target, names)),
+            ]
+        print("answer " + json.dumps(answer), flush=True)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """The median of the calls in a loop."""
+    work()
+    times, end = [], time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times) < 3:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def operators(explainer: Any, image: np.ndarray) -> dict[str, dict[str, float]]:
+    """Seconds of each operator in a run of the classify and the layer_maps program, by program, on one thread."""
+    import onnxruntime
+
+    from camrt.runtime.backends.ort import OrtBackend
+
+    class Profiling:
+        __version__ = onnxruntime.__version__
+        InferenceSession = onnxruntime.InferenceSession
+
+        @staticmethod
+        def SessionOptions() -> Any:
+            options = onnxruntime.SessionOptions()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(explainer.bundle.path / "profile")
+            return options
+
+    bundle, found = explainer.bundle, {}
+    names = [t.name for t in explainer.manifest.taps if "conv" in t.roles]
+    for program in (bundle.program("classify"), bundle.program("layer_maps", names)):
+        session = OrtBackend(Profiling, 1).session(bundle.file(program), single=True)
+        feeds = {"image": image, "seed": np.zeros((1, explainer.manifest.num_classes), np.float32)}
+        for _ in range(20):
+            session.run(None, {name: feeds[name] for name in program.inputs})
+        profile = Path(session.end_profiling())
+        found[program.kind] = _by_group(json.loads(profile.read_text()))
+        profile.unlink()
+    return found
+
+
+def _by_group(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of each node the median of its runs, summed by group of operators."""
+    nodes: dict[str, list[float]] = {}
+    groups: dict[str, str] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes.setdefault(event["name"], []).append(event["dur"] / 1e6)
+            groups[event["name"]] = _group(event["args"])
+    found: dict[str, float] = {}
+    for name, times in nodes.items():
+        found[groups[name]] = found.get(groups[name], 0) + float(np.median(times))
+    return found
+
+
+def _group(arguments: dict[str, Any]) -> str:
+    kind = arguments["op_name"]
+    if kind == "Conv":
+        shapes = [next(iter(tensor.values())) for tensor in arguments["input_type_shape"]]
+        return "masks" if shapes[1][1:] == [1, 1, 1] else "convolutions"
+    if kind in ("ReorderInput", "ReorderOutput", "Transpose", "Reshape", "Concat", "Split", "Slice", "Pad", "Expand"):
+        return "layout"
+    if kind in ("MatMul", "Gemm", "FusedGemm", "GlobalAveragePool"):
+        return "products and means"
+    return "elementwise"
+
+
+def measure(network: str, threads: Sequence[int], blocks: int, checkouts: dict[str, Path]) -> dict[str, Any]:
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folders = {name: stack.enter_context(package(path)) for name, path in checkouts.items()}
+        for name, folder in folders.items():
+            export(folder, scratch / name, network)
+        result: dict[str, Any] = {"network": network, "rows": []}
+        for count in threads:
+            processes = {name: Process(f, scratch / name, network, count) for name, f in folders.items()}
+            maps = [np.array(process("map")) for process in processes.values()]
+            result["difference"] = float(np.abs(maps[0] - maps[-1]).max())
+            for method in METHODS:
+                times: dict[str, list[list[float]]] = {name: [] for name in processes}
+                for _ in range(blocks):
+                    for name, process in processes.items():
+                        times[name].append(process(method))
+                row = {name: summary(np.array(found)) for name, found in times.items()}
+                result["rows"].append({"threads": count, "method": method, **row})
+                print(network, count, method, json.dumps(row), flush=True)
+            if count == 1:
+                result["operators"] = processes["now"]("operators")
+            for process in processes.values():
+                process.close()
+    return result
+
+
+def summary(times: np.ndarray) -> dict[str, float]:
+    """times (blocks, 2): of classify and explain."""
+    ratios = times[:, 1] / times[:, 0]
+    quiet = np.argsort(times[:, 0])[: max(1, len(times) // 4)]
     return {
-        "weights_mb": round(weights),
-        "before_mb": round(before),
-        "peak_mb": round(peak),
-        "limit_mb": round(4 * weights + 1000),
+        "classify_ms": round(float(np.median(times[:, 0])) * 1e3, 2),
+        "explain_ms": round(float(np.median(times[:, 1])) * 1e3, 2),
+        "ratio": round(float(np.median(ratios)), 2),
+        "quietest": round(float(np.median(ratios[quiet])), 2),
     }
+
+
+def page(found: dict[str, Any]) -> str:
+    """docs/speed.md."""
+    from report import table
+
+    text = PAGE.format(seconds=SECONDS, blocks=found["blocks"], machine=found["machine"])
+    beside = "before" in found["results"][0]["rows"][0]
+    text += BESIDE.format(commit=found["commit"]) if beside else ""
+    for method in METHODS:
+        head = ["network", "threads", "classify", "explain", "ratio"]
+        head += ["explain before", "ratio before", "difference"] if beside else []
+        rows = []
+        for result in found["results"]:
+            for row in (r for r in result["rows"] if r["method"] == method):
+                now, before = row["now"], row.get("before")
+                cells = [
+                    result["network"],
+                    str(row["threads"]),
+                    f"{now['classify_ms']:.1f}",
+                    f"{now['explain_ms']:.1f}",
+                ]
+                cells.append(f"{now['ratio']:.2f} ({now['quietest']:.2f})")
+                if before is not None:
+                    cells += [f"{before['explain_ms']:.1f}", f"{before['ratio']:.2f} ({before['quietest']:.2f})"]
+                    cells.append(f"{result['difference']:.0e}")
+                rows.append(cells)
+        text += f"## {method}\n\n" + table(head, rows) + "\n"
+    groups = ["convolutions", "masks", "layout", "elementwise", "products and means"]
+    rows = []
+    for result in found["results"]:
+        classify, maps = (result["operators"][kind] for kind in ("classify", "layer_maps"))
+        total = sum(maps.values())
+        shares = [f"{100 * maps.get(group, 0) / total:.0f}" for group in groups]
+        rows.append([result["network"], *shares, f"{maps['convolutions'] / sum(classify.values()):.2f}"])
+    return text.rstrip("\n") + "\n" + OPERATORS + table(["network", *groups, "convolutions / forward"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times explanations beside forward passes and a peer.")
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--peer", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description="Times explanations beside forward passes.")
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--blocks", type=int, default=9)
+    parser.add_argument("--beside", type=Path)
+    parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    size = arguments.size
-    memory = export_memory(arguments.model, size)
-    model = build(arguments.model, size)
-    image = smooth_images((3, size, size), 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = camrt.export_model(model, Path(folder) / "model.camrt", (3, size, size), layers="conv")
-        bundle = read_bundle(path)
-        report = verify_bundle(bundle, module_oracle(model, arguments.model))
-        if not report.passed:
-            raise SystemExit(f"not timed: comparisons failed: {[r for r in report.rows if not r.passed][:3]}")
-        backend = create("onnxruntime", Settings(threads=arguments.threads))
-        classify = backend.open(bundle, bundle.program("classify"))
-        layer_maps = backend.open(bundle, bundle.program("layer_maps", [t.name for t in bundle.manifest.taps]))
-        explainer = camrt.load(path, threads=arguments.threads)
-        target = int(explainer.classify(image).argmax())
-        seed = np.eye(explainer.manifest.num_classes, dtype=np.float32)[[target]]
-        explained = explainer.explain(image, target=target, percentile=90)
-        contenders: dict[str, Callable[[], Any]] = {
-            "classify": lambda: classify.run({"image": image}),
-            "layer_maps": lambda: layer_maps.run({"image": image, "seed": seed}),
-            "explain": lambda: explainer.explain(image, target=target, percentile=90),
-            "retune": lambda: explained.retune(percentile=50),
-        }
-        if arguments.peer is not None:
-            peer, tensor = winsor_cam_peer(model, arguments.peer), torch.from_numpy(image)
-            contenders["peer"] = lambda: peer(tensor, target)
-        times = take_turns(contenders, arguments.runs)
+    from common import machine, versions
 
-    ratios = {
-        "layer_maps / classify": times["layer_maps"] / times["classify"],
-        "explain / classify": times["explain"] / times["classify"],
-    }
-    if "peer" in times:
-        ratios["peer / explain"] = times["peer"] / times["explain"]
-    result = {
-        "model": arguments.model,
-        "layers": len(explainer.layers),
-        "input": [1, 3, size, size],
-        "threads": arguments.threads,
-        "runs": arguments.runs,
-        "machine": machine(),
-        "versions": versions(),
-        "comparisons_passed": len(report.rows),
-        "times": {name: summary(t) for name, t in times.items()},
-        "ratios": {name: round(float(np.median(r)), 3) for name, r in ratios.items()},
-        "export_memory": memory,
-        "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"{arguments.model}, {result['layers']} convolutions, batch 1, {arguments.threads} threads, "
-        f"{result['machine']['cpu']}"
-    )
-    print_times(result["times"], result["ratios"])
-    print(
-        f"export: peak {memory['peak_mb']} MB, {memory['before_mb']} MB of it before it began; limit "
-        f"{memory['limit_mb']} MB"
-    )
+    checkouts = {"now": ROOT} | ({"before": arguments.beside.resolve()} if arguments.beside is not None else {})
+    threads = [int(n) for n in arguments.threads.split(",")]
+    results = [measure(n, threads, arguments.blocks, checkouts) for n in arguments.networks.split(",")]
+    software = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "torch")
+    found: dict[str, Any] = {"blocks": arguments.blocks, "results": results}
+    found["machine"] = f"{machine()['cpu']}, {os.cpu_count()} cores, Python {machine()['python']}, {software}"
+    if arguments.beside is not None:
+        command = ["git", "-C", str(arguments.beside), "rev-parse", "--short", "HEAD"]
+        found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if arguments.page:
+        (ROOT / "docs" / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+        (ROOT / "docs" / "speed.md").write_text(page(found))
+    else:
+        print(page(found))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--inside"]:
+        inside(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        main()
