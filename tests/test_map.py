@@ -335,6 +335,13 @@ def test_what_a_killed_run_leaves_behind_ends(photos: Path, tmp_path: Path) -> N
     assert not alive
 
 
+def test_a_worker_that_starts_when_the_run_is_gone_ends() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = f"import time; from camrt.mapping.processes import _end_with; _end_with({gone.pid}); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 1
+
+
 def test_resuming_counts_what_failed_before_and_mends_damaged_parts(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,9 +20,10 @@ _LOSSES = 3  # of a worker, one after the other without a task that ends
 _worker: Worker | None = None
 
 
-def _open(job: Job, gpus: int) -> None:
+def _open(job: Job, gpus: int, parent: int) -> None:
+    """parent: the number of the process that started this one, which may be gone already."""
     global _worker
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     number = multiprocessing.current_process()._identity[-1] - 1  # 0, 1, ... of this parent's processes
     _worker = Worker(replace(job, device=number % gpus) if gpus else job)
 
@@ -67,7 +68,7 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, gpus: int = 0) 
 
 def _round(job: Job, tasks: Sequence[Task], workers: int, gpus: int) -> Iterator[Done]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _open, (job, gpus)) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _open, (job, gpus, os.getpid())) as pool:
         try:
             ahead, running = iter(tasks), set()
             for task in ahead:
