@@ -92,6 +92,10 @@ def test_a_mask_is_exact_for_every_number(fused: bool) -> None:
 def test_a_comparison_that_others_read_stays() -> None:
     model = onnx.load_model_from_string(blocked(masked(other="Not").SerializeToString()))
     assert [n.op_type for n in model.graph.node] == ["Greater", "Conv", "HardSigmoid", "Mul", "Not"]
+    given = masked()
+    given.graph.output.append(helper.make_tensor_value_info("above", TensorProto.BOOL, (1, 16, 4, 4)))
+    model = onnx.load_model_from_string(blocked(given.SerializeToString()))
+    assert [n.op_type for n in model.graph.node] == ["Greater", "Conv", "HardSigmoid", "Mul"]
 
 
 @pytest.mark.parametrize("number", [1.0, -0.25])

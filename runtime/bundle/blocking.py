@@ -57,12 +57,15 @@ class _Graph:
         self._makers = {name: node for node in self._nodes for name in node.outputs}
         self._tensors: dict[str, Field] = {}
         self._shapes: dict[str, list[int | None]] = {}
+        self._outputs: set[str] = set()
         for field in self._fields:
             number, _, first, last = field
             if number == _INITIALIZER:
                 self._tensors[next(strings(data, first, last, 8), "")] = field
             elif number in (_INPUT, _OUTPUT, _VALUE_INFO):
-                self._shapes[next(strings(data, first, last, 1), "")] = list(self._shape(first, last))
+                name = next(strings(data, first, last, 1), "")
+                self._shapes[name] = list(self._shape(first, last))
+                self._outputs |= {name} if number == _OUTPUT else set()
 
     def blocked(self) -> bytes:
         masks = {node.outputs[0]: y for node in self._nodes if (y := self._masked_by(node)) is not None}
@@ -70,7 +73,7 @@ class _Graph:
         entries = self._entries({name: self._channels(y) for name, y in masks.items()} | self._slopes(complements))
         changed = masks.keys() | complements.keys() | entries.keys()
         weights: dict[tuple[float, tuple[int, ...]], str] = {}
-        read = {name for node in self._nodes if node.outputs[0] not in masks for name in node.inputs}
+        read = {name for node in self._nodes if node.outputs[0] not in masks for name in node.inputs} | self._outputs
         idle = {self._makers[name].inputs[0] for name in masks} - read
         out = bytearray()
         nodes = iter(self._nodes)
