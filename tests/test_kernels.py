@@ -85,6 +85,13 @@ def test_minmax_maps_a_constant_to_zeros() -> None:
     assert (got[0] == 0).all() and got[1].min() == 0 and got[1].max() == 1
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_fuse_layers_of_no_images(normalize: bool) -> None:
+    maps, weights = np.zeros((0, 25), np.float32), np.zeros((0, 3), np.float32)
+    fused = kernels.fuse_layers(maps, [(3, 4), (3, 4), (1, 1)], weights, (8, 9), normalize=normalize)
+    assert fused.shape == (0, 8, 9)
+
+
 def test_fuse_layers_is_the_sum_of_resized_layers() -> None:
     """By linearity the kernel sums before it resizes; the definition resizes first."""
     rng = np.random.default_rng(0)

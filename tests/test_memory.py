@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 import camrt
 from camrt.export.pytorch.autograd import select
 from camrt.runtime.backends import Settings, create
+from camrt.runtime.errors import CamrtError
 from camrt.verification.oracle import module_oracle
 from camrt.verification.recorder import Recorder
 from camrt.verification.verify import _OneOpen
@@ -59,6 +61,15 @@ def test_a_verification_holds_one_program_and_its_records_in_files(tmp_path):
             np.testing.assert_allclose(part.activations[name], whole.activations[name], rtol=1e-12, atol=1e-15)
             np.testing.assert_allclose(part.gradients[name], whole.gradients[name], rtol=1e-12, atol=1e-15)
     assert list(tmp_path.glob("*.npy"))
+    (tmp_path / "another").mkdir()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CamrtError, match=r"File too large: .* let TMPDIR name a folder"):
+            recorder.stored(images, tmp_path / "another")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     engine = _OneOpen(create("onnxruntime", Settings()))
     programs = [bundle.program(kind) for kind in ("classify", "activations", "classify")]

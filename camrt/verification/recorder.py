@@ -13,6 +13,7 @@ from ..runtime.backends.cpu import give_back_freed
 from ..runtime.bundle.kinds import Kind
 from ..runtime.bundle.manifest import Tap
 from ..runtime.bundle.reading import Bundle
+from ..runtime.errors import CamrtError
 from .oracle import Oracle, norms_in_graph, own_forward, own_graph
 
 if TYPE_CHECKING:
@@ -99,16 +100,22 @@ class _Stored(Mapping[str, Any]):
         self._files: dict[str, Path] = {}
 
     def put(self, row: int, tensors: Mapping[str, Any]) -> None:
-        """Stores the tensors (1, ...) of one image."""
+        """Stores the tensors (1, ...) of one image, row after row. CamrtError if they cannot be written."""
         for name, tensor in tensors.items():
             path = self._files.setdefault(name, Path(f"{self._start}-{len(self._files)}.npy"))
-            values = tensor.numpy()
-            if row == 0:
-                shape = (self._count, *values.shape[1:])
-                file = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
-            else:
-                file = np.load(path, mmap_mode="r+")
-            file[row] = values[0]
+            values = np.ascontiguousarray(tensor.numpy())
+            try:
+                with path.open("ab") as file:  # not by a memory map, which ends the process where the disk is full
+                    if row == 0:
+                        shape = self._count, *values.shape[1:]
+                        described = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, described)
+                    file.write(values.data)
+            except OSError as error:
+                raise CamrtError(
+                    f"{path.parent}: {error.strerror or error}: the float64 tensors of all layers lie there while they "
+                    "are compared: let TMPDIR name a folder with more room"
+                ) from None
 
     def __getitem__(self, name: str) -> Any:
         import torch

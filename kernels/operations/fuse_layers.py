@@ -111,7 +111,7 @@ def normalize_layers(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.n
 def _by_runs(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice, np.ndarray]]:
     """Of neighbouring layers with one grid: the grid, which layers, and their maps (B, layers, h w), a view."""
     for grid, layers, pixels in _runs(tuple(grids)):
-        yield grid, layers, maps[:, pixels].reshape(len(maps), layers.stop - layers.start, -1)
+        yield grid, layers, maps[:, pixels].reshape(len(maps), layers.stop - layers.start, grid[0] * grid[1])
 
 
 @functools.lru_cache(maxsize=64)

@@ -49,16 +49,18 @@ class CpuExecutable(ABC):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         counts = {len(array) for array in feeds.values()}
-        if self._one_by_one and len(counts) == 1 and max(counts) > 1:
-            rows = [self.run({name: a[i : i + 1] for name, a in feeds.items()}) for i in range(max(counts))]
-            return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        single = not self._concurrent and counts == {1}
+        by_one = self._one_by_one and len(counts) == 1 and max(counts) > 1
+        single = by_one or (not self._concurrent and counts == {1})
         with self._lock:
             if single not in self._loaded:
                 self._loaded[single] = self._load(single)
             loaded = self._loaded[single]
         try:
-            out = self._infer(loaded, feeds)
+            if by_one:
+                rows = [self._infer(loaded, {n: a[i : i + 1] for n, a in feeds.items()}) for i in range(max(counts))]
+                out = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+            else:
+                out = self._infer(loaded, feeds)
         except Exception as error:
             raise InputError(f"{self.engine} refused {shapes_of(feeds)}: {first_line(error)}") from error
         self._program.check_outputs(feeds, out)
