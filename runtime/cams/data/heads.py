@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ...session.session import Session
 
 
+_FOR_LANES = 2**16  # numbers that a head reads: with fewer, another thread takes longer to wake than to help
+
+
 @dataclass(frozen=True)
 class Heads(MethodData):
     """One image: its activations (K, h, w) per layer, and the rest of the network after each layer.
@@ -50,9 +53,11 @@ class Heads(MethodData):
 
     def parts(self, index: int, count: int) -> list[slice]:
         """Divides `count` changed activations, or means, of a layer into runs."""
-        size = self.batch
+        size, tap = self.batch, self.taps[index]
         if self.by_number and self.means[index] is not None:
-            size = max(size, min(size * math.prod(self.taps[index].grid), -(-count // self.lanes)))
+            lanes = self.lanes if count * tap.channels >= _FOR_LANES else 1
+            rounds = -(-count // (size * math.prod(tap.grid) * lanes))  # as many equal runs in each lane
+            size = max(size, -(-count // (rounds * lanes)))
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     @classmethod
