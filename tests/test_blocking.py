@@ -38,6 +38,7 @@ class Block(nn.Module):
 
 
 def residual() -> nn.Module:
+    torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), Block(16, 16, 1), Block(16, 32, 2),
         nn.Conv2d(32, 32, 3, 2, 1), nn.SiLU(),
@@ -57,9 +58,15 @@ def masked(
     threshold: float = 0,
     dtype: int = TensorProto.FLOAT,
     other: str | None = None,
+    source: str | None = None,
+    again: bool = False,
 ) -> onnx.ModelProto:
-    """out = g [y > threshold]; other: an operator that reads the comparison, too."""
+    """out = g [y > threshold], g = x made by `source`, or by a convolution of ones. other: an operator that reads the
+    comparison, too. again: the product is masked again, by [y < 6].
+    """
+    conv = helper.make_node("Conv", ["x", "ones"], ["g"], group=shape[1] if isinstance(shape[1], int) else 1)
     nodes = [
+        conv if source is None else helper.make_node(source, ["x"], ["g"]),
         helper.make_node("Greater", ["y", "threshold"], ["above"]),
         helper.make_node("Cast", ["above"], ["mask"], to=dtype),
         helper.make_node("Mul", ["g", "mask"], ["out"]),
@@ -69,9 +76,16 @@ def masked(
         nodes.append(helper.make_node(other, ["above"], ["too"]))
         outputs.append(helper.make_tensor_value_info("too", TensorProto.BOOL, shape))
     values = [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)]
-    values.append(helper.make_tensor_value_info("g", dtype, shape))
-    constant = numpy_helper.from_array(np.array(threshold, np.float32), "threshold")
-    graph = helper.make_graph(nodes, "masked", values, outputs, [constant])
+    values.append(helper.make_tensor_value_info("x", dtype, shape))
+    constants = [numpy_helper.from_array(np.array(threshold, np.float32), "threshold")]
+    constants.append(numpy_helper.from_array(np.ones((16, 1, 1, 1), np.float32), "ones"))
+    if again:
+        nodes[-1].output[0] = "once"
+        nodes.append(helper.make_node("Less", ["y", "six"], ["below"]))
+        nodes.append(helper.make_node("Cast", ["below"], ["second"], to=dtype))
+        nodes.append(helper.make_node("Mul", ["once", "second"], ["out"]))
+        constants.append(numpy_helper.from_array(np.array(6, np.float32), "six"))
+    graph = helper.make_graph(nodes, "masked", values, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
@@ -79,23 +93,23 @@ def masked(
 def test_a_mask_is_exact_for_every_number(fused: bool) -> None:
     model = onnx.load_model_from_string(blocked(masked().SerializeToString()))
     onnx.checker.check_model(model, full_check=True)
-    assert [n.op_type for n in model.graph.node] == ["Conv", "HardSigmoid", "Mul"]
+    assert [n.op_type for n in model.graph.node] == ["Conv", "Conv", "HardSigmoid", "Mul"]
     y = np.stack([np.roll(EDGES, i) for i in range(16)]).reshape(1, 16, 4, 4)
     g = np.random.default_rng(0).standard_normal(y.shape).astype(np.float32)
     options = onnxruntime.SessionOptions()
     if not fused:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    np.testing.assert_array_equal(session.run(None, {"y": y, "g": g})[0], np.where(y > 0, g, 0))
+    np.testing.assert_array_equal(session.run(None, {"y": y, "x": g})[0], np.where(y > 0, g, 0))
 
 
 def test_a_comparison_that_others_read_stays() -> None:
     model = onnx.load_model_from_string(blocked(masked(other="Not").SerializeToString()))
-    assert [n.op_type for n in model.graph.node] == ["Greater", "Conv", "HardSigmoid", "Mul", "Not"]
+    assert [n.op_type for n in model.graph.node] == ["Conv", "Greater", "Conv", "HardSigmoid", "Mul", "Not"]
     given = masked()
     given.graph.output.append(helper.make_tensor_value_info("above", TensorProto.BOOL, (1, 16, 4, 4)))
     model = onnx.load_model_from_string(blocked(given.SerializeToString()))
-    assert [n.op_type for n in model.graph.node] == ["Greater", "Conv", "HardSigmoid", "Mul"]
+    assert [n.op_type for n in model.graph.node] == ["Conv", "Greater", "Conv", "HardSigmoid", "Mul"]
 
 
 @pytest.mark.parametrize("number", [1.0, -0.25])
@@ -135,8 +149,10 @@ def test_a_complement_is_exact(number: float) -> None:
         masked(("batch", "channels", 4, 4)),
         masked(threshold=1),
         masked(dtype=TensorProto.FLOAT16),
+        masked(source="Neg"),
+        masked(again=True),
     ],
-    ids=["24 channels", "3-D", "5-D", "unknown channels", "another threshold", "float16"],
+    ids=["24 channels", "3-D", "5-D", "unknown", "another threshold", "float16", "outside the layout", "masked again"],
 )
 def test_everything_else_is_left_as_it_is(model: onnx.ModelProto) -> None:
     assert blocked(model.SerializeToString()) == model.SerializeToString()

@@ -14,6 +14,7 @@ from ..checks import expect, expect_choice, expect_sides
 from ..gpu.queue import NOTHING, THREADS, Argument, Launch, blocks, int32s
 from .resizing import INTERPOLATIONS, resize_tables, tap_table, upsample
 
+_FEW_RUNS = 16  # of layers with one grid: with more, NumPy's calls take longer than copies of all maps
 TILE = (8, 32)  # height and width in pixels of a block's part of the result: one pixel per thread
 
 
@@ -98,6 +99,15 @@ def normalize_layers(maps: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.n
     maps (B, sum h w), layers side by side -> the same shape.
     """
     result = np.maximum(maps, 0)
+    if len(_runs(tuple(grids))) > _FEW_RUNS:
+        sizes = [h * w for h, w in grids]
+        starts = np.cumsum([0, *sizes[:-1]])
+        low, high = np.minimum.reduceat(result, starts, axis=1), np.maximum.reduceat(result, starts, axis=1)
+        span = high - low
+        if low.any():
+            result -= np.repeat(low, sizes, axis=1)
+        result /= np.repeat(np.where(span > 0, span, 1), sizes, axis=1)
+        return result
     for _, _, block in _by_runs(result, grids):
         low = block.min(axis=2, keepdims=True)
         span = block.max(axis=2, keepdims=True) - low  # of numbers from 0: it does not overflow

@@ -8,7 +8,7 @@ of the layout and back. Here the mask is a convolution, and so is the way in.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from .onnx_wire import Field, content, copied, fields, single, strings, whole
@@ -20,12 +20,14 @@ _BLOCK = 16  # channels of the largest block
 _GREAT = 2.0**127
 _PREFIX = "camrt:blocked:"  # of the names of what is new
 _RESHAPES = ("Reshape", "Expand", "Slice")
+_INSIDE = ("Add", "Mul", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Sigmoid", "Tanh")  # stay in the layout
 
 
 def blocked(model: bytes) -> bytes:
     """The same serialised model, as camrt writes it, where
-    - a mask [y > 0] of a map y, Cast(Greater(y, 0)), is HardSigmoid(2^127 (2^127 y)): exactly 1 for every y > 0, the
-      least denormal one included, and exactly 0 otherwise; the inner product is a depthwise 1 x 1 convolution;
+    - a mask [y > 0] of a map y, Cast(Greater(y, 0)), of a cotangent that comes in the blocked layout, is HardSigmoid(
+      2^127 (2^127 y)): exactly 1 for every y > 0, the least denormal one included, and exactly 0 otherwise; the inner
+      product is a depthwise 1 x 1 convolution;
     - c - x of a map x, as in the slope of SiLU, s + y (1 - s), is a depthwise 1 x 1 convolution with a bias;
     - a cotangent that a mask or such a slope multiplies, or one of its summands, passes through a depthwise 1 x 1
       convolution of ones if it comes from a Reshape, Expand or Slice.
@@ -68,7 +70,7 @@ class _Graph:
                 self._outputs |= {name} if number == _OUTPUT else set()
 
     def blocked(self) -> bytes:
-        masks = {node.outputs[0]: y for node in self._nodes if (y := self._masked_by(node)) is not None}
+        masks = self._masks()
         complements = {node.outputs[0]: c for node in self._nodes if (c := self._complement(node)) is not None}
         entries = self._entries({name: self._channels(y) for name, y in masks.items()} | self._slopes(complements))
         changed = masks.keys() | complements.keys() | entries.keys()
@@ -98,6 +100,33 @@ class _Graph:
         for (value, shape), name in weights.items():
             out += content(_INITIALIZER, _tensor(name, shape, value))
         return bytes(out)
+
+    def _masks(self) -> dict[str, str]:
+        """y of each mask that should be a convolution, by name: what it multiplies comes in the layout, and no other
+        mask, which stays outside, multiplies the product.
+        """
+        masks = {node.outputs[0]: y for node in self._nodes if (y := self._masked_by(node)) is not None}
+        while True:
+            inside = self._inside_layout(masks)
+            outside = {n.outputs[0] for n in self._nodes if n.kind == "Cast"} - masks.keys()
+            masked_again = {x for n in self._nodes if n.kind == "Mul" and outside & set(n.inputs) for x in n.inputs}
+            products = [n for n in self._nodes if n.kind == "Mul" and n.outputs[0] in inside - masked_again]
+            used = {x for n in products for x in n.inputs if x in masks}
+            if len(used) == len(masks):
+                return masks
+            masks = {name: y for name, y in masks.items() if name in used}
+
+    def _inside_layout(self, masks: Collection[str]) -> set[str]:
+        """What comes in the blocked layout, if these masks do."""
+        inside = set(masks)
+        for node in self._nodes:
+            name = node.outputs[0]
+            if node.kind in _RESHAPES:
+                within = name not in self._shapes and self._is_blocked(name)  # there it enters
+            else:
+                within = node.kind == "Conv" or (node.kind in _INSIDE and all(x in inside for x in node.inputs))
+            inside |= {name} if within else set()
+        return inside
 
     def _masked_by(self, node: _Node) -> str | None:
         """y, where the node makes the float32 mask [y > 0] of a map."""
