@@ -70,6 +70,7 @@ def head(graph: TappedGraph) -> ir.Model | None:
                 node.replace_input_with(i, replaced[x])
     model.graph.inputs.clear()
     model.graph.inputs.extend([activation, *inputs, *([prefix] if prefix is not None else [])])
+    logits = replaced.get(logits, logits)  # the means may be the logits
     return finish(model, [output(tape, logits, "logits", ["batch", dims(logits)[1]])])
 
 

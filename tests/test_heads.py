@@ -92,6 +92,23 @@ def test_the_head_of_means_gives_the_same_maps(pool: Pool, tmp_path: Path) -> No
         np.testing.assert_allclose(got, want, atol=2e-4)
 
 
+def test_means_that_are_the_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.SiLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    path = camrt.export_model(model, tmp_path / "means.camrt", (3, 24, 20), "last")
+    explainer = camrt.load(path, "onnxruntime")
+    assert head_reads(explainer) == ["means"]
+    with torch.no_grad():
+        want = model(torch.from_numpy(IMAGES)).numpy()
+    np.testing.assert_allclose(explainer.classify(IMAGES), want, atol=1e-5)
+    assert verify_bundle(explainer.bundle, module_oracle(model, "the network")).passed
+    got = explainer.explain(IMAGES, "recipro_cam", 1, variant="openvino_xai").normalized()
+    scores = explainer.explain(IMAGES, "grad_cam", 1)
+    assert scores.logits.shape == (2, 5) and np.ptp(got) == 1
+
+
 @pytest.mark.parametrize("pool", OTHERS.values(), ids=OTHERS)
 def test_what_reads_more_than_the_means_gets_the_map(pool: Pool, tmp_path: Path) -> None:
     explainer = exported(pool, tmp_path)

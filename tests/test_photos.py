@@ -76,8 +76,9 @@ def test_every_way_to_give_a_photo_gives_the_same(explainers: dict[str, camrt.Ex
         PHOTO.astype(np.uint16) * 257,
     ]
     for given in ways:
-        for got in explainer.explain(given, target=1).maps:
-            np.testing.assert_array_equal(got, want[0])
+        maps = explainer.explain(given, target=1).maps
+        for got in maps:  # a batch is another program: its rounding may differ
+            np.testing.assert_allclose(got, want[0], rtol=0, atol=0 if len(maps) == 1 else 1e-6)
     with file.open("rb") as stream:
         np.testing.assert_array_equal(explainer.explain(stream, target=1).maps, want)
 
