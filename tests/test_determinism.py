@@ -74,7 +74,8 @@ def test_large_images_of_a_batch_give_the_bits_that_each_gives_alone(tmp_path: P
             together = explainer.explain(images, method, [1, 2, 3])
             for i in range(3):
                 alone = explainer.explain(images[i : i + 1], method, 1 + i)
-                np.testing.assert_array_equal(alone.maps[0], together.maps[i])
+                limit = BATCH_LIMIT if method == "integrative_cam" else 0  # NumPy 1 rounds its sums otherwise
+                np.testing.assert_allclose(alone.maps[0], together.maps[i], rtol=0, atol=limit)
                 np.testing.assert_array_equal(alone.logits[0], together.logits[i])
         several = explainer.explain(images, "winsor_cam", [[1, 2], [2, 3], [3, 0]])
         assert several.maps.shape == (3, 2, 200, 200)
