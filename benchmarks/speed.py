@@ -3,7 +3,7 @@
 python benchmarks/speed.py [--networks resnet50,...] [--threads 1,2] [--blocks 9] [--beside CHECKOUT] [--page]
 
 --beside: a checkout of an earlier commit, measured in turns with this one. --page: writes docs/speed.json and the page
-from it. Needs the test extra; with all networks it takes half an hour.
+from it. Needs the test extra; with all networks beside a checkout it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def package(checkout: Path) -> Iterator[Path]:
 
 
 class Process:
-    """This file in a process of its own, with one checkout's package: it exports, and measures block after block."""
+    """This file in a process of its own, with one checkout's package, that measures block after block."""
 
     def __init__(self, folder: Path, bundle: Path, network: str, threads: int) -> None:
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}

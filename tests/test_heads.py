@@ -104,9 +104,7 @@ def test_means_that_are_the_logits(tmp_path: Path) -> None:
         want = model(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_allclose(explainer.classify(IMAGES), want, atol=1e-5)
     assert verify_bundle(explainer.bundle, module_oracle(model, "the network")).passed
-    got = explainer.explain(IMAGES, "recipro_cam", 1, variant="openvino_xai").normalized()
-    scores = explainer.explain(IMAGES, "grad_cam", 1)
-    assert scores.logits.shape == (2, 5) and np.ptp(got) == 1
+    assert np.ptp(explainer.explain(IMAGES, "recipro_cam", 1, variant="openvino_xai").normalized()) == 1
 
 
 @pytest.mark.parametrize("pool", OTHERS.values(), ids=OTHERS)

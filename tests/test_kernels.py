@@ -92,10 +92,11 @@ def test_fuse_layers_of_no_images(normalize: bool) -> None:
     assert fused.shape == (0, 8, 9)
 
 
-def test_fuse_layers_is_the_sum_of_resized_layers() -> None:
+@pytest.mark.parametrize("repeats", [1, 5], ids=["few changes of the grid", "many"])
+def test_fuse_layers_is_the_sum_of_resized_layers(repeats: int) -> None:
     """By linearity the kernel sums before it resizes; the definition resizes first."""
     rng = np.random.default_rng(0)
-    grids = [(12, 10), (6, 5), (6, 5), (3, 3), (1, 1)]
+    grids = [(12, 10), (6, 5), (6, 5), (3, 3), (1, 1)] * repeats
     maps = rng.standard_normal((2, sum(h * w for h, w in grids))).astype(np.float32)
     weights = rng.random((2, len(grids))).astype(np.float32)
     normalized = kernels.normalize_layers(maps, grids)

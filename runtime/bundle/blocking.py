@@ -11,10 +11,9 @@ import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from .onnx_wire import Field, content, copied, fields, single, strings, whole
+from .onnx_wire import Field, content, copied, fields, single, strings, whole, with_graph
 
-_GRAPH = 7  # field of a ModelProto
-_NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13  # of a GraphProto
+_NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13  # fields of a GraphProto
 _FLOAT, _INT64 = 1, 7  # data types
 _BLOCK = 16  # channels of the largest block
 _GREAT = 2.0**127
@@ -35,12 +34,7 @@ def blocked(model: bytes) -> bytes:
     Of maps (N, C, H, W) with C known and a multiple of 16; everything else is left as it is. BundleError for bytes that
     are no model.
     """
-    data = memoryview(model)
-    out = bytearray()
-    for field in fields(data, 0, len(data)):
-        number, _, start, end = field
-        out += content(number, _Graph(data, start, end).blocked()) if number == _GRAPH else copied(data, field)
-    return bytes(out)
+    return with_graph(model, lambda data, start, end: _Graph(data, start, end).blocked())
 
 
 @dataclass

@@ -6,7 +6,7 @@ Source: the protocol buffers' encoding specification. Field numbers are onnx.pro
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..errors import BundleError
 
@@ -49,6 +49,13 @@ def varint(data: memoryview, start: int, end: int) -> tuple[int, int]:
 
 def _cut_off() -> BundleError:
     return BundleError("an ONNX file is cut off: export the bundle again")
+
+
+def with_graph(model: bytes, rewrite: Callable[[memoryview, int, int], bytes]) -> bytes:
+    """A serialised ONNX model whose graph, in data[start:end], is what `rewrite` makes of it."""
+    data = memoryview(model)
+    parts = list(fields(data, 0, len(data)))
+    return b"".join(content(7, rewrite(data, f[2], f[3])) if f[0] == 7 else copied(data, f) for f in parts)
 
 
 def strings(data: memoryview, start: int, end: int, number: int) -> Iterator[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .onnx_wire import content, copied, fields, strings
+from .onnx_wire import copied, fields, strings, with_graph
 
-_GRAPH = 7  # field of a ModelProto
-_NODE, _INITIALIZER, _OUTPUT, _VALUE_INFO = 1, 5, 12, 13  # of a GraphProto
+_NODE, _INITIALIZER, _OUTPUT, _VALUE_INFO = 1, 5, 12, 13  # fields of a GraphProto
 _NODE_INPUT, _NODE_OUTPUT, _NAME, _TENSOR_NAME = 1, 2, 1, 8
 
 
@@ -16,14 +15,7 @@ def pruned(model: bytes, outputs: Collection[str]) -> bytes:
 
     As camrt writes it: sorted, without subgraphs. BundleError for bytes that are no model.
     """
-    data = memoryview(model)
-    out = bytearray()
-    for field in fields(data, 0, len(data)):
-        number, _, start, end = field
-        out += (
-            content(number, _pruned_graph(data, start, end, set(outputs))) if number == _GRAPH else copied(data, field)
-        )
-    return bytes(out)
+    return with_graph(model, lambda data, start, end: _pruned_graph(data, start, end, set(outputs)))
 
 
 def _pruned_graph(data: memoryview, start: int, end: int, needed: set[str]) -> bytes:
