@@ -2,7 +2,7 @@
 turns.
 
 make peers        installs them into .venv-peers, runs this and writes docs/benchmarks.json and docs/benchmarks.md
-python benchmarks/peers.py [--models resnet50 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15]
+python benchmarks/peers.py [--models resnet50 resnet18 mobilenet_v3_small mobilenet] [--threads 2] [--runs 15]
     [--images 3] [--out peers.json]
 
 Every map is compared with camrt's before anything is timed. If both have the same definition, they must agree within
@@ -45,8 +45,13 @@ from camrt.verification.methods import in_float64, winsor_cam
 
 LIMIT = 1e-3
 SIZE = 224
-LAST = {"resnet50": "layer4.2", "mobilenet_v3_small": "features.12", "mobilenet": "features.26"}
-SCORED = ("mobilenet_v3_small", "mobilenet")  # where Score-CAM takes seconds, not minutes
+LAST = {
+    "resnet50": "layer4.2",
+    "resnet18": "layer4.1",
+    "mobilenet_v3_small": "features.12",
+    "mobilenet": "features.26",
+}
+SCORED = ("resnet18", "mobilenet_v3_small", "mobilenet")  # where Score-CAM takes seconds, not minutes
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,16 @@ def test_minmax_maps_a_constant_to_zeros() -> None:
     assert (got[0] == 0).all() and got[1].min() == 0 and got[1].max() == 1
 
 
+def test_minmax_in_place_is_the_same() -> None:
+    """Constant, ordinary, and with a range that overflows float32."""
+    ramp = np.arange(12, dtype=np.float32).reshape(3, 4)
+    maps = np.stack([np.full((3, 4), 2.5, np.float32), ramp, (ramp - 6) * np.float32(5e37)])
+    for some in (maps[:2], maps):
+        want, place = kernels.minmax(some), some.copy()
+        assert kernels.minmax(place, out=place) is place
+        assert np.array_equal(place, want) and place[-1].max() == 1 and place[-1].min() == 0
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_fuse_layers_of_no_images(normalize: bool) -> None:
     maps, weights = np.zeros((0, 25), np.float32), np.zeros((0, 3), np.float32)

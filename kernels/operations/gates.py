@@ -27,7 +27,7 @@ def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarr
         np.exp(np.minimum(maps / -2, 0, out=out), out=out)
         np.reciprocal(np.add(out, 1, out=out), out=out)
     elif kind == "minmax":
-        out[:] = minmax(maps)
+        minmax(maps, out=out)
     elif kind == "identity":
         out[:] = maps
     else:
@@ -35,14 +35,17 @@ def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarr
     return out
 
 
-def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1)) -> np.ndarray:
-    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay."""
+def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1), out: np.ndarray | None = None) -> np.ndarray:
+    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay. `out` may be `maps`."""
     low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
     with np.errstate(over="ignore"):
         span = high - low
     if maps.dtype != np.float64 and np.isinf(span).any():  # the difference overflows the dtype
-        return minmax(maps.astype(np.float64), axes).astype(maps.dtype)
-    return (maps - low) / np.where(span > 0, span, 1)
+        out = np.empty_like(maps) if out is None else out
+        out[:] = minmax(maps.astype(np.float64), axes)
+        return out
+    shifted = np.subtract(maps, low, out=out)
+    return np.divide(shifted, np.where(span > 0, span, 1), out=out)
 
 
 def within_range(resized: np.ndarray, activations: np.ndarray) -> np.ndarray:

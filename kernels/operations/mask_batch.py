@@ -82,6 +82,7 @@ def _by_numpy(
         if local:
             gate(gates[:, rows], kind, out=gates[:, rows])
             np.multiply(image[:, rows], gates[:, None, rows], out=out[:, :, rows])
-    if not local:
-        np.multiply(image, gate(within_range(gates, activations), kind, out=gates)[:, None], out=out)
+    for k in range(0 if local else count):  # map after map: one fits the cache
+        own = within_range(gates[k : k + 1], activations[k : k + 1])
+        np.multiply(image, gate(own, kind, out=own), out=out[k])
     return out
