@@ -145,8 +145,8 @@ def _phase_by_phase(op, g, weight, group, window, size, out):
         return phases
 
     parts = []
-    for r1, m1, *pads1 in along(1):
-        for r0, m0, *pads0 in along(0):
+    for r0, m0, *pads0 in along(0):
+        for r1, m1, *pads1 in along(1):
             taps = op.Slice(weight, [r0, r1], kernel, [2, 3], [stride, stride])
             before, after = zip(pads0, pads1, strict=True)
             cut = g
@@ -155,7 +155,7 @@ def _phase_by_phase(op, g, weight, group, window, size, out):
             pads = [max(p, 0) for p in (*before, *after)]
             swapped = _swapped(op, taps, group, filters, per_group, [m0, m1])
             parts.append(op.Conv(cut, swapped, group=group, kernel_shape=[m0, m1], pads=pads))
-    dx = joined(op, op.Concat(*parts, axis=1), group * per_group, count, window.strides)
+    dx = joined(op, parts, group * per_group, count, window.strides)
     have = [n * stride for n in count]
     return crop_or_pad(op, dx, have, [0, 0], [n - h for n, h in zip(size, have, strict=True)])
 

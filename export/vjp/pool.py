@@ -149,11 +149,10 @@ def _put_together(op, phases, channels, count, strides):
     """phases: by r, (S, C, *count); those that are absent are zero."""
     missing = math.prod(strides) > len(phases)
     empty = op.Mul(next(iter(phases.values())), op.floats(0)) if missing else None
+    parts = [phases.get(r, empty) for r in itertools.product(*(range(s) for s in strides))]
     if len(count) == 2:
-        order = [(r0, r1) for r1 in range(strides[1]) for r0 in range(strides[0])]
-        return joined(op, op.Concat(*(phases.get(r, empty) for r in order), axis=1), channels, count, strides)
-    order = itertools.product(*(range(s) for s in strides))
-    stacked = op.Concat(*(op.Unsqueeze(phases.get(r, empty), [2]) for r in order), axis=2)
+        return joined(op, parts, channels, count, strides)
+    stacked = op.Concat(*(op.Unsqueeze(part, [2]) for part in parts), axis=2)
     return interleaved(op, stacked, channels, count, strides)
 
 
