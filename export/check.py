@@ -118,6 +118,7 @@ class Checker:
                 and len(program.taps) == len(manifest.taps)
             ):
                 self.gradients = {t: out[f"gradient:{t}"][:1] for t in program.taps}
+            del out, told  # large ones, before the next program's weights come
         dead = not any(g.any() for g in self.gradients.values())  # of a head of zeros, all gradients are
         if vanished and not (dead and self.gradients):
             warn(
@@ -140,8 +141,8 @@ class Checker:
         are returned.
         """
         if sum(math.prod(shape[1:]) for shape in program.outputs.values()) * 4 > LARGE:
-            out: dict[str, np.ndarray] = {}
             for i in reversed(range(len(feeds["image"]))):
+                out: dict[str, np.ndarray] = {}  # the last image's are gone before the next one's come
                 out = self._checked(program, {n: a[i : i + 1] for n, a in feeds.items()}, run)
             return out
         return self._checked(program, feeds, run)

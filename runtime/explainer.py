@@ -269,8 +269,8 @@ def _warn_of_constant_maps(method: str, result: Result, targets: int) -> None:
     constant = (maps == maps[:, :1]).all(axis=1)
     if result.check is not None:
         constant &= result.layer_weights.any(axis=1)
-    images = np.unique(np.flatnonzero(constant) // targets)
-    if len(images):
+    if constant.any():
+        images = np.unique(np.flatnonzero(constant) // targets)
         which = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
         warn(
             f"{method}: the map of image {which} is constant, so it shows nothing: the score does not depend on where "

@@ -37,10 +37,11 @@ def fuse_layers(
         expect_choice("fuse_layers", "interpolation", interpolation, INTERPOLATIONS)
         if len(grids) == 0:
             raise ValueError("fuse_layers: no layers")
-        for grid in grids:
+        for grid in set(grids):
             expect_sides("fuse_layers", grid=grid)
         expect_sides("fuse_layers", size=size)
-        expect("fuse_layers", "maps", maps, ("B", sum(h * w for h, w in grids)))
+        *_, (_, _, last) = _runs(tuple(grids))
+        expect("fuse_layers", "maps", maps, ("B", last.stop))
         expect(
             "fuse_layers",
             "weights",
@@ -81,12 +82,12 @@ def _by_numpy(
 ) -> np.ndarray:
     if normalize:
         maps = normalize_layers(maps, grids)
-    largest = max(h for h, _ in grids), max(w for _, w in grids)
     weights = weights.astype(np.float32, copy=False)
     sums: dict[tuple[int, int], np.ndarray] = {}
     for grid, layers, block in _by_runs(maps, grids):
         part = np.einsum("bl,blp->bp", weights[:, layers], block)
         sums[grid] = sums[grid] + part if grid in sums else part
+    largest = max(h for h, _ in sums), max(w for _, w in sums)
     total = np.zeros((len(maps), *largest), np.float32)
     for grid, summed in sums.items():
         total += upsample(summed.reshape(-1, *grid), largest, interpolation)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import BackendUnavailable, BundleError, first_line
 from . import Settings, create
-from .cpu import shapes_of
+from .cpu import give_back_freed, shapes_of
 from .ort import OrtBackend
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -32,7 +32,9 @@ def open_file(path: Path) -> Run:
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            out = dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            give_back_freed()
+            return out
         except Exception as error:
             raise BundleError(
                 f"{path.name}: ONNX Runtime cannot run it on {shapes_of(feeds)}: {first_line(error)[:300]}"

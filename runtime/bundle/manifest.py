@@ -105,7 +105,7 @@ class Program:
         sizes = {"batch": 1} | {self.inputs[name][0]: len(array) for name, array in feeds.items()}  # a fixed batch is 1
         for name, declared in self.outputs.items():
             array, shape = out.get(name), tuple(sizes.get(d, d) for d in declared)
-            if array is None or str(array.dtype) != "float32" or array.shape != shape:
+            if array is None or array.dtype != "float32" or array.shape != shape:
                 description = "nothing" if array is None else f"{array.dtype} {array.shape}"
                 raise BundleError(
                     f"{self.file}: {name!r} is {description}, not float32 {shape}: export the bundle again"
