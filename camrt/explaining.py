@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import itertools
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from PIL import Image
 
 from .image_files import ImageFiles, collect
 from .results_folder import Outputs, ResultsFolder, key_of, replacing
+from .runtime.backends.cores import cores
 from .runtime.errors import InputError, NotFinite
 from .runtime.explainer import Explainer, load
 from .runtime.explanation import PNG_COMPRESSION, Explanation, plain
@@ -131,7 +131,7 @@ def explain_files(
         progress(summary.finished_before)
     run = _Run(explainer, method, target, layers, options, drawing, results, batch, progress, problem, summary)
     try:
-        run.all(todo, jobs or os.cpu_count() or 1)
+        run.all(todo, jobs or cores())
     finally:
         results.close()
     return summary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 from .. import install
 from ..questions import check_percentile
 from ..runtime.backends import BACKENDS, create
+from ..runtime.backends.cores import cores
 from ..runtime.bundle.reading import Bundle, read_bundle
 from ..runtime.cams import method_named
 from ..runtime.errors import InputError
@@ -156,8 +156,7 @@ def _running(job: Job, tasks: Sequence[Task], means: Means, summary: Summary) ->
         summary.workers = min(means.workers or default_actors(ray), len(tasks))
         return run_on_ray(ray, job, tasks, summary.workers)
     gpus = _gpus(job)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    summary.workers = min(means.workers or gpus or max(1, cores - cores // 4), len(tasks))
+    summary.workers = min(means.workers or gpus or max(1, cores() - cores() // 4), len(tasks))
     return run_processes(job, tasks, summary.workers, gpus)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,11 +13,6 @@ import numpy as np
 
 from ..bundle.manifest import Program
 from ..errors import InputError, first_line
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shapes_of(arrays: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from ... import install
 from ..bundle.manifest import Program
 from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, BundleError, first_line
-from .cpu import CpuExecutable, cores
+from .cores import cores
+from .cpu import CpuExecutable
 
 if TYPE_CHECKING:
     from . import Settings

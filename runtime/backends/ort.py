@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from ..bundle.manifest import Program
 from ..bundle.pruning import pruned
 from ..bundle.reading import Bundle
 from ..errors import BackendUnavailable, BundleError, EngineError, first_line
-from .cpu import CpuExecutable, cores, give_back_freed, shapes_of
+from .cores import allowed, cores
+from .cpu import CpuExecutable, give_back_freed, shapes_of
 from .gpu import Gpu, GpuProgram, open_gpu
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ class OrtBackend:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # else arenas keep them
         if not packs:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        options.intra_op_num_threads = 1 if concurrent else self._threads or 0
+        _place_threads(options, 1 if concurrent else self._threads)
         if not spins:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if single:
@@ -134,6 +136,18 @@ class OrtBackend:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
         give_back_freed()
         return session
+
+
+def _place_threads(options: Any, threads: int | None) -> None:
+    """Sets a session's number of threads, by default one per core that this process may use.
+
+    ONNX Runtime by itself takes all cores of the machine, also those that the process may not use. If the threads take
+    all cores, each but the caller's stays on one: a virtual machine may otherwise wake it on the caller's core.
+    """
+    options.intra_op_num_threads = threads or (0 if cores() == os.cpu_count() else cores())
+    if 1 < options.intra_op_num_threads == len(allowed()):
+        places = ";".join(str(cpu + 1) for cpu in allowed()[1:])
+        options.add_session_config_entry("session.intra_op_thread_affinities", places)
 
 
 class OrtCudaEngine:
