@@ -40,13 +40,14 @@ maps, of images that differ in their last bits, and its float64 map, if that is 
 distance too. Then the implementations take turns on the same image. Each call has one image, and is timed from the
 preprocessed array to the map in the image's size. Times are medians over the turns, in milliseconds, with quartiles.
 The last column is the median over the turns of the implementation's time divided by camrt's: above 1, camrt is faster.
+Before each call there is a tenth of a second without work, as between a service's requests.
 Everything is float32.
 
 Each implementation is used as its documentation shows. OpenVINO XAI adds its branch to the same ONNX file that camrt's
 bundle is made from, set to float32 and low latency; its branch computes the maps of all classes at once. ScoreCAM++ is
-in Score-CAM's table because no other package has it. `resnet50` and `mobilenet_v3_small` are torchvision's, with random
-weights and batch norm statistics of random images; this does not change the amount of arithmetic. `mobilenet` is a
-MobileNet v1 of width 0.25 with its ImageNet weights, on photographs. Layers: all convolutions for Winsor-CAM, the last
+in Score-CAM's table because no other package has it. `resnet50`, `resnet18` and `mobilenet_v3_small` are torchvision's,
+with random weights and batch norm statistics of random images; this does not change the amount of arithmetic.
+`mobilenet` is a MobileNet v1 of width 0.25 with its ImageNet weights, on photographs. Layers: all convolutions for Winsor-CAM, the last
 block for the other methods.
 
 """
