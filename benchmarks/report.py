@@ -47,8 +47,8 @@ Each implementation is used as its documentation shows. OpenVINO XAI adds its br
 bundle is made from, set to float32 and low latency; its branch computes the maps of all classes at once. ScoreCAM++ is
 in Score-CAM's table because no other package has it. `resnet50`, `resnet18` and `mobilenet_v3_small` are torchvision's,
 with random weights and batch norm statistics of random images; this does not change the amount of arithmetic.
-`mobilenet` is a MobileNet v1 of width 0.25 with its ImageNet weights, on photographs. Layers: all convolutions for Winsor-CAM, the last
-block for the other methods.
+`mobilenet` is a MobileNet v1 of width 0.25 with its ImageNet weights, on photographs. Layers: all convolutions for
+Winsor-CAM, the last block for the other methods.
 
 """
     text += f"{machine(found)}.\n"

@@ -82,7 +82,7 @@ class OrtBackend:
         self._runtime = runtime
         # ONNX Runtime 1.20 does not find the weights of a model that is given as bytes
         self.prunes = tuple(map(int, runtime.__version__.split(".")[:2])) >= (1, 21)
-        self._threads = threads
+        self._threads, self._places = _threads_and_places(threads)
         self._keeps_memory = keeps_memory
         self.lanes = threads or cores()
 
@@ -115,7 +115,9 @@ class OrtBackend:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # else arenas keep them
         if not packs:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        _place_threads(options, 1 if concurrent else self._threads)
+        options.intra_op_num_threads = 1 if concurrent else self._threads
+        if self._places and not concurrent:
+            options.add_session_config_entry("session.intra_op_thread_affinities", self._places)
         if not spins:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if single:
@@ -138,16 +140,16 @@ class OrtBackend:
         return session
 
 
-def _place_threads(options: Any, threads: int | None) -> None:
-    """Sets a session's number of threads, by default one per core that this process may use.
+def _threads_and_places(threads: int | None) -> tuple[int, str]:
+    """(threads of a run, 0 for ONNX Runtime's own choice; the CPU of each but the caller's in its notation, or "").
 
-    ONNX Runtime by itself takes all cores of the machine, also those that the process may not use. If the threads take
-    all cores, each but the caller's stays on one: a virtual machine may otherwise wake it on the caller's core.
+    By itself ONNX Runtime takes all cores of the machine, also those that this process may not use. If the threads take
+    all that it may use, each stays on one, as in ONNX Runtime's own choice: a virtual machine may otherwise wake it on
+    the caller's core.
     """
-    options.intra_op_num_threads = threads or (0 if cores() == os.cpu_count() else cores())
-    if 1 < options.intra_op_num_threads == len(allowed()):
-        places = ";".join(str(cpu + 1) for cpu in allowed()[1:])
-        options.add_session_config_entry("session.intra_op_thread_affinities", places)
+    count, cpus = threads or (0 if cores() == os.cpu_count() else cores()), allowed()
+    places = [str(cpu + 1) for cpu in cpus[1:]] if 1 < count == len(cpus) else []
+    return count, ";".join(places)
 
 
 class OrtCudaEngine:
