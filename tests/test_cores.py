@@ -62,6 +62,9 @@ def write(folder: Path, **files: str) -> None:
         ({"cpu,cpuacct": {"cpu_cfs_quota_us": "200000", "cpu_cfs_period_us": "100000"}}, "4:cpu,cpuacct:/\n", 2),
         ({"cpu": {"cpu_cfs_quota_us": "-1", "cpu_cfs_period_us": "100000"}}, "4:cpu:/\n", math.inf),
         ({"cpu": {"cpu_cfs_quota_us": "300000", "cpu_cfs_period_us": "100000"}}, "4:cpu:/docker/x\n0::/\n", 3),
+        ({"cpu,cpuacct/d": {"cpu_cfs_quota_us": "100000", "cpu_cfs_period_us": "50000"}}, "4:cpuacct,cpu:/d\n", 2),
+        ({"cpu/d": {"cpu_cfs_quota_us": "100000", "cpu_cfs_period_us": "50000"}}, "junk\n4:cpu,cpuacct:/d\n", 2),
+        ({".": {"cpu_max": f"1{'0' * 400} 100000"}}, "0::/\n", math.inf),
         ({"memory": {"cpu_max": "100000 100000"}}, "4:memory:/\n", math.inf),
         ({".": {"cpu_max": "what"}}, "0::/\n", math.inf),
         ({}, "0::/\n", math.inf),
@@ -72,7 +75,7 @@ def write(folder: Path, **files: str) -> None:
 def test_quota(files: dict[str, dict[str, str]], groups: str, granted: float, tmp_path: Path) -> None:
     for folder, texts in files.items():
         write(tmp_path / "mount" / folder, **texts)
-    (tmp_path / "cgroup").write_text(groups)
+    (tmp_path / "cgroup").write_bytes(b"9:\xff:/\n" + groups.encode())
     assert quota(tmp_path / "cgroup", tmp_path / "mount") == granted
 
 

@@ -95,6 +95,29 @@ def test_minmax_in_place_is_the_same() -> None:
         assert np.array_equal(place, want) and place[-1].max() == 1 and place[-1].min() == 0
 
 
+@pytest.mark.parametrize(
+    ("maps", "dtype"), [(1e5 * np.eye(3, dtype=np.float32)[None], np.float16), (1e300 * np.eye(3)[None], np.float32)]
+)
+def test_gate_minmax_into_a_narrower_dtype(maps: np.ndarray, dtype: type) -> None:
+    assert np.array_equal(kernels.gate(maps, "minmax", out=np.empty(maps.shape, dtype))[0], np.eye(3))
+
+
+@pytest.mark.parametrize("kind", ["tanh", "minmax"])
+def test_an_image_that_lies_in_the_masked_images(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    image, maps = rng.random((2, 8, 8), np.float32), rng.standard_normal((3, 4, 4)).astype(np.float32)
+    place = np.stack([image] * 3)
+    assert np.array_equal(kernels.mask_batch(place[0], maps, kind, out=place), kernels.mask_batch(image, maps, kind))
+
+
+def test_fuse_layers_takes_grids_as_lists() -> None:
+    maps, weights = np.arange(8, dtype=np.float32)[None], np.ones((1, 2), np.float32)
+    want = kernels.fuse_layers(maps, [(2, 2), (2, 2)], weights, (4, 4))
+    assert np.array_equal(kernels.fuse_layers(maps, np.array([[2, 2], [2, 2]]), weights, (4, 4)), want)
+    with pytest.raises(ValueError, match="grid is 0 x 2"):
+        kernels.fuse_layers(maps, [[0, 2], [3, 0]], weights, (4, 4))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_fuse_layers_of_no_images(normalize: bool) -> None:
     maps, weights = np.zeros((0, 25), np.float32), np.zeros((0, 3), np.float32)

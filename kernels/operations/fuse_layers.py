@@ -37,7 +37,8 @@ def fuse_layers(
         expect_choice("fuse_layers", "interpolation", interpolation, INTERPOLATIONS)
         if len(grids) == 0:
             raise ValueError("fuse_layers: no layers")
-        for grid in set(grids):
+        grids = [(h, w) for h, w in grids]
+        for grid in dict.fromkeys(grids):
             expect_sides("fuse_layers", grid=grid)
         expect_sides("fuse_layers", size=size)
         *_, (_, _, last) = _runs(tuple(grids))

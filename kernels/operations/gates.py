@@ -27,7 +27,10 @@ def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarr
         np.exp(np.minimum(maps / -2, 0, out=out), out=out)
         np.reciprocal(np.add(out, 1, out=out), out=out)
     elif kind == "minmax":
-        minmax(maps, out=out)
+        if out.dtype == maps.dtype and out.dtype.kind == "f":
+            minmax(maps, out=out)
+        else:
+            out[:] = minmax(maps)
     elif kind == "identity":
         out[:] = maps
     else:
@@ -36,7 +39,7 @@ def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarr
 
 
 def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1), out: np.ndarray | None = None) -> np.ndarray:
-    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay. `out` may be `maps`."""
+    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay; `out` may be `maps`."""
     low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
     with np.errstate(over="ignore"):
         span = high - low

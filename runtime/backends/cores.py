@@ -27,15 +27,18 @@ def quota(groups: Path = _GROUPS, mount: Path = _MOUNT) -> float:
     groups, mount: as Linux gives them, version 1 or 2 (Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst).
     """
     granted = math.inf
-    with contextlib.suppress(OSError, ValueError):
-        for line in groups.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
+    with contextlib.suppress(OSError):
+        for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
+            _, _, named = line.partition(":")
+            controllers, _, path = named.partition(":")
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            top = mount / controllers
-            own = top / path.lstrip("/")
-            # a container may see its own group at the top and still read the path that it has outside
-            granted = min(granted, *(_granted(folder) for folder in (own, *own.parents) if folder.is_relative_to(top)))
+            # the folder of version 1 may name its controllers in another order
+            for top in (mount / name for name in ((controllers, "cpu", "cpu,cpuacct") if controllers else ("",))):
+                own = top / path.lstrip("/")
+                # a container may see its own group at the top and still read the path that it has outside
+                inside = (folder for folder in (own, *own.parents) if folder.is_relative_to(top))
+                granted = min(granted, *map(_granted, inside))
     return granted
 
 
@@ -46,7 +49,7 @@ def _granted(folder: Path) -> float:
         return [int(n) for name in names for n in (folder / name).read_text(encoding="ascii").split()]
 
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):  # no such file; or "max"
+        with contextlib.suppress(OSError, ValueError, OverflowError):  # no such file; or "max"
             time, period = numbers(*names)
             return time / period if time > 0 and period > 0 else math.inf
     return math.inf
