@@ -117,6 +117,27 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize("opset", [18, 22])
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool", "LpPool"])
+def test_ceil_mode_with_a_window_that_starts_in_the_padding(kind: str, opset: int, tmp_path: Path) -> None:
+    """Before opset 22 ONNX counts it, and ONNX Runtime leaves it out; of the columns, the last window hangs over."""
+    g = Graph()
+    x = g.op("Conv", "data", g.weight("w", 8, 3, 3, 3), out="c", pads=[1, 1, 1, 1])
+    x = g.op(kind, x, out="pooled", kernel_shape=[2, 3], strides=[4, 2], ceil_mode=1)
+    x = g.op("GlobalAveragePool", g.op("Tanh", x, out="t"), out="mean")
+    x = g.op("Gemm", g.op("Flatten", x, out="flat"), g.weight("w1", 8, 6), out="scores")
+    inputs, outputs = (
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)]
+        for n, shape in (("data", ["N", 3, 20, 18]), (x, ["N", 6]))
+    )
+    graph = helper.make_graph(g.nodes, "net", inputs, outputs, g.constants)
+    source = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), source)
+    path = camrt.export_onnx(source, tmp_path / "model.camrt", layers=["n_c"])
+    assert verify(path).passed
+    np.testing.assert_allclose(camrt.load(path).classify(IMAGES), scores_of(source, IMAGES), atol=1e-5)
+
+
 VARIANTS = {
     "opset 11": {"opset": 11},
     "opset 11, shape pattern, inputs": {"opset": 11, "flatten": "Shape", "initializers_are_inputs": True},

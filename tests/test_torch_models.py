@@ -60,6 +60,29 @@ def assert_verified(explainer: camrt.Explainer, model: Any, output: str | None =
     assert report.passed, [r for r in report.rows if not r.passed][:4]
 
 
+# ---- pooling
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2, 4, ceil_mode=True),
+        nn.MaxPool2d(3, 3, 1, ceil_mode=True),
+        nn.AvgPool2d(2, 4, ceil_mode=True),
+        nn.AvgPool2d(3, 3, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 3, 1, ceil_mode=True, count_include_pad=False),
+        nn.MaxPool2d((2, 3), (4, 2), ceil_mode=True),
+        nn.AvgPool2d((2, 3), (4, 2), ceil_mode=True),
+        nn.AvgPool2d(1, (7, 3), ceil_mode=True),
+    ],
+    ids=str,
+)
+def test_ceil_mode_without_the_window_that_starts_in_the_padding(pool: nn.Module, tmp_path: Path) -> None:
+    net = Net(lambda net, h: torch.tanh(net.second(pool(h))))
+    explainer, _ = exported(net, tmp_path / "a.camrt", layers=["first"])
+    assert_verified(explainer, net)
+
+
 # ---- stop-gradient
 
 

@@ -57,6 +57,37 @@ def cast_like(walk: ShapeWalk, node: ir.Node) -> bool:
     return False
 
 
+@rule("MaxPool")
+@rule("AveragePool")
+@rule("LpPool")
+def pool(walk: ShapeWalk, node: ir.Node) -> bool:
+    """Does without ceil_mode where a window that it adds would start in the padding behind the input: engines leave
+    such a window out, but before opset 22 ONNX counts it.
+    """
+    x = node.inputs[0]
+    assert x is not None
+    size, kernel = walk.facts[x].shapes[0][2:], attribute(node, "kernel_shape")
+    if not attribute(node, "ceil_mode", 0) or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return False
+    strides, dilations = (attribute(node, name, [1] * len(size)) for name in ("strides", "dilations"))
+    pads = list(attribute(node, "pads", [0] * 2 * len(size)))
+    left_out, hangs = False, [0] * len(size)
+    for i, (n, k, s, d) in enumerate(zip(size, kernel, strides, dilations, strict=True)):
+        span = n + pads[i] + pads[len(size) + i] - (d * (k - 1) + 1)
+        if span % s and (span // s + 1) * s >= n + pads[i]:
+            left_out = True
+        elif span % s:
+            hangs[i] = s - span % s
+    after = [p + hang for p, hang in zip(pads[len(size) :], hangs, strict=True)]
+    counted = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and any(pads)
+    if left_out and not (counted and any(hangs)) and all(p < k for p, k in zip(after, kernel, strict=True)):
+        node.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)
+        node.attributes["pads"] = ir.AttrInt64s("pads", [*pads[: len(size)], *after])
+        if any(hangs):
+            node.attributes.pop("count_include_pad", None)
+    return False
+
+
 @rule("StopGradient")
 def stop_gradient(walk: ShapeWalk, node: ir.Node) -> bool:
     x, y = node.inputs[0], node.outputs[0]
