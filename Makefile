@@ -64,7 +64,7 @@ quick: .venv/test-ready
 
 LOWEST := tests/test_kernels.py tests/test_methods.py tests/test_explain.py tests/test_bundle.py tests/test_distances.py tests/test_metrics.py \
 	tests/test_evaluate.py tests/test_cli.py tests/test_bench.py tests/test_recipe.py tests/test_golden.py tests/test_determinism.py \
-	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py tests/test_pruning.py
+	tests/test_demo.py tests/test_hostile.py tests/test_photos.py tests/test_explain_files.py tests/test_pruning.py tests/test_cores.py
 
 test-all: lowest docs interop browser fuzz triton cluster manifests
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,11 +112,13 @@ def test_an_image_that_lies_in_the_masked_images(kind: str) -> None:
 
 
 def test_fuse_layers_takes_grids_as_lists() -> None:
+    several: Any = np.array([[2, 2], [2, 2]])
+    wrong: Any = [[0, 2], [3, 0]]
     maps, weights = np.arange(8, dtype=np.float32)[None], np.ones((1, 2), np.float32)
     want = kernels.fuse_layers(maps, [(2, 2), (2, 2)], weights, (4, 4))
-    assert np.array_equal(kernels.fuse_layers(maps, np.array([[2, 2], [2, 2]]), weights, (4, 4)), want)
+    assert np.array_equal(kernels.fuse_layers(maps, several, weights, (4, 4)), want)
     with pytest.raises(ValueError, match="grid is 0 x 2"):
-        kernels.fuse_layers(maps, [[0, 2], [3, 0]], weights, (4, 4))
+        kernels.fuse_layers(maps, wrong, weights, (4, 4))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
