@@ -8,7 +8,7 @@
 #                Kubernetes manifests
 # make docs      builds the documentation's site in build/site; any warning fails
 # make coverage  runs them and says which lines they do not reach
-# make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; six minutes on two cores, without the set-up
+# make peers     sets up other implementations, times camrt beside them and writes docs/benchmarks.md; seven minutes on two cores, without the set-up
 # make models    writes networks with the exporters that users have, exports and verifies each, writes docs/models.md
 PYTHON ?= python3
 BIN := .venv/bin

@@ -45,28 +45,22 @@ def test_threads_for_all_cores_have_one_each() -> None:
     assert threads_of([first, second], threads=2) == f"2 [[{first}, {second}], [{second}]]"
 
 
-def write(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("_max", ".max").replace("cpu_cfs", "cpu.cfs")).write_text(text + "\n")
-
-
 @pytest.mark.parametrize(
     ("files", "groups", "granted"),
     [
-        ({".": {"cpu_max": "150000 100000"}}, "0::/\n", 1.5),
-        ({".": {"cpu_max": "max 100000"}}, "0::/\n", math.inf),
-        ({"a": {"cpu_max": "400000 100000"}, "a/b": {"cpu_max": "max 100000"}}, "0::/a/b\n", 4),
-        ({"a": {"cpu_max": "100000 100000"}, "a/b": {"cpu_max": "400000 100000"}}, "0::/a/b\n", 1),
-        ({".": {"cpu_max": "50000 100000"}}, "0::/docker/of/the/host\n", 0.5),
-        ({"cpu,cpuacct": {"cpu_cfs_quota_us": "200000", "cpu_cfs_period_us": "100000"}}, "4:cpu,cpuacct:/\n", 2),
-        ({"cpu": {"cpu_cfs_quota_us": "-1", "cpu_cfs_period_us": "100000"}}, "4:cpu:/\n", math.inf),
-        ({"cpu": {"cpu_cfs_quota_us": "300000", "cpu_cfs_period_us": "100000"}}, "4:cpu:/docker/x\n0::/\n", 3),
-        ({"cpu,cpuacct/d": {"cpu_cfs_quota_us": "100000", "cpu_cfs_period_us": "50000"}}, "4:cpuacct,cpu:/d\n", 2),
-        ({"cpu/d": {"cpu_cfs_quota_us": "100000", "cpu_cfs_period_us": "50000"}}, "junk\n4:cpu,cpuacct:/d\n", 2),
-        ({".": {"cpu_max": f"1{'0' * 400} 100000"}}, "0::/\n", math.inf),
-        ({"memory": {"cpu_max": "100000 100000"}}, "4:memory:/\n", math.inf),
-        ({".": {"cpu_max": "what"}}, "0::/\n", math.inf),
+        ({".": {"cpu.max": "150000 100000"}}, "0::/\n", 1.5),
+        ({".": {"cpu.max": "max 100000"}}, "0::/\n", math.inf),
+        ({"a": {"cpu.max": "400000 100000"}, "a/b": {"cpu.max": "max 100000"}}, "0::/a/b\n", 4),
+        ({"a": {"cpu.max": "100000 100000"}, "a/b": {"cpu.max": "400000 100000"}}, "0::/a/b\n", 1),
+        ({".": {"cpu.max": "50000 100000"}}, "0::/docker/of/the/host\n", 0.5),
+        ({"cpu,cpuacct": {"cpu.cfs_quota_us": "200000", "cpu.cfs_period_us": "100000"}}, "4:cpu,cpuacct:/\n", 2),
+        ({"cpu": {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}}, "4:cpu:/\n", math.inf),
+        ({"cpu": {"cpu.cfs_quota_us": "300000", "cpu.cfs_period_us": "100000"}}, "4:cpu:/docker/x\n0::/\n", 3),
+        ({"cpu,cpuacct/d": {"cpu.cfs_quota_us": "100000", "cpu.cfs_period_us": "50000"}}, "4:cpuacct,cpu:/d\n", 2),
+        ({"cpu/d": {"cpu.cfs_quota_us": "100000", "cpu.cfs_period_us": "50000"}}, "junk\n4:cpu,cpuacct:/d\n", 2),
+        ({".": {"cpu.max": f"1{'0' * 400} 100000"}}, "0::/\n", math.inf),
+        ({"memory": {"cpu.max": "100000 100000"}}, "4:memory:/\n", math.inf),
+        ({".": {"cpu.max": "what"}}, "0::/\n", math.inf),
         ({}, "0::/\n", math.inf),
         ({}, "nonsense\n", math.inf),
         ({}, "", math.inf),
@@ -74,7 +68,10 @@ def write(folder: Path, **files: str) -> None:
 )
 def test_quota(files: dict[str, dict[str, str]], groups: str, granted: float, tmp_path: Path) -> None:
     for folder, texts in files.items():
-        write(tmp_path / "mount" / folder, **texts)
+        place = tmp_path / "mount" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (place / name).write_text(text + "\n")
     (tmp_path / "cgroup").write_bytes(b"9:\xff:/\n" + groups.encode())
     assert quota(tmp_path / "cgroup", tmp_path / "mount") == granted
 

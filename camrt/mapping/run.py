@@ -155,8 +155,8 @@ def _running(job: Job, tasks: Sequence[Task], means: Means, summary: Summary) ->
         summary.machines = nodes(ray)
         summary.workers = min(means.workers or default_actors(ray), len(tasks))
         return run_on_ray(ray, job, tasks, summary.workers)
-    gpus = _gpus(job)
-    summary.workers = min(means.workers or gpus or max(1, cores() - cores() // 4), len(tasks))
+    gpus, usable = _gpus(job), cores()
+    summary.workers = min(means.workers or gpus or max(1, usable - usable // 4), len(tasks))
     return run_processes(job, tasks, summary.workers, gpus)
 
 

@@ -39,7 +39,10 @@ def gate(maps: np.ndarray, kind: str, out: np.ndarray | None = None) -> np.ndarr
 
 
 def minmax(maps: np.ndarray, axes: tuple[int, ...] = (-2, -1), out: np.ndarray | None = None) -> np.ndarray:
-    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay; `out` may be `maps`."""
+    """(x - min) / (max - min) over `axes`; a constant map becomes zeros. Shape and dtype stay.
+
+    out: of that shape and dtype; it may be `maps`.
+    """
     low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
     with np.errstate(over="ignore"):
         span = high - low

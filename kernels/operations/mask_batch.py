@@ -82,9 +82,11 @@ def _by_numpy(
         if local:
             gate(gates[:, rows], kind, out=gates[:, rows])
             np.multiply(image[:, rows], gates[:, None, rows], out=out[:, :, rows])
-    if not local and np.may_share_memory(image, out):
+    if local:
+        return out
+    if np.may_share_memory(image, out):
         image = image.copy()
-    for k in range(0 if local else count):  # map after map: one fits the cache
+    for k in range(count):  # map after map: one fits the cache
         own = within_range(gates[k : k + 1], activations[k : k + 1])
         np.multiply(image, gate(own, kind, out=own), out=out[k])
     return out

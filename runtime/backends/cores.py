@@ -34,7 +34,8 @@ def quota(groups: Path = _GROUPS, mount: Path = _MOUNT) -> float:
             if controllers and "cpu" not in controllers.split(","):
                 continue
             # the folder of version 1 may name its controllers in another order
-            for top in (mount / name for name in ((controllers, "cpu", "cpu,cpuacct") if controllers else ("",))):
+            for name in (controllers, "cpu", "cpu,cpuacct") if controllers else ("",):
+                top = mount / name
                 own = top / path.lstrip("/")
                 # a container may see its own group at the top and still read the path that it has outside
                 inside = (folder for folder in (own, *own.parents) if folder.is_relative_to(top))

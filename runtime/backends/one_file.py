@@ -33,7 +33,7 @@ def open_file(path: Path) -> Run:
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
             out = dict(zip(names, session.run(names, dict(feeds)), strict=True))
-            give_back_freed()
+            give_back_freed()  # what lay between inputs and outputs
             return out
         except Exception as error:
             raise BundleError(

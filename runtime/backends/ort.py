@@ -82,9 +82,11 @@ class OrtBackend:
         self._runtime = runtime
         # ONNX Runtime 1.20 does not find the weights of a model that is given as bytes
         self.prunes = tuple(map(int, runtime.__version__.split(".")[:2])) >= (1, 21)
-        self._threads, self._places = _threads_and_places(threads)
-        self._keeps_memory = keeps_memory
         self.lanes = threads or cores()
+        # by itself (0) ONNX Runtime takes all cores of the machine, also those that this process may not use
+        self._threads = 0 if not threads and self.lanes == os.cpu_count() else self.lanes
+        self._places = _places(self._threads)
+        self._keeps_memory = keeps_memory
 
     def __str__(self) -> str:
         return f"onnxruntime {self._runtime.__version__} on the CPU, {self.lanes} threads"
@@ -140,16 +142,12 @@ class OrtBackend:
         return session
 
 
-def _threads_and_places(threads: int | None) -> tuple[int, str]:
-    """(threads of a run, 0 for ONNX Runtime's own choice; the CPU of each but the caller's in its notation, or "").
-
-    By itself ONNX Runtime takes all cores of the machine, also those that this process may not use. If the threads take
-    all that it may use, each stays on one, as in ONNX Runtime's own choice: a virtual machine may otherwise wake it on
-    the caller's core.
+def _places(threads: int) -> str:
+    """The CPU of each thread but the caller's, in ONNX Runtime's notation, if they take all cores that the process may
+    use: a virtual machine may otherwise wake a thread on the caller's core. Else "".
     """
-    count, cpus = threads or (0 if cores() == os.cpu_count() else cores()), allowed()
-    places = [str(cpu + 1) for cpu in cpus[1:]] if 1 < count == len(cpus) else []
-    return count, ";".join(places)
+    cpus = allowed()
+    return ";".join(str(cpu + 1) for cpu in cpus[1:]) if threads == len(cpus) else ""
 
 
 class OrtCudaEngine:
